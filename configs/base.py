@@ -1,0 +1,64 @@
+"""Every key there is, with its unit and its reason; pure data.
+
+A model's config starts from this one and changes what its source asks for. Any key can
+be set on the command line: `--config.optimizer.learning_rate=3e-4`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+  config.seed = 0  # Of weights, order, augmentation, label noise and held-out examples.
+  config.epochs = 100  # Passes over the training split.
+  config.steps = 0  # Batches; above 0 it overrides `epochs`.
+  config.batch_size = 128  # Images a step, over all devices together.
+  config.steps_per_call = 1  # Steps a dispatch, one `lax.scan`; above 1 where steps are short.
+  config.dtype = "float32"  # Of the computation: float32, bfloat16. Parameters stay float32.
+  config.label_smoothing = 0.0  # s in targets (1 - s) y + s / classes.
+  config.ema_decay = 0.0  # Above 0: weights are averaged, and the average is evaluated.
+
+  config.data = ConfigDict()
+  config.data.name = "cifar10"  # `python -m convex_jax.data list`
+  config.data.dir = ""  # Folder of prepared data; "": TFDS's (~/tensorflow_datasets).
+  config.data.image_size = 32  # px; the network's input, resized on the device.
+  config.data.flip = False  # Mirror left and right, probability 1/2.
+  config.data.crop_padding = 0  # px; pad with black and crop at random.
+  config.data.label_noise = 0.0  # Share of training labels drawn anew at random.
+  config.data.train_fraction = 1.0  # Share of the training split that is used.
+  config.data.validation_fraction = 0.0  # Share of it held out, evaluated as "valid".
+  config.data.loader = "auto"  # resident: on the devices; host: sent by batch; auto: what fits.
+
+  config.model = ConfigDict()
+  config.model.name = "mlp"  # A file of convex_jax/models/.
+  config.model.size = "800x3"  # A key of its SIZES.
+  config.model.parts = "base"  # base: as published; ioc: exactly convex; paper: the report's.
+  config.model.constraint = "clamp"  # max(w, 0); exponentiate: w < 0 becomes exp(w - 5).
+  config.model.passthrough = True  # Free-sign maps of the image's affine part; `ioc` only.
+
+  config.optimizer = ConfigDict()
+  config.optimizer.name = "adam"  # adam, adamw, sgd (Nesterov momentum), lion.
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.schedule = "constant"  # constant, cosine, step.
+  config.optimizer.warmup_steps = 0  # Updates of linear warm-up from 0.
+  config.optimizer.decay_at = (0.5, 0.75)  # step: at these shares of the run ...
+  config.optimizer.decay_factor = 0.1  # ... the rate is multiplied by this.
+  config.optimizer.weight_decay = 0.0  # Decoupled, times the rate; no biases, no norms.
+  config.optimizer.clip_norm = 0.0  # Global gradient norm; 0: no clipping.
+  config.optimizer.b1 = 0.9  # Adam's and Lion's.
+  config.optimizer.b2 = 0.999
+  config.optimizer.momentum = 0.9  # SGD's.
+  config.optimizer.accumulate = 1  # Batches whose mean gradient makes one update.
+
+  config.eval = ConfigDict()
+  config.eval.every_epochs = 1.0  # And once more at the end, on every example.
+  config.eval.train_examples = 10_000  # Of the training split, in between; 0: all.
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.every_steps = 0  # Between evaluations, each of which saves as well; 0: none.
+  config.checkpoint.keep = 2  # The latest so many, and the best.
+
+  config.log = ConfigDict()
+  config.log.every_steps = 50  # A line, and a row of metrics.jsonl.
+  config.log.profile_steps = (0, 0)  # First and last step to trace into workdir/profile.
+  return config

@@ -1,0 +1,167 @@
+"""Every mistake in a config at once, one line each, before a device is touched."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from convex_jax import models
+from convex_jax.constraints import PROJECTIONS
+from convex_jax.data import DATASETS
+from convex_jax.errors import Mistake
+from convex_jax.layers import PARTS
+from convex_jax.optimizer import OPTIMIZERS, SCHEDULES
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """What a key may hold: its type, a test, and the words for both."""
+
+  type: type
+  allowed: str
+  test: Callable[[Any], bool] = lambda value: True
+  names: tuple[str, ...] = ()
+
+  def mistake(self, path: str, value: Any) -> str | None:
+    """One line, or None when the value is fine."""
+    right_type = isinstance(value, self.type) and not (
+      isinstance(value, bool) and self.type is not bool
+    )
+    if right_type and self.test(value):
+      return None
+    return f"{path} is {value!r}; allowed: {self.allowed}{nearest(value, self.names)}"
+
+
+def nearest(value: Any, names: Collection[str]) -> str:
+  """A hint: the name that a mistyped one is closest to."""
+  close = difflib.get_close_matches(str(value), list(names), n=1, cutoff=0.5)
+  return f". Did you mean {close[0]!r}?" if close else ""
+
+
+def whole(low: int) -> Rule:
+  return Rule(int, f"whole numbers from {low}", lambda v: v >= low)
+
+
+def number(low: float, high: float = float("inf"), closed: bool = True) -> Rule:
+  words = f"numbers {'from' if closed else 'above'} {low:g}"
+  words += "" if high == float("inf") else f" to {high:g}"
+  return Rule(float, words, lambda v: (low <= v if closed else low < v) and v <= high)
+
+
+def below(low: float, high: float) -> Rule:
+  return Rule(float, f"numbers from {low:g} to below {high:g}", lambda v: low <= v < high)
+
+
+def one_of(names: Collection[str]) -> Rule:
+  return Rule(str, ", ".join(names), lambda v: v in names, tuple(names))
+
+
+def _rising_shares(value: tuple) -> bool:
+  rising = all(a < b for a, b in zip(value, value[1:], strict=False))
+  return rising and all(isinstance(v, float) and 0 < v < 1 for v in value)
+
+
+def _steps(value: tuple) -> bool:
+  return len(value) == 2 and all(isinstance(v, int) for v in value) and 0 <= value[0] <= value[1]
+
+
+TEXT, SWITCH = Rule(str, "text"), Rule(bool, "true, false")
+FIELD = Rule(int | None, "whole numbers from 1, or None", lambda v: v is None or v >= 1)
+
+RULES = {
+  "seed": whole(0),
+  "epochs": whole(1),
+  "steps": whole(0),
+  "batch_size": whole(1),
+  "steps_per_call": whole(1),
+  "dtype": one_of(("float32", "bfloat16")),
+  "label_smoothing": below(0, 1),
+  "ema_decay": below(0, 1),
+  "data.name": one_of(DATASETS),
+  "data.dir": TEXT,
+  "data.image_size": whole(1),
+  "data.flip": SWITCH,
+  "data.crop_padding": whole(0),
+  "data.label_noise": number(0, 1),
+  "data.train_fraction": number(0, 1, closed=False),
+  "data.validation_fraction": below(0, 1),
+  "data.loader": one_of(("auto", "resident", "host")),
+  "model.name": one_of(models.names()),
+  "model.size": TEXT,  # Depends on the name: see `_clashes`.
+  "model.parts": one_of(PARTS),
+  "model.constraint": one_of([name for name in PROJECTIONS if name not in ("free", "shift")]),
+  "model.passthrough": SWITCH,
+  "optimizer.name": one_of(OPTIMIZERS),
+  "optimizer.learning_rate": number(0, closed=False),
+  "optimizer.schedule": one_of(SCHEDULES),
+  "optimizer.warmup_steps": whole(0),
+  "optimizer.decay_at": Rule(tuple, "rising shares between 0 and 1", _rising_shares),
+  "optimizer.decay_factor": number(0, 1, closed=False),
+  "optimizer.weight_decay": number(0),
+  "optimizer.clip_norm": number(0),
+  "optimizer.b1": below(0, 1),
+  "optimizer.b2": below(0, 1),
+  "optimizer.momentum": below(0, 1),
+  "optimizer.accumulate": whole(1),
+  "eval.every_epochs": number(0, closed=False),
+  "eval.train_examples": whole(0),
+  "checkpoint.every_steps": whole(0),
+  "checkpoint.keep": whole(1),
+  "log.every_steps": whole(1),
+  "log.profile_steps": Rule(tuple, "(0, 0), or first and last step", _steps),
+}
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """The (path, value) pairs of a nested config."""
+  for key, value in config.items():
+    if hasattr(value, "items"):
+      yield from flatten(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key, value
+
+
+def _rules(values: dict[str, Any]) -> dict[str, Rule]:
+  """`RULES`, with the fields of the architecture that `model.name` chooses."""
+  if values.get("model.name") not in models.names():
+    return RULES | {path: FIELD for path in values if path.startswith("model.")} | RULES
+  sizes = models.module_of(values["model.name"]).SIZES
+  fields = {f"model.{field}": FIELD for size in sizes.values() for field in size}
+  return RULES | fields
+
+
+def _clashes(config: Any) -> Iterator[str]:
+  """Values that are fine alone and wrong together."""
+  module = models.module_of(config.model.name)
+  if config.model.size not in module.SIZES:
+    yield one_of(module.SIZES).mistake("model.size", config.model.size) or ""
+  elif hasattr(module, "check"):
+    yield from module.check(models.fields_of(config.model), config.data.image_size)
+  if config.optimizer.name == "adam" and config.optimizer.weight_decay:
+    yield (
+      f"optimizer.weight_decay is {config.optimizer.weight_decay:g} and optimizer.name is 'adam',"
+      " which has none; allowed: 0. Did you mean optimizer.name='adamw'?"
+    )
+  if config.steps and config.optimizer.warmup_steps >= config.steps:
+    yield (
+      f"optimizer.warmup_steps is {config.optimizer.warmup_steps} of {config.steps} steps;"
+      " allowed: below steps"
+    )
+
+
+def mistakes(config: Any) -> list[str]:
+  """All that is wrong with a config: path, value, what is allowed, the nearest name."""
+  values = dict(flatten(config))
+  rules = _rules(values)
+  lines = [
+    f"{path} is no key{nearest(path, rules)}" for path in sorted(values) if path not in rules
+  ]
+  lines += [f"{path} is missing; configs/base.py has it" for path in RULES if path not in values]
+  lines += filter(None, (rules[p].mistake(p, v) for p, v in values.items() if p in rules))
+  return lines or list(_clashes(config))
+
+
+def check(config: Any) -> None:
+  """Raises `Mistake` with every line of `mistakes`, if there are any."""
+  if lines := mistakes(config):
+    raise Mistake("\n".join(f"config.{line}" for line in lines))

@@ -1,0 +1,25 @@
+"""How a run can end before it is done: exceptions, each with its exit code."""
+
+
+class Ended(Exception):
+  """A run that ends early; `main` prints the message and exits with `code`."""
+
+  code: int
+
+
+class Mistake(Ended, ValueError):
+  """The user's: what is wrong, where, what is allowed, the cure. Do not retry."""
+
+  code = 2
+
+
+class Diverged(Ended):
+  """A loss that is no number any more; the last checkpoint is from before."""
+
+  code = 3
+
+
+class Stopped(Ended):
+  """Asked to stop, and saved: the same command goes on from there."""
+
+  code = 75

@@ -1,0 +1,104 @@
+"""Trains one network: `python -m convex_jax.main --config=configs/mixer_ioc.py`.
+
+Flags and exit codes only; what happens is in `train.run`, where notebooks and tests can
+import it. Exit codes: 0 done, 2 a mistake of the user's, 3 diverged, 75 stopped and
+saved.
+"""
+
+import os
+import re
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "Config file[:data set].", lock_config=True)
+flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config>_<data set>.")
+flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"], "Start jax.distributed.")
+flags.DEFINE_string("coordinator", None, "host:port of process 0, where no cluster tells it.")
+flags.DEFINE_integer("num_processes", None, "Processes, where no cluster tells it.")
+flags.DEFINE_integer("process_id", None, "This process, where no cluster tells it.")
+
+# Set by schedulers whose clusters `jax.distributed.initialize()` knows by itself.
+CLUSTERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
+
+
+def _in_cluster() -> bool:
+  values = [os.environ.get(name, "") for name in CLUSTERS]
+  return any("," in value or value.isdigit() and int(value) > 1 for value in values)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """absl's parsing, but every override that does not fit is told, one line each."""
+  sys.path.insert(0, os.getcwd())  # A config imports `configs.base` from where it is run.
+  try:
+    return FLAGS(argv)
+  except Exception as error:
+    lines = _override_mistakes(argv) or [str(error)]
+    print("\n".join(lines), file=sys.stderr)
+    sys.exit(2)
+
+
+def _override_mistakes(argv: list[str]) -> list[str]:
+  """Tries each `--config.KEY=VALUE` alone, on a fresh copy of the config."""
+  from convex_jax import check
+
+  file = [arg for arg in argv if re.match(r"--?config=", arg)]
+  lines = []
+  for arg in argv:
+    match = re.match(r"--?(?:no)?config\.([\w.]+)", arg)
+    if not match or not file:
+      continue
+    values = flags.FlagValues()
+    command = [argv[0], file[-1], arg]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    try:
+      values(command)
+    except (AttributeError, KeyError):
+      known = [path for path, _ in check.flatten(_config_of(argv[0], file[-1]))]
+      lines.append(f"config.{match[1]} is no key{check.nearest(match[1], known)}")
+    except Exception as error:
+      rule = check.RULES.get(match[1])
+      allowed = f"; allowed: {rule.allowed}" if rule else f": {error}"
+      lines.append(f"{arg.lstrip('-')} does not fit{allowed}")
+  return lines
+
+
+def _config_of(program: str, arg: str):
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[program, arg])
+  values([program, arg])
+  return values["config"].value
+
+
+def main(argv: list[str]) -> None:
+  """Starts `jax.distributed` where asked, runs, and exits by the run's end."""
+  from convex_jax import errors, train
+  from convex_jax.check import check
+
+  try:
+    if len(argv) > 1:
+      raise errors.Mistake(f"unknown arguments {argv[1:]}; flags begin with --")
+    if FLAGS.config is None:
+      raise errors.Mistake("--config is missing: --config=configs/mixer_ioc.py[:digits], say")
+    check(FLAGS.config)
+    if FLAGS.distributed == "on" or FLAGS.distributed == "auto" and _in_cluster():
+      import jax
+
+      jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    train.run(FLAGS.config, FLAGS.workdir or _default_workdir())
+  except errors.Ended as end:
+    print(end, file=sys.stderr)
+    sys.exit(end.code)
+
+
+def _default_workdir() -> str:
+  file = config_flags.get_config_filename(FLAGS["config"]).split(":")[0]
+  name = os.path.splitext(os.path.basename(file))[0]
+  return os.path.join("runs", f"{name}_{FLAGS.config.data.name}")
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.ERROR)  # TFDS and Orbax talk at length below that.
+  app.run(main, flags_parser=parse)

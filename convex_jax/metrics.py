@@ -1,0 +1,46 @@
+"""What an evaluation measures: masked sums, exact on any number of devices and hosts."""
+
+import flax
+import jax
+import jax.numpy as jnp
+from clu import metrics as clu_metrics
+
+
+@flax.struct.dataclass
+class CalibrationError(clu_metrics.Metric):
+  """Expected calibration error, sum_b n_b / n |accuracy_b - confidence_b|.
+
+  Over 15 equal bins of the confidence, the largest softmax probability (Guo et al. 2017,
+  "On Calibration of Modern Neural Networks", section 2), weighted by each bin's count.
+  """
+
+  count_b: jax.Array
+  correct_b: jax.Array
+  confidence_b: jax.Array
+
+  @classmethod
+  def from_model_output(cls, *, logits, labels, mask, **_):
+    confidence_B = jax.nn.softmax(logits).max(-1)
+    bin_B = jnp.clip((confidence_B * 15).astype(jnp.int32), 0, 14)
+    member_Bxb = jax.nn.one_hot(bin_B, 15) * mask[:, None]
+    correct_B = (logits.argmax(-1) == labels).astype(jnp.float32)
+    return cls(member_Bxb.sum(0), correct_B @ member_Bxb, confidence_B @ member_Bxb)
+
+  @classmethod
+  def empty(cls):
+    return cls(jnp.zeros(15), jnp.zeros(15), jnp.zeros(15))
+
+  def merge(self, other):
+    return jax.tree.map(jnp.add, self, other)
+
+  def compute(self):
+    return jnp.abs(self.correct_b - self.confidence_b).sum() / self.count_b.sum()
+
+
+@flax.struct.dataclass
+class Evaluation(clu_metrics.Collection):
+  """Mean loss (nats), accuracy and calibration error (0..1) of a split."""
+
+  loss: clu_metrics.Average.from_output("loss")  # pyright: ignore[reportInvalidTypeForm]
+  accuracy: clu_metrics.Accuracy
+  calibration_error: CalibrationError

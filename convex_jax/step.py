@@ -1,0 +1,131 @@
+"""The device's part of a run: state, one update, one evaluation. Pure functions.
+
+Under `jax.jit` over a mesh the batch is one global array, so that a mean runs over
+every device and BatchNorm sees the global batch: no collective is written here. Under
+`jax.pmap` give the mapped axis as `axis_name` (and to `layers.Parts`): the same update.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from convex_jax.metrics import Evaluation
+
+Batch = dict[str, jax.Array]
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class State(flax.struct.PyTreeNode):
+  """All that a run is at one step; `ema` is None unless weights are averaged."""
+
+  step: jax.Array
+  params: Any
+  stats: Any  # BatchNorm's running averages; an empty dict without BatchNorm.
+  opt_state: Any
+  ema: Any  # Averages of {"params": ..., "stats": ...}.
+
+  def weights(self) -> dict[str, Any]:
+    """What evaluation, a checkpoint's reader and a certificate use."""
+    return self.ema if self.ema is not None else {"params": self.params, "stats": self.stats}
+
+
+def apply(model: nn.Module, weights: dict[str, Any], images: jax.Array) -> jax.Array:
+  """Logits of the network at inference."""
+  return model.apply({"params": weights["params"], "batch_stats": weights["stats"]}, images)
+
+
+def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> Any:
+  """Fresh variables, the parameters still in their constraint boxes."""
+  variables = dict(model.init(key, jnp.zeros((1, *image_shape))))
+  return {"params": variables["params"], "stats": variables.get("batch_stats", {})}
+
+
+def init_state(
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  key: jax.Array,
+  image_shape: tuple[int, ...],
+  average: bool,
+) -> State:
+  """The state at step 0 for normalised images of `image_shape` (H, W, C)."""
+  weights = nn.meta.unbox(init_variables(model, key, image_shape))
+  return State(
+    step=jnp.zeros((), jnp.int32),
+    params=weights["params"],
+    stats=weights["stats"],
+    opt_state=tx.init(weights["params"]),
+    ema=jax.tree.map(jnp.copy, weights) if average else None,
+  )
+
+
+def cross_entropy(logits_BxK: jax.Array, label_B: jax.Array, smoothing: float = 0.0) -> jax.Array:
+  """Softmax cross-entropy of each example, in nats; targets (1 - s) y + s / K."""
+  target_BxK = optax.smooth_labels(jax.nn.one_hot(label_B, logits_BxK.shape[-1]), smoothing)
+  return optax.softmax_cross_entropy(logits_BxK, target_BxK)
+
+
+def train_step(
+  state: State,
+  batch: Batch,
+  *,
+  model: nn.Module,
+  tx: optax.GradientTransformationExtraArgs,
+  augment: Augment,
+  key: jax.Array,
+  label_smoothing: float,
+  ema_decay: float,
+  axis_name: str | None = None,
+) -> tuple[State, dict[str, jax.Array]]:
+  """One update on a batch {image_BxHxWxC uint8, label_B, position_B}.
+
+  Randomness is a function of `key` and of an example's position in the run, so that it
+  depends neither on the number of devices nor on an interruption.
+  """
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["position"])
+  image_BxHxWxC = augment(keys_B, batch["image"])
+
+  def loss_fn(params):
+    logits_BxK, mutated = model.apply(
+      {"params": params, "batch_stats": state.stats},
+      image_BxHxWxC,
+      train=True,
+      mutable=["batch_stats"],
+    )
+    loss = cross_entropy(logits_BxK, batch["label"], label_smoothing).mean()
+    return loss, (logits_BxK, mutated.get("batch_stats", {}))
+
+  (loss, (logits_BxK, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  accuracy = jnp.mean(logits_BxK.argmax(-1) == batch["label"])
+  if axis_name is not None:
+    grads, loss, accuracy = jax.lax.pmean((grads, loss, accuracy), axis_name)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  ema = state.ema
+  if ema is not None:
+    # Short runs: the average forgets its start, as 1 / t, before `ema_decay` takes over.
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    ema = optax.incremental_update({"params": params, "stats": stats}, ema, 1 - decay)
+  metrics = {"loss": loss, "accuracy": accuracy, "gradient_norm": optax.global_norm(grads)}
+  return State(state.step + 1, params, stats, opt_state, ema), metrics
+
+
+def eval_step(
+  weights: dict[str, Any],
+  batch: Batch,
+  *,
+  model: nn.Module,
+  prepare: Callable[[jax.Array], jax.Array],
+) -> Evaluation:
+  """Masked sums over a batch {image_BxHxWxC uint8, label_B, mask_B} at inference."""
+  logits_BxK = apply(model, weights, prepare(batch["image"]))
+  return Evaluation.single_from_model_output(
+    loss=cross_entropy(logits_BxK, batch["label"]),
+    logits=logits_BxK,
+    labels=batch["label"],
+    mask=batch["mask"],
+  )

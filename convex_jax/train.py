@@ -1,0 +1,302 @@
+"""The host's story of a run, top to bottom."""
+
+import collections
+import functools
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from rich.table import Table
+
+from convex_jax import augment, constraints, data, models, optimizer, step
+from convex_jax import mesh as meshes
+from convex_jax.check import check
+from convex_jax.checkpoint import Checkpoints
+from convex_jax.errors import Mistake, Stopped
+from convex_jax.watch import Watch, parameter_table
+
+FORMAT = 1  # Of a workdir; rises when an older `run.load` could not read it.
+MAX_IN_FLIGHT = 16  # Calls ahead of the device. CPU collectives deadlock far ahead: jax 0.10.
+
+
+def run(config: ConfigDict, workdir: str) -> dict[str, float]:
+  """Trains, or goes on training, what `config` describes; returns the final figures.
+
+  Raises `Mistake` for a config, a data set or a workdir that does not fit, `Diverged`
+  when the loss is no number, `Stopped` after SIGTERM or SIGINT once all is saved.
+  """
+  check(config)
+  refuse_other_run(config, workdir)
+  lead = jax.process_index() == 0
+  examples = data.load(config.data, config.seed, progress=lead)
+  mesh = meshes.make_mesh()
+  refuse_uneven_batch(config, mesh.size)
+  job = Job(config, examples, mesh)
+  if lead:
+    write_run_file(config, workdir, examples)
+  checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.checkpoint.keep)
+  state = job.init()
+  resumed = checkpoints.latest_step()
+  if resumed is not None:
+    state = checkpoints.restore(state, meshes.replicated(mesh))
+  watch = Watch(workdir, resumed or 0, job.total_steps, config, lead)
+  if resumed is None:
+    watch.say(parameter_table(state.params, job.constraints))
+  else:
+    watch.say(f"resumed {workdir} at step {resumed} of {job.total_steps}")
+  try:
+    state = train(job, state, checkpoints, watch, workdir)
+    figures = job.evaluate(state, final=True)
+    watch.evaluated("final", int(state.step), figures)
+  finally:
+    watch.close()
+    checkpoints.close()
+  watch.show(report(config, figures))
+  watch.say(f'the run lies in {workdir}: convex_jax.load("{workdir}")')
+  return figures
+
+
+def train(
+  job: "Job", state: step.State, checkpoints: Checkpoints, watch: Watch, workdir: str
+) -> step.State:
+  """The loop: calls of a few steps each, logs, evaluations, checkpoints."""
+  in_flight = collections.deque()
+
+  def take_in(limit):
+    while len(in_flight) > limit or (in_flight and in_flight[0][1]["loss"].is_ready()):
+      watch.train(*in_flight.popleft())
+
+  watch.restart_clock()
+  with stop_signals() as stopped:
+    for steps in job.calls(int(state.step)):
+      profile(job.config.log.profile_steps, steps, workdir)
+      state, metrics = job.train_call(state, steps)
+      in_flight.append((steps.stop, metrics))
+      take_in(MAX_IN_FLIGHT)
+      evaluates, saves = job.evaluates_at(steps.stop), job.saves_at(steps.stop)
+      if evaluates or saves or stopped.is_set():
+        take_in(0)  # Whatever is not finite is found before it is saved.
+        watch.flush()
+        figures = job.evaluate(state, final=False) if evaluates else None
+        if figures is not None:
+          watch.evaluated("eval", steps.stop, figures)
+        checkpoints.save(state, figures and figures[job.decides])
+        watch.restart_clock()
+      if stopped.is_set():
+        raise Stopped(f"stopped at step {steps.stop}, saved in {workdir}; the same command resumes")
+  return state
+
+
+class Job:
+  """What a config and its data make on a mesh: sizes, and the compiled programs."""
+
+  def __init__(self, config: ConfigDict, examples: data.Data, mesh: jax.sharding.Mesh):
+    self.config, self.examples, self.mesh = config, examples, mesh
+    shape = examples.train.images.shape[1:]
+    self.image_shape = (config.data.image_size, config.data.image_size, shape[-1])
+    per_epoch = len(examples.train) / config.batch_size
+    self.total_steps = config.steps or max(1, round(config.epochs * per_epoch))
+    self._eval_every = max(1, round(config.eval.every_epochs * per_epoch))
+    self.decides = "valid_accuracy" if examples.valid else "test_accuracy"
+    self.model = models.build(
+      config.model, classes=len(examples.class_names), dtype=jnp.dtype(config.dtype)
+    )
+    boxed = jax.eval_shape(
+      lambda: step.init_variables(self.model, jax.random.key(0), self.image_shape)
+    )
+    self.constraints = constraints.constraints_of(boxed["params"])
+    self.tx = optimizer.make_optimizer(config.optimizer, self.total_steps, self.constraints)
+    self._feeds = {
+      name: data.Feed(split, mesh, data.is_resident(config.data.loader, split))
+      for name, split in examples.splits().items()
+    }
+    self._compile()
+
+  def _compile(self) -> None:
+    config, everywhere = self.config, meshes.replicated(self.mesh)
+    prepare = augment.make_prepare(
+      config.data.image_size, *self.examples.train.statistics()
+    )
+    init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    one_step = functools.partial(
+      step.train_step,
+      model=self.model,
+      tx=self.tx,
+      augment=augment.make_augment(config.data, prepare),
+      key=train_key,
+      label_smoothing=config.label_smoothing,
+      ema_decay=config.ema_decay,
+    )
+
+    def train_call(state, arrays, plan):
+      return jax.lax.scan(lambda s, p: one_step(s, data.take(arrays, p)), state, plan)
+
+    def eval_call(weights, arrays, plan):
+      batch = data.take(arrays, plan)
+      return step.eval_step(weights, batch, model=self.model, prepare=prepare)
+
+    def init():
+      return step.init_state(
+        self.model, self.tx, init_key, self.image_shape, average=config.ema_decay > 0
+      )
+
+    self.init = jax.jit(init, out_shardings=everywhere)
+    self._train_call = jax.jit(train_call, donate_argnums=0, out_shardings=everywhere)
+    self._eval_call = jax.jit(eval_call, out_shardings=everywhere)
+    self._summary = jax.jit(lambda params: constraints.summary(params, self.constraints))
+
+  def calls(self, start: int) -> Iterator[range]:
+    """The steps of each call to come: a function of the step alone, so that a resumed
+    run makes the very calls of an unbroken one."""
+    while start < self.total_steps:
+      every = [self.config.steps_per_call, self._eval_every, self.config.checkpoint.every_steps]
+      stop = min(start + n - start % n for n in every if n)
+      yield range(start, min(stop, self.total_steps))
+      start = stop
+
+  def evaluates_at(self, at: int) -> bool:
+    """Whether an evaluation, and a checkpoint, are due after this many steps."""
+    return at % self._eval_every == 0 or at == self.total_steps
+
+  def saves_at(self, at: int) -> bool:
+    """Whether a checkpoint is due in between."""
+    every = self.config.checkpoint.every_steps
+    return every > 0 and at % every == 0
+
+  def train_call(self, state: step.State, steps: range) -> tuple[step.State, dict[str, jax.Array]]:
+    """Several updates in one dispatch; metrics are stacked over the steps."""
+    feed = self._feeds["train"]
+    plan = feed.train_plan(steps, self.config.batch_size, self.config.seed)
+    return self._train_call(state, feed.arrays, plan)
+
+  def evaluate(self, state: step.State, final: bool) -> dict[str, float]:
+    """Every split at inference, images not augmented; all training images if `final`."""
+    weights, row = state.weights(), {}
+    for name, feed in self._feeds.items():
+      limit = self.config.eval.train_examples if name == "train" and not final else 0
+      total, pending = None, collections.deque()
+      for plan in feed.eval_plans(self.config.batch_size, limit):
+        part = self._eval_call(weights, feed.arrays, plan)
+        total = part if total is None else total.merge(part)
+        pending.append(part)
+        if len(pending) > MAX_IN_FLIGHT:
+          jax.block_until_ready(pending.popleft())
+      assert total is not None, f"split {name} has no examples"
+      row |= {f"{name}_{key}": float(value) for key, value in total.compute().items()}
+    row["gap"] = row["train_accuracy"] - row["test_accuracy"]
+    row |= {key: float(value) for key, value in self._summary(weights["params"]).items()}
+    epochs = self.total_steps * self.config.batch_size / len(self.examples.train)
+    return row | {"epoch": epochs * int(state.step) / self.total_steps, "epochs": epochs}
+
+
+class stop_signals:  # noqa: N801  A context manager, used as a verb.
+  """Within, SIGTERM and SIGINT set an event instead of ending the program."""
+
+  def __enter__(self) -> threading.Event:
+    self._event, self._before = threading.Event(), {}
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._before[number] = signal.signal(number, lambda *_: self._event.set())
+    return self._event
+
+  def __exit__(self, *_: object) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+def profile(window: tuple[int, int], steps: range, workdir: str) -> None:
+  """Traces the calls that begin in `window` (first, last step) into workdir/profile."""
+  first, last = window
+  if last and steps.start <= first < steps.stop:
+    jax.profiler.start_trace(os.path.join(workdir, "profile"))
+  if last and steps.start <= last < steps.stop and steps.start > first:
+    jax.profiler.stop_trace()
+
+
+def run_file(workdir: str) -> str:
+  """The path of the file that says what a workdir holds."""
+  return os.path.join(workdir, "config.json")
+
+
+def write_run_file(config: ConfigDict, workdir: str, examples: data.Data) -> None:
+  """config.json: the config, and what a reader needs of the data and the libraries."""
+  mean, std = examples.train.statistics()
+  content = {
+    "format": FORMAT,
+    "config": json.loads(config.to_json_best_effort()),
+    "data": {
+      "class_names": examples.class_names,
+      "image_shape": examples.train.images.shape[1:],
+      "mean": mean,
+      "std": std,
+    },
+    "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "optax")},
+  }
+  os.makedirs(workdir, exist_ok=True)
+  with open(run_file(workdir) + ".tmp", "w") as file:
+    json.dump(content, file, indent=2)
+  os.replace(run_file(workdir) + ".tmp", run_file(workdir))
+
+
+def refuse_other_run(config: ConfigDict, workdir: str) -> None:
+  """Raises `Mistake` when the workdir holds a run of another config."""
+  if not os.path.exists(run_file(workdir)):
+    return
+  with open(run_file(workdir)) as file:
+    before = json.load(file)["config"]
+  now = json.loads(config.to_json_best_effort())
+  flat_before, flat_now = dict(_flat(before)), dict(_flat(now))
+  lines = [
+    f"  config.{key}: {flat_before.get(key)!r} there, {flat_now.get(key)!r} now"
+    for key in sorted(flat_before.keys() | flat_now.keys())
+    if flat_before.get(key) != flat_now.get(key) and not key.startswith(("log.", "data.dir"))
+  ]
+  if lines:
+    raise Mistake(
+      f"{workdir} holds a run of another config:\n" + "\n".join(lines) + "\n"
+      "  go on with that run: give the same config; begin a new one: give another --workdir"
+    )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flat(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key, value
+
+
+def refuse_uneven_batch(config: ConfigDict, devices: int) -> None:
+  """Raises `Mistake` when the batch does not divide by the number of devices."""
+  if config.batch_size % devices:
+    raise Mistake(
+      f"config.batch_size is {config.batch_size} on {devices} devices; allowed: multiples of"
+      f" {devices}"
+    )
+
+
+def report(config: ConfigDict, figures: dict[str, float]) -> Table:
+  """The figures of a finished run, as a table."""
+  name = f"{config.model.name} {config.model.parts} on {config.data.name}"
+  table = Table("split", "accuracy", "loss", "calibration error", title=name)
+  for split in ("train", "valid", "test"):
+    if f"{split}_accuracy" in figures:
+      accuracy, loss, error = (
+        figures[f"{split}_{key}"] for key in ("accuracy", "loss", "calibration_error")
+      )
+      table.add_row(split, f"{100 * accuracy:.2f} %", f"{loss:.4f}", f"{100 * error:.2f} %")
+  caption = f"generalisation gap {100 * figures['gap']:.2f} points"
+  if "zero_share" in figures:
+    caption += (
+      f"; smallest constrained weight {figures['smallest_constrained']:g},"
+      f" {100 * figures['zero_share']:.1f} % of them exactly 0"
+    )
+  table.caption = caption
+  return table
