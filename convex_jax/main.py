@@ -30,45 +30,52 @@ def _in_cluster() -> bool:
 
 
 def parse(argv: list[str]) -> list[str]:
-  """absl's parsing, but every override that does not fit is told, one line each."""
+  """absl's parsing, but every mistake in the config is told at once, one line each."""
   sys.path.insert(0, os.getcwd())  # A config imports `configs.base` from where it is run.
   try:
     return FLAGS(argv)
   except Exception as error:
-    lines = _override_mistakes(argv) or [str(error)]
-    print("\n".join(lines), file=sys.stderr)
+    print("\n".join(_config_mistakes(argv) or [str(error)]), file=sys.stderr)
     sys.exit(2)
 
 
-def _override_mistakes(argv: list[str]) -> list[str]:
-  """Tries each `--config.KEY=VALUE` alone, on a fresh copy of the config."""
+def _config_mistakes(argv: list[str]) -> list[str]:
+  """Tries each `--config.KEY=VALUE` alone; then checks the config that the good ones make."""
   from convex_jax import check
 
-  file = [arg for arg in argv if re.match(r"--?config=", arg)]
-  lines = []
+  file = [arg for arg in argv if re.match(r"--?config=", arg)][-1:]
+  if not file:
+    return []
+  try:
+    known = [path for path, _ in check.flatten(_load(file))]
+  except Exception as error:
+    return [f"{file[0]} cannot be read: {error.__cause__ or error}"]
+  good, lines = [], []
   for arg in argv:
     match = re.match(r"--?(?:no)?config\.([\w.]+)", arg)
-    if not match or not file:
+    if not match:
       continue
-    values = flags.FlagValues()
-    command = [argv[0], file[-1], arg]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    path = match[1]
     try:
-      values(command)
+      _load([*file, arg])
+      good.append(arg)
     except (AttributeError, KeyError):
-      known = [path for path, _ in check.flatten(_config_of(argv[0], file[-1]))]
-      lines.append(f"config.{match[1]} is no key{check.nearest(match[1], known)}")
+      lines.append(f"config.{path} is no key{check.nearest(path, known)}")
     except Exception as error:
-      rule = check.RULES.get(match[1])
+      rule = check.RULES.get(path)
       allowed = f"; allowed: {rule.allowed}" if rule else f": {error}"
       lines.append(f"{arg.lstrip('-')} does not fit{allowed}")
+  if lines:
+    lines += [f"config.{line}" for line in check.mistakes(_load([*file, *good]))]
   return lines
 
 
-def _config_of(program: str, arg: str):
+def _load(args: list[str]):
+  """The config that these arguments alone would make."""
+  command = ["convex_jax", *args]
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[program, arg])
-  values([program, arg])
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+  values(command)
   return values["config"].value
 
 
@@ -82,6 +89,8 @@ def main(argv: list[str]) -> None:
       raise errors.Mistake(f"unknown arguments {argv[1:]}; flags begin with --")
     if FLAGS.config is None:
       raise errors.Mistake("--config is missing: --config=configs/mixer_ioc.py[:digits], say")
+    if lines := _config_mistakes(sys.argv):
+      raise errors.Mistake("\n".join(lines))  # A file that cannot be read: absl waits with it.
     check(FLAGS.config)
     if FLAGS.distributed == "on" or FLAGS.distributed == "auto" and _in_cluster():
       import jax

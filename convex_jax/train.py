@@ -3,6 +3,7 @@
 import collections
 import functools
 import json
+import math
 import os
 import signal
 import threading
@@ -101,9 +102,8 @@ class Job:
     self.config, self.examples, self.mesh = config, examples, mesh
     shape = examples.train.images.shape[1:]
     self.image_shape = (config.data.image_size, config.data.image_size, shape[-1])
-    per_epoch = len(examples.train) / config.batch_size
-    self.total_steps = config.steps or max(1, round(config.epochs * per_epoch))
-    self._eval_every = max(1, round(config.eval.every_epochs * per_epoch))
+    self.total_steps = config.steps or self._whole_calls(config.epochs)
+    self._eval_every = self._whole_calls(config.eval.every_epochs)
     self.decides = "valid_accuracy" if examples.valid else "test_accuracy"
     self.model = models.build(
       config.model, classes=len(examples.class_names), dtype=jnp.dtype(config.dtype)
@@ -118,6 +118,12 @@ class Job:
       for name, split in examples.splits().items()
     }
     self._compile()
+
+  def _whole_calls(self, epochs: float) -> int:
+    """Steps of so many epochs, rounded up to whole calls: a shorter call compiles anew."""
+    per_call = self.config.steps_per_call
+    steps = epochs * len(self.examples.train) / self.config.batch_size
+    return math.ceil(steps / per_call) * per_call
 
   def _compile(self) -> None:
     config, everywhere = self.config, meshes.replicated(self.mesh)

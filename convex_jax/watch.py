@@ -92,9 +92,9 @@ class Watch:
   def _truncate(self, step: int) -> None:
     """Drops rows of steps that will be done again, and a last line cut short."""
     rows = read_metrics(self._path) if os.path.exists(self._path) else []
-    kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+    kept = [row for row in rows if row["step"] <= step and row["kind"] != "final"]
     with open(self._path + ".tmp", "w") as file:
-      file.write(kept)
+      file.writelines(json.dumps(row) + "\n" for row in kept)
     os.replace(self._path + ".tmp", self._path)
 
   def say(self, text: str) -> None:

@@ -57,13 +57,13 @@ class Mlp(nn.Module):
   free: bool = False
 
   @nn.compact
-  def __call__(self, x_BxNxD: jax.Array, y_BxNxE: jax.Array | None) -> jax.Array:
+  def __call__(self, x_BxNxD: jax.Array, y_BxNxE: jax.Array | None = None) -> jax.Array:
     parts = self.parts
     h_BxNxF = parts.dense(x_BxNxD, self.hidden, free=self.free, inputs=NORMED, name="dense_0")
     if y_BxNxE is not None:
       h_BxNxF += parts.passthrough_dense(y_BxNxE, self.hidden, name="passthrough")
     h_BxNxF = parts.act(nn.gelu)(h_BxNxF)
-    return parts.dense(h_BxNxF, x_BxNxD.shape[-1], inputs=ELU, name="dense_1")
+    return parts.branch_dense(h_BxNxF, x_BxNxD.shape[-1], name="dense_1")
 
 
 class Block(nn.Module):
@@ -80,20 +80,22 @@ class Block(nn.Module):
   first: bool
 
   @nn.compact
-  def __call__(self, x_BxSxD: jax.Array, y_BxSxD: jax.Array | None, train: bool) -> jax.Array:
+  def __call__(self, x_BxSxD: jax.Array, y_BxDxS: jax.Array | None, train: bool) -> jax.Array:
     parts = self.parts
     h_BxSxD = parts.norm(x_BxSxD, "layer", train=train, free=self.first, name="norm_0")
-    y_BxDxS = None if y_BxSxD is None or self.first else y_BxSxD.swapaxes(1, 2)
     mix_tokens = Mlp(self.tokens_hidden, parts, free=self.first, name="token_mixing")
-    h_BxDxS = mix_tokens(h_BxSxD.swapaxes(1, 2), y_BxDxS)
-    x_BxSxD = parts.residual(x_BxSxD, h_BxDxS.swapaxes(1, 2), name="scale_0")
+    h_BxDxS = mix_tokens(h_BxSxD.swapaxes(1, 2), None if self.first else y_BxDxS)
+    x_BxSxD += h_BxDxS.swapaxes(1, 2)
     h_BxSxD = parts.norm(x_BxSxD, "layer", train=train, name="norm_1")
-    mix_channels = Mlp(self.channels_hidden, parts, name="channel_mixing")
-    return parts.residual(x_BxSxD, mix_channels(h_BxSxD, y_BxSxD), name="scale_1")
+    return x_BxSxD + Mlp(self.channels_hidden, parts, name="channel_mixing")(h_BxSxD)
 
 
 class Model(nn.Module):
-  """The network. The image's sides must be multiples of `patch` (in px)."""
+  """The network. The image's sides must be multiples of `patch` (in px).
+
+  In `ioc` with passthrough, token mixing in every block but the first (whose first
+  matrix is free) and the head also see the patch embedding, affine in the image.
+  """
 
   classes: int
   parts: Parts
@@ -110,17 +112,17 @@ class Model(nn.Module):
       image_BxHxWxC, self.channels, side, strides=side, padding="VALID", free=True, name="stem"
     )
     x_BxSxD = x_BxHxWxD.reshape(len(x_BxHxWxD), -1, self.channels)
-    y_BxSxD = x_BxSxD if parts.passthrough else None
+    y_BxDxS = x_BxSxD.swapaxes(1, 2) if parts.passthrough else None
     for i in range(self.depth):
       block = Block(
         self.tokens_hidden, self.channels_hidden, parts, first=i == 0, name=f"block_{i}"
       )
-      x_BxSxD = block(x_BxSxD, y_BxSxD, train)
+      x_BxSxD = block(x_BxSxD, y_BxDxS, train)
     x_BxSxD = parts.norm(x_BxSxD, "layer", train=train, name="norm")
     zeros = nn.initializers.zeros
     logits_BxK = parts.head(x_BxSxD.mean(axis=1), self.classes, own_init=zeros, name="head")
-    if y_BxSxD is not None:
+    if y_BxDxS is not None:
       logits_BxK += parts.passthrough_dense(
-        y_BxSxD.mean(axis=1), self.classes, own_init=zeros, name="passthrough_head"
+        y_BxDxS.mean(axis=2), self.classes, own_init=zeros, name="passthrough_head"
       )
     return logits_BxK
