@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import PIL.Image
 import rich.progress
+from absl import logging
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
@@ -273,19 +274,19 @@ def is_resident(loader: str, split: Split) -> bool:
 def _list(args: argparse.Namespace) -> None:
   from convex_jax import prepare
 
-  table = Table("name", "classes", "image (px)", "train", "test", "prepared in")
+  table = Table("name", "classes", "image (px)", "train", "test")
+  table.add_column("prepared in", overflow="fold")
   for name, entry in DATASETS.items():
     builder = prepare.builder_of(name, args.data_dir)
     height, width, channels = entry.image_shape
+    absent = "on first use" if name == "digits" else "-"
     table.add_row(
       name,
       str(entry.classes),
       f"{height} x {width} x {channels}",
       f"{entry.train_examples:,}",
       f"{entry.test_examples:,}",
-      str(builder.data_dir)
-      if builder.is_prepared()
-      else ("on first use" if name == "digits" else "-"),
+      str(builder.data_dir) if builder.is_prepared() else absent,
     )
   Console().print(table)
 
@@ -327,6 +328,7 @@ def main(argv: list[str] | None = None) -> int:
     if name == "prepare":
       command.add_argument("--manual_dir", default="", help="archives downloaded by hand")
   args = parser.parse_args(argv)
+  logging.set_verbosity(logging.ERROR)  # TFDS warns of each folder that is not there.
   try:
     args.action(args)
   except Mistake as mistake:

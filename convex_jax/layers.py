@@ -197,13 +197,13 @@ class Parts:
     return nn.Dense(features, use_bias=False, dtype=self.dtype, kernel_init=init, name=name)(y)
 
   def head(self, x, classes: int, *, name: str, own_init=nn.initializers.lecun_normal()):  # noqa: B008
-    """The classifier, logits float32. `shift` needs two classes; one logit is clamped."""
+    """The classifier; logits are float32 at least. `shift` needs two classes; one logit is clamped."""
     constraint = self.head_constraint
     if classes == 1 and constraint == "shift":
       constraint = "clamp"
     init = constrained(own_init, constraint)
     layer = nn.Dense(classes, dtype=self.dtype, kernel_init=init, name=name)
-    return layer(x).astype(jnp.float32)
+    return layer(x).astype(jnp.promote_types(self.dtype, jnp.float32))
 
   def norm(self, x, own: str, *, name: str, train: bool, free: bool = False, epsilon=1e-6):
     """The twin's normalisation, or the architecture's `own` ("layer", "batch").

@@ -3,7 +3,7 @@
 The same program runs on one CPU, one GPU or every chip of a pod; only the mesh differs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,13 +12,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
-def make_mesh() -> Mesh:
-  """All devices of all processes, in one axis.
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """`devices`, or all devices of all processes, in one axis.
 
   Auto: the compiler places the collectives. `make_mesh` has defaulted to Explicit
   axes since jax 0.9, under which ordinary model code does not trace.
   """
-  return jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
+  count = jax.device_count() if devices is None else len(devices)
+  return jax.make_mesh((count,), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

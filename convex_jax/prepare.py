@@ -8,6 +8,7 @@ ones; only what they yield and how they open a local file is replaced here.
 
 import contextlib
 import importlib.util
+import io
 import os
 import sys
 import types
@@ -106,8 +107,10 @@ def prepare(name: str, data_dir: str, manual_dir: str = "") -> str:
     try_download_gcs=False,
   )
   builder = builder_of(name, data_dir)
+  if name == "digits":  # A second's work, on first use: no progress bars in a training log.
+    tfds.disable_progress_bar()
   try:
-    with _without_tensorflow(builder):
+    with _without_tensorflow(builder), contextlib.redirect_stdout(io.StringIO()):
       builder.download_and_prepare(download_config=config, file_format="array_record")
   except OSError as error:  # requests' connection errors are OSErrors too.
     raise Mistake(

@@ -1,0 +1,76 @@
+"""Eight simulated CPU devices for every test; cheap compilation; real digits."""
+
+import dataclasses
+import pathlib
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+  """A folder with the embedded digits, prepared."""
+  from convex_jax import prepare
+
+  folder = str(tmp_path_factory.mktemp("data"))
+  prepare.prepare("digits", folder)
+  return folder
+
+
+@pytest.fixture
+def tiny_config(data_dir):
+  """A convex Mixer of a few hundred weights on digits, some steps long."""
+  from configs import mixer_ioc
+
+  config = mixer_ioc.get_config("digits")
+  config.model.size = "tiny"
+  config.model.patch = 4
+  config.data.dir = data_dir
+  config.data.crop_padding = 1
+  config.batch_size = 16
+  config.steps = 6
+  config.eval.every_epochs = 0.03  # 3 steps.
+  return config
+
+
+def of(config: ConfigDict, **changes) -> ConfigDict:
+  """A copy of a config with some keys changed; `optimizer__name="sgd"` sets a nested one."""
+  copy = ConfigDict(config.to_dict())
+  for key, value in changes.items():
+    *parents, last = key.split("__")
+    target = copy
+    for parent in parents:
+      target = target[parent]
+    target[last] = value
+  return copy
+
+
+@pytest.fixture(scope="session")
+def digits(data_dir):
+  """The decoded digits."""
+  from configs import base
+  from convex_jax import data
+
+  config = base.get_config().data
+  config.name, config.dir = "digits", data_dir
+  return data.load(config, seed=0, progress=False)
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits):
+  """100 training digits, 50 test digits."""
+  from convex_jax.data import Split
+
+  train, test = digits.train, digits.test
+  return dataclasses.replace(
+    digits,
+    train=Split(train.images[:100], train.labels[:100]),
+    test=Split(test.images[:50], test.labels[:50]),
+  )

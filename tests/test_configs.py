@@ -1,0 +1,51 @@
+"""Every config loads, is right, builds; a twin differs in its parts alone."""
+
+import importlib
+import pathlib
+
+import jax
+import pytest
+
+from convex_jax import check, models, step
+from convex_jax.data import DATASETS
+
+CONFIGS = sorted(p.stem for p in pathlib.Path("configs").glob("*.py") if p.stem != "base")
+
+
+def get(name, *dataset):
+  return importlib.import_module(f"configs.{name}").get_config(*dataset)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_right_and_builds(name, dataset):
+  config = get(name, dataset)
+  config.lock()
+  check.check(config)
+  assert config.data.name == dataset
+  entry = DATASETS[dataset]
+  model = models.build(config.model, entry.classes)
+  shape = (config.data.image_size, config.data.image_size, entry.image_shape[-1])
+  assert jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0), shape))["params"]
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("twin", [name for name in CONFIGS if name.endswith("_ioc")])
+def test_a_twin_differs_in_parts_alone(twin, dataset):
+  ours, sibling = (dict(check.flatten(get(name, dataset))) for name in (twin, twin[:-4]))
+  differences = {key for key in ours.keys() | sibling.keys() if ours.get(key) != sibling.get(key)}
+  assert differences == {"model.parts"}
+  assert (ours["model.parts"], sibling["model.parts"]) == ("ioc", "base")
+
+
+def test_the_default_is_the_reports_recipe():
+  config = get("mixer_ioc")
+  assert (config.data.name, config.data.image_size, config.epochs) == ("cifar10", 72, 100)
+  assert (config.optimizer.name, config.optimizer.learning_rate) == ("adam", 1e-3)
+  assert config.optimizer.schedule == "constant"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_is_a_document(name):
+  doc = importlib.import_module(f"configs.{name}").__doc__
+  assert f"python -m convex_jax.main --config=configs/{name}.py" in doc

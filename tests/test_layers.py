@@ -1,0 +1,82 @@
+"""Initial values: the constants, against numerical integration and the literature."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convex_jax import layers
+
+
+def quadrature(g, correlation=0.5):
+  """E g(z), E g(z)^2, E g(z) g(z') in float64, by the trapezoidal rule."""
+  x = np.linspace(-10, 10, 2001)
+  w = np.exp(-(x**2) / 2)
+  w /= w.sum()
+  other = correlation * x[:, None] + np.sqrt(1 - correlation**2) * x[None]
+  return w @ g(x), w @ g(x) ** 2, w @ (g(x) * (g(other) @ w))
+
+
+@pytest.mark.parametrize(
+  "moments,g",
+  [
+    (layers.ELU, lambda z: np.where(z > 0, z, np.expm1(np.minimum(z, 0)))),
+    (layers.NORMED, lambda z: z),
+  ],
+)
+def test_moments_agree_with_quadrature(moments, g):
+  got = (moments.mean, moments.square, moments.product)
+  np.testing.assert_allclose(got, quadrature(g), atol=2e-5)
+
+
+def test_log_normal_agrees_with_hoedt_and_klambauer_for_relu():
+  """Their closed form for ReLU at fan-in 800: mean 0.002317, deviation 0.03536."""
+  relu = layers.Moments(1 / np.sqrt(2 * np.pi), 0.5, 0.30449)
+  assert layers.log_normal_mean(800, relu) == pytest.approx(0.002317, abs=1e-6)
+  w = layers.log_normal(relu)(jax.random.key(0), (800, 4000))
+  assert float(w.mean()) == pytest.approx(0.002317, rel=0.05)
+  assert float(w.std()) == pytest.approx(0.03536, rel=0.25)  # A heavy tail.
+  assert (w > 0).all()
+
+
+def test_principled_layers_keep_variance_and_centre():
+  """Pre-activations of mean 0 and variance 1 stay so through a non-negative layer."""
+  parts = layers.ioc("clamp", False)
+  z = np.sqrt(0.5) * jax.random.normal(jax.random.key(1), (4000, 1))
+  z = z + np.sqrt(0.5) * jax.random.normal(jax.random.key(2), (4000, 512))  # Correlation 1/2.
+
+  class Net(layers.nn.Module):
+    @layers.nn.compact
+    def __call__(self, x):
+      return parts.dense(x, 512, name="dense")
+
+  out, _ = Net().init_with_output(jax.random.key(0), layers.nn.elu(z))
+  assert abs(float(out.mean())) < 0.1
+  assert 0.5 < float(out.var()) < 1.5  # 1 on average; the weights' tail is heavy.
+
+
+def test_naive_non_negative_layers_lose_variance():
+  """The control: a clipped LeCun layer shifts its outputs far from 0."""
+  x = layers.nn.elu(jax.random.normal(jax.random.key(1), (1000, 512)))
+  kernel = jnp.maximum(layers.nn.initializers.lecun_normal()(jax.random.key(0), (512, 512)), 0)
+  assert float((x @ kernel).mean()) > 1
+
+
+def test_an_unknown_set_of_parts_names_the_allowed():
+  with pytest.raises(ValueError, match="base, ioc, paper"):
+    layers.make_parts("convex", "clamp", True)
+
+
+def test_one_logit_is_clamped_since_it_cannot_be_shifted():
+  from convex_jax.constraints import constraints_of
+
+  class Head(layers.nn.Module):
+    classes: int
+
+    @layers.nn.compact
+    def __call__(self, x):
+      return layers.ioc("clamp", False).head(x, self.classes, name="head")
+
+  for classes, want in ((1, "clamp"), (2, "shift")):
+    boxed = Head(classes).init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    assert constraints_of(boxed)["head"]["kernel"] == want
