@@ -39,6 +39,5 @@ def get_config(dataset: str = "cifar10"):
     config.epochs = 40
     config.optimizer.schedule = "cosine"
     config.model.width = 200
-    config.steps_per_call = 8
     config.eval.every_epochs = 5.0
   return config

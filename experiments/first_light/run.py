@@ -1,0 +1,78 @@
+"""Trains both twins of MLP and Mixer for five epochs, then tabulates and draws them.
+
+    python experiments/first_light/run.py [--config.data.dir=...] [further overrides]
+
+Further arguments go to every run. A run that is finished is not run again, and one that
+was interrupted goes on. Results: results.csv and curves.png beside this file.
+"""
+
+import csv
+import pathlib
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+
+import convex_jax
+
+HERE = pathlib.Path(__file__).parent
+RUNS = ("mlp", "mlp_ioc", "mixer_ioc", "mixer")
+COLUMNS = ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "gap", "zero_share")
+
+
+def train(name: str, overrides: list[str]) -> None:
+  """One run through the command that a user would type."""
+  command = [sys.executable, "-m", "convex_jax.main", f"--config=configs/{name}.py"]
+  command += ["--config.epochs=5", f"--workdir=runs/first_light/{name}", *overrides]
+  print(" ".join(command[1:]), flush=True)
+  subprocess.run(command, check=True, cwd=HERE.parent.parent)
+
+
+def load(name: str) -> convex_jax.Run:
+  return convex_jax.load(str(HERE.parent.parent / "runs" / "first_light" / name))
+
+
+def tabulate() -> None:
+  """results.csv: a row a run."""
+  with open(HERE / "results.csv", "w", newline="") as file:
+    table = csv.writer(file)
+    table.writerow(["run", "parts", "epochs", "batch_size", "seed", *COLUMNS])
+    for name in RUNS:
+      run, final = load(name), load(name).metrics("final")[-1]
+      figures = [f"{final[column]:.4f}" if column in final else "" for column in COLUMNS]
+      config = run.config
+      table.writerow(
+        [name, config.model.parts, config.epochs, config.batch_size, config.seed, *figures]
+      )
+
+
+def draw() -> None:
+  """curves.png: accuracy by epoch, a panel an architecture, both twins in it."""
+  figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+  for panel, model in zip(panels, ("mlp", "mixer"), strict=True):
+    for name, shade, marker in ((model, "0.55", "s"), (f"{model}_ioc", "C3", "o")):
+      rows = load(name).metrics("eval")
+      label = "convex (ioc)" if name.endswith("ioc") else "base"
+      for split, line in (("train", "--"), ("test", "-")):
+        panel.plot(
+          [row["epoch"] for row in rows],
+          [100 * row[f"{split}_accuracy"] for row in rows],
+          line,
+          color=shade,
+          marker=marker,
+          markersize=4,
+          label=f"{label}, {split}",
+        )
+    panel.set_title({"mlp": "MLP 3 x 800", "mixer": "MLP-Mixer, 4 blocks, 72 px"}[model])
+    panel.set_xlabel("epoch")
+    panel.grid(alpha=0.3)
+  panels[0].set_ylabel("accuracy on CIFAR-10 (%)")
+  panels[1].legend(loc="lower right", fontsize="small")
+  figure.savefig(HERE / "curves.png", dpi=130)
+
+
+if __name__ == "__main__":
+  for run_name in RUNS:
+    train(run_name, sys.argv[1:])
+  tabulate()
+  draw()
