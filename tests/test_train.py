@@ -1,0 +1,313 @@
+"""Whole runs: killed, stopped, resumed, in several processes; exit codes; reloading."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, of
+
+import convex_jax
+from convex_jax import data, train, watch
+from convex_jax.errors import Diverged, Mistake
+
+TINY = [
+  "--config=configs/mixer_ioc.py:digits",
+  "--config.model.size=tiny",
+  "--config.model.patch=4",
+  "--config.batch_size=16",
+  "--config.data.train_fraction=0.2",
+  "--config.eval.every_epochs=1.0",
+  "--config.log.every_steps=5",
+]
+
+
+def command(data_dir, workdir, *more):
+  program = [sys.executable, "-m", "convex_jax.main", *TINY]
+  return [*program, f"--config.data.dir={data_dir}", f"--workdir={workdir}", *more]
+
+
+def run_main(*args, env=None, **kwargs):
+  return subprocess.run(
+    args[0] if len(args) == 1 else list(args),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    env={**os.environ, **(env or {})},
+    **kwargs,
+  )
+
+
+def last_bits(workdir):
+  """Every array of the last checkpoint, optimizer state included."""
+  from orbax.checkpoint import v1 as ocp
+
+  step = max(int(name) for name in os.listdir(workdir / "checkpoints") if name.isdigit())
+  path = str(workdir / "checkpoints" / str(step))
+  items = {}
+  for name in ("weights", "training"):
+    shapes = ocp.metadata(path, checkpointable_name=name).metadata
+    target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), shapes)
+    items[name] = ocp.load(path, target, checkpointable_name=name)
+  return step, [leaf.tobytes() for leaf in jax.tree.leaves(items)]
+
+
+def rows_without_clock(workdir):
+  rows = watch.read_metrics(str(workdir / "metrics.jsonl"))
+  return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+  """An unbroken run of 120 steps, and what it printed."""
+  workdir = tmp_path_factory.mktemp("unbroken") / "run"
+  result = run_main(command(data_dir, workdir, "--config.steps=120", *SAVES))
+  assert result.returncode == 0, result.stderr
+  return workdir, result.stdout
+
+
+SAVES = ["--config.checkpoint.every_steps=7"]
+
+
+def test_a_run_ends_with_its_figures_and_where_it_lies(finished):
+  workdir, out = finished
+  for words in ("block_1/token_mixing/dense_0/kernel", "clamp", "shift", "constrained"):
+    assert words in out  # The start-up table.
+  assert "generalisation gap" in out and "exactly 0" in out and str(workdir) in out
+  rows = rows_without_clock(workdir)
+  final = rows[-1]
+  assert final["kind"] == "final" and final["step"] == 120
+  assert final["smallest_constrained"] >= 0
+  assert {"train_accuracy", "train_loss", "test_accuracy", "test_loss", "gap"} <= final.keys()
+  assert any(name.startswith("events.out.tfevents") for name in os.listdir(workdir))
+  for kind in ("train", "eval"):
+    steps = [row["step"] for row in rows if row["kind"] == kind]
+    assert steps == sorted(set(steps)) and steps[-1] == 120
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(finished, data_dir, tmp_path):
+  """SIGKILL at a random moment, three times; then the same command to the end."""
+  workdir = tmp_path / "killed"
+  args = command(data_dir, workdir, "--config.steps=120", *SAVES)
+  rng, kills = random.Random(0), 0
+  metrics = workdir / "metrics.jsonl"
+  while kills < 3:
+    # Wait for progress beyond what the last kill left, then for a random moment more.
+    before = len(watch.read_metrics(str(metrics))) if metrics.exists() else 0
+    process = subprocess.Popen(
+      args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None:
+      if metrics.exists() and len(watch.read_metrics(str(metrics))) > min(before, 6 * kills):
+        break
+      time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.3))
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.kill()
+    process.wait()
+    kills += 1
+  result = run_main(args)
+  assert result.returncode == 0, result.stderr
+  unbroken, _ = finished
+  assert last_bits(workdir) == last_bits(unbroken)
+  assert rows_without_clock(workdir) == rows_without_clock(unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_exits_75_and_goes_on(finished, data_dir, tmp_path, number):
+  workdir = tmp_path / "stopped"
+  args = command(data_dir, workdir, "--config.steps=120", *SAVES)
+  process = subprocess.Popen(
+    args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+  )
+  while not (workdir / "metrics.jsonl").exists() or not os.path.getsize(workdir / "metrics.jsonl"):
+    assert process.poll() is None
+    time.sleep(0.01)
+  process.send_signal(number)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 75 and "the same command resumes" in err
+  assert run_main(args).returncode == 0
+  unbroken, _ = finished
+  assert last_bits(workdir)[0] == 120
+  # A stop may split a call's metrics, never the weights.
+  assert last_bits(workdir) == last_bits(unbroken)
+
+
+def test_the_same_command_on_a_finished_run_tells_its_figures_again(finished, data_dir):
+  workdir, out = finished
+  before = rows_without_clock(workdir)
+  result = run_main(command(data_dir, workdir, "--config.steps=120", *SAVES))
+  assert result.returncode == 0 and "generalisation gap" in result.stdout
+  assert rows_without_clock(workdir) == before
+
+
+def test_another_config_in_the_same_workdir_is_refused(finished, data_dir):
+  workdir, _ = finished
+  args = command(data_dir, workdir, "--config.steps=120", *SAVES, "--config.seed=3")
+  result = run_main(args)
+  assert result.returncode == 2
+  assert "config.seed: 0 there, 3 now" in result.stderr and "--workdir" in result.stderr
+
+
+def test_a_fresh_process_predicts_the_same_logits(finished, digits, tmp_path):
+  """From another folder, on another number of devices, without data or config code."""
+  workdir, _ = finished
+  np.save(tmp_path / "images.npy", digits.test.images)
+  program = (
+    "import convex_jax, jax, numpy as np; jax.config.update('jax_num_cpu_devices', 3)\n"
+    f"run = convex_jax.load({str(workdir)!r})\n"
+    "np.save('logits.npy', run.logits(np.load('images.npy')))"
+  )
+  result = subprocess.run(
+    [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120
+  )
+  assert result.returncode == 0, result.stderr
+  run = convex_jax.load(str(workdir))
+  logits = run.logits(digits.test.images)
+  np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits, atol=1e-5)
+  accuracy = np.mean(run.predict(digits.test.images) == digits.test.labels)
+  assert accuracy == pytest.approx(run.metrics("final")[-1]["test_accuracy"], abs=1e-6)
+  assert run.class_names == tuple("0123456789") and run.config.model.parts == "ioc"
+  assert run.certificate is None and "mixer" in repr(run) and run.step == 120
+  with pytest.raises(ValueError, match="uint8 of shape"):
+    run.logits(digits.test.images / 255)
+  best = convex_jax.load(str(workdir), step="best")
+  accuracies = {row["step"]: row["test_accuracy"] for row in run.metrics("eval")}
+  assert accuracies[best.step] == max(accuracies.values())
+
+
+def test_loading_what_is_not_there_says_what_is(finished, tmp_path):
+  workdir, _ = finished
+  with pytest.raises(Mistake, match="holds no run"):
+    convex_jax.load(str(tmp_path))
+  with pytest.raises(Mistake, match="no checkpoint 999 .*there: .*120"):
+    convex_jax.load(str(workdir), step=999)
+  with pytest.raises(Mistake, match="no averaged weights"):
+    convex_jax.load(str(workdir), weights="ema")
+
+
+def test_averages_are_saved_and_loaded(tiny_config, few_digits, tmp_path, monkeypatch):
+  monkeypatch.setattr(data, "load", lambda *_, **__: few_digits)
+  workdir = str(tmp_path / "run")
+  train.run(of(tiny_config, ema_decay=0.9), workdir)
+  ema, raw, auto = (convex_jax.load(workdir, weights=w) for w in ("ema", "raw", "auto"))
+  kernels = [run.params["block_0"]["channel_mixing"]["dense_0"]["kernel"] for run in (ema, raw, auto)]
+  assert (kernels[0] != kernels[1]).any() and (kernels[0] == kernels[2]).all()
+  assert all((kernel >= 0).all() for kernel in kernels)
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
+  tiny_config, few_digits, tmp_path, monkeypatch
+):
+  """The loss turns NaN after the evaluation of step 3; no such state is saved."""
+  monkeypatch.setattr(data, "load", lambda *_, **__: few_digits)
+  real = train.Job.train_call
+
+  def poisoned(self, state, steps):
+    if steps.start >= 4:
+      state = state.replace(params=jax.tree.map(lambda p: p * np.nan, state.params))
+    return real(self, state, steps)
+
+  monkeypatch.setattr(train.Job, "train_call", poisoned)
+  with pytest.raises(Diverged, match="loss of step 5 is nan") as caught:
+    train.run(of(tiny_config, eval__every_epochs=0.48), str(tmp_path / "run"))
+  assert caught.value.code == 3
+  run = convex_jax.load(str(tmp_path / "run"))
+  assert run.step == 3
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.params))
+
+
+@pytest.mark.parametrize(
+  "args,words",
+  [
+    (["--config=configs/mixer_ioc.py:digit"], ["Did you mean 'digits'"]),
+    (["--config=configs/nothing.py"], ["configs/nothing.py", "cannot be read"]),
+    ([], ["--config is missing"]),
+    (
+      ["--config=configs/mlp.py", "--config.modle.parts=ioc", "--config.batch_size=-4"],
+      ["config.modle.parts is no key. Did you mean 'model.parts'?", "config.batch_size is -4"],
+    ),
+    (
+      ["--config=configs/mlp.py", "--config.batch_size=x", "--config.epochs=2.5"],
+      ["config.batch_size=x does not fit", "config.epochs=2.5 does not fit"],
+    ),
+    (["--config=configs/mlp.py:digits", "stray"], ["stray"]),
+  ],
+)
+def test_a_mistake_exits_2_with_one_line_each_and_no_traceback(args, words, tmp_path):
+  workdir = tmp_path / "run"
+  result = run_main([sys.executable, "-m", "convex_jax.main", f"--workdir={workdir}", *args])
+  assert result.returncode == 2
+  for word in words:
+    assert word in result.stderr
+  assert "Traceback" not in result.stderr and not workdir.exists()
+
+
+def test_an_uneven_batch_is_refused(tiny_config, data_dir, tmp_path):
+  with pytest.raises(Mistake, match="multiples of 8"):
+    train.run(of(tiny_config, batch_size=12), str(tmp_path / "run"))
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    return s.getsockname()[1]
+
+
+def test_two_processes_train_as_one(data_dir, tmp_path):
+  """Two real processes of two devices each, against one process of four."""
+  port, shared = free_port(), ["--config.steps=12", "--config.optimizer.name=sgd"]
+  two = [
+    subprocess.Popen(
+      command(
+        data_dir,
+        tmp_path / "two",
+        *shared,
+        "--distributed=on",
+        f"--coordinator=localhost:{port}",
+        "--num_processes=2",
+        f"--process_id={i}",
+      ),
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
+    )
+    for i in range(2)
+  ]
+  outputs = [process.communicate(timeout=240) for process in two]
+  assert [process.returncode for process in two] == [0, 0], outputs
+  assert "generalisation gap" in outputs[0][0]
+  assert all(line.startswith("[Gloo]") for line in outputs[1][0].splitlines())  # One speaks.
+  one = command(data_dir, tmp_path / "one", *shared)
+  assert run_main(one, env={"JAX_NUM_CPU_DEVICES": "4"}).returncode == 0
+  rows = [rows_without_clock(tmp_path / name) for name in ("one", "two")]
+  assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+  for a, b in zip(*rows, strict=True):
+    for key in a.keys() - {"kind"}:
+      assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+  run = convex_jax.load(str(tmp_path / "two"))
+  assert run.step == 12
+
+
+def test_the_config_file_of_a_run_is_plain_data(finished):
+  workdir, _ = finished
+  with open(workdir / "config.json") as file:
+    saved = json.load(file)
+  assert saved["format"] == train.FORMAT and saved["config"]["model"]["parts"] == "ioc"
+  assert saved["data"]["image_shape"] == [8, 8, 1] and "jax" in saved["versions"]
+
+
+def test_a_profile_is_written_on_request(tiny_config, few_digits, tmp_path, monkeypatch):
+  monkeypatch.setattr(data, "load", lambda *_, **__: few_digits)
+  train.run(of(tiny_config, log__profile_steps=(2, 4)), str(tmp_path / "run"))
+  assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
