@@ -13,7 +13,9 @@ def get_config() -> ConfigDict:
   config.epochs = 100  # Passes over the training split.
   config.steps = 0  # Batches; above 0 it overrides `epochs`.
   config.batch_size = 128  # Images a step, over all devices together.
-  config.steps_per_call = 1  # Steps a dispatch (`lax.scan`); above 1 where the device waits for the host.
+  config.steps_per_call = (
+    1  # Steps a dispatch (`lax.scan`); above 1 where the device waits for the host.
+  )
   config.dtype = "float32"  # Of the computation: float32, bfloat16. Parameters stay float32.
   config.label_smoothing = 0.0  # s in targets (1 - s) y + s / classes.
   config.ema_decay = 0.0  # Above 0: weights are averaged, and the average is evaluated.

@@ -1,6 +1,6 @@
 r"""The exactly convex twin of `mixer.py`: parts alone differ.
 
-    python -m convex_jax.main --config=configs/mixer_ioc.py
+python -m convex_jax.main --config=configs/mixer_ioc.py
 """
 
 from configs import mixer

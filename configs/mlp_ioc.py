@@ -1,6 +1,6 @@
 r"""The exactly convex twin of `mlp.py`: parts alone differ.
 
-    python -m convex_jax.main --config=configs/mlp_ioc.py
+python -m convex_jax.main --config=configs/mlp_ioc.py
 """
 
 from configs import mlp

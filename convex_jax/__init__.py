@@ -6,6 +6,7 @@ if TYPE_CHECKING:
   from convex_jax.run import Run, load
 
 __all__ = ["Run", "load"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from convex_jax.optimizer import OPTIMIZERS, SCHEDULES
 class Rule:
   """What a key may hold: its type, a test, and the words for both."""
 
-  type: type
+  type: Any  # A type, or a union of them.
   allowed: str
   test: Callable[[Any], bool] = lambda value: True
   names: tuple[str, ...] = ()
@@ -39,25 +40,29 @@ def nearest(value: Any, names: Collection[str]) -> str:
 
 
 def whole(low: int) -> Rule:
+  """Whole numbers from `low`."""
   return Rule(int, f"whole numbers from {low}", lambda v: v >= low)
 
 
 def number(low: float, high: float = float("inf"), closed: bool = True) -> Rule:
+  """Numbers from `low` (above it, unless `closed`) to `high`."""
   words = f"numbers {'from' if closed else 'above'} {low:g}"
   words += "" if high == float("inf") else f" to {high:g}"
   return Rule(float, words, lambda v: (low <= v if closed else low < v) and v <= high)
 
 
 def below(low: float, high: float) -> Rule:
+  """Numbers from `low` to below `high`."""
   return Rule(float, f"numbers from {low:g} to below {high:g}", lambda v: low <= v < high)
 
 
 def one_of(names: Collection[str]) -> Rule:
+  """One of these names."""
   return Rule(str, ", ".join(names), lambda v: v in names, tuple(names))
 
 
 def _rising_shares(value: tuple) -> bool:
-  rising = all(a < b for a, b in zip(value, value[1:], strict=False))
+  rising = all(a < b for a, b in itertools.pairwise(value))
   return rising and all(isinstance(v, float) and 0 < v < 1 for v in value)
 
 

@@ -36,9 +36,10 @@ class Checkpoints:
 
   def __init__(self, folder: str, keep: int):
     best = _policies.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
+    policy = _policies.AnyPreservationPolicy([_policies.LatestN(keep), best])
     self._checkpointer = ocp.training.Checkpointer(
       os.path.abspath(folder),
-      preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(keep), best]),
+      preservation_policy=policy,  # pyright: ignore[reportArgumentType]
       cleanup_tmp_directories=True,
     )
 

@@ -13,11 +13,11 @@ Renaming a layer, or adding one, can therefore not drop a constraint.
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 Initializer = Callable[..., Any]
 Projection = Callable[[jax.Array], jax.Array]
@@ -26,7 +26,7 @@ FREE = "free"
 
 
 def exponentiate(weight: jax.Array) -> jax.Array:
-  """w if w >= 0, else exp(w - 5): the map of Sivaprasad et al. 2021, appendix B.
+  """W if w >= 0, else exp(w - 5): the map of Sivaprasad et al. 2021, appendix B.
 
   Not a projection: a weight that would become -1e-4 restarts at 0.0067. It is what
   the report and the 2021 paper ran, kept so that their tables can be run again.
@@ -79,11 +79,11 @@ LINKS: dict[str, optax.GradientTransformation] = {
 }
 
 
-class Constrained(flax.struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
+class Constrained(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
   """The tag: a Flax metadata box that holds a weight and its constraint's name."""
 
   value: Any
-  constraint: str = flax.struct.field(pytree_node=False)
+  constraint: str = struct.field(pytree_node=False)
 
   def unbox(self) -> Any:
     return self.value
@@ -125,7 +125,7 @@ def enforce(constraints: Any) -> optax.GradientTransformation:
   Anything that follows (weight decay, a rate, an average of updates) could undo it,
   so it closes the chain. `constraints` is the tree that `constraints_of` returns.
   """
-  return optax.partition(LINKS, constraints)
+  return optax.partition({**LINKS}, constraints)
 
 
 def summary(params: Any, constraints: Any) -> dict[str, jax.Array]:
@@ -134,7 +134,7 @@ def summary(params: Any, constraints: Any) -> dict[str, jax.Array]:
   leaves = [leaf for leaf, name in zip(jax.tree.leaves(params), names, strict=True) if name != FREE]
   if not leaves:
     return {}
-  zeros = sum(jnp.sum(leaf == 0, dtype=jnp.float32) for leaf in leaves)
+  zeros = jnp.stack([jnp.sum(leaf == 0, dtype=jnp.float32) for leaf in leaves]).sum()
   return {
     "smallest_constrained": jnp.stack([leaf.min() for leaf in leaves]).min(),
     "zero_share": zeros / sum(leaf.size for leaf in leaves),

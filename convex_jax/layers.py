@@ -130,7 +130,7 @@ class Parts:
     before_norm: bool = False,
     own_init=nn.initializers.lecun_normal(),  # noqa: B008
   ):
-    """x W + b over the last axis; W >= 0 where the twin asks, unless `free`.
+    """X W + b over the last axis; W >= 0 where the twin asks, unless `free`.
 
     `inputs` says what x is (`ELU` activations or `NORMED` features) and
     `before_norm` whether a BatchNorm follows: both matter to the initial values only.
@@ -189,7 +189,7 @@ class Parts:
     return layer(x)
 
   def passthrough_dense(self, y, features: int, *, name: str, own_init=None):
-    """y V with V of either sign, for y affine in the image; no bias.
+    """Y V with V of either sign, for y affine in the image; no bias.
 
     What makes an input-convex network expressive in depth (Amos, Xu and Kolter 2017).
     """

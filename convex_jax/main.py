@@ -26,11 +26,11 @@ CLUSTERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
 
 def _in_cluster() -> bool:
   values = [os.environ.get(name, "") for name in CLUSTERS]
-  return any("," in value or value.isdigit() and int(value) > 1 for value in values)
+  return any("," in value or (value.isdigit() and int(value) > 1) for value in values)
 
 
 def parse(argv: list[str]) -> list[str]:
-  """absl's parsing, but every mistake in the config is told at once, one line each."""
+  """Absl's parsing, but every mistake in the config is told at once, one line each."""
   sys.path.insert(0, os.getcwd())  # A config imports `configs.base` from where it is run.
   try:
     return FLAGS(argv)
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     if lines := _config_mistakes(sys.argv):
       raise errors.Mistake("\n".join(lines))  # A file that cannot be read: absl waits with it.
     check(FLAGS.config)
-    if FLAGS.distributed == "on" or FLAGS.distributed == "auto" and _in_cluster():
+    if FLAGS.distributed == "on" or (FLAGS.distributed == "auto" and _in_cluster()):
       import jax
 
       jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)

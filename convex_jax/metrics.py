@@ -1,12 +1,12 @@
 """What an evaluation measures: masked sums, exact on any number of devices and hosts."""
 
-import flax
 import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
+from flax import struct
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class CalibrationError(clu_metrics.Metric):
   """Expected calibration error, sum_b n_b / n |accuracy_b - confidence_b|.
 
@@ -24,11 +24,15 @@ class CalibrationError(clu_metrics.Metric):
     bin_B = jnp.clip((confidence_B * 15).astype(jnp.int32), 0, 14)
     member_Bxb = jax.nn.one_hot(bin_B, 15) * mask[:, None]
     correct_B = (logits.argmax(-1) == labels).astype(jnp.float32)
-    return cls(member_Bxb.sum(0), correct_B @ member_Bxb, confidence_B @ member_Bxb)
+    return cls(
+      count_b=member_Bxb.sum(0),
+      correct_b=correct_B @ member_Bxb,
+      confidence_b=confidence_B @ member_Bxb,
+    )
 
   @classmethod
   def empty(cls):
-    return cls(jnp.zeros(15), jnp.zeros(15), jnp.zeros(15))
+    return cls(count_b=jnp.zeros(15), correct_b=jnp.zeros(15), confidence_b=jnp.zeros(15))
 
   def merge(self, other):
     return jax.tree.map(jnp.add, self, other)
@@ -37,7 +41,7 @@ class CalibrationError(clu_metrics.Metric):
     return jnp.abs(self.correct_b - self.confidence_b).sum() / self.count_b.sum()
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Evaluation(clu_metrics.Collection):
   """Mean loss (nats), accuracy and calibration error (0..1) of a split."""
 

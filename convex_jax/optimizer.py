@@ -48,9 +48,7 @@ def is_matrix(params: Any) -> Any:
   return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def make_optimizer(
-  config: Any, num_steps: int, constraints: Any
-) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: Any, num_steps: int, constraints: Any) -> optax.GradientTransformation:
   """The whole update rule in order: a reader sees that the projection comes last.
 
   `num_steps` counts batches; with `config.accumulate` = k the chain runs on the mean

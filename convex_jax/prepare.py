@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import registered
 
 from convex_jax.errors import Mistake
 
-with tfds.core.registered.skip_registration():  # `builder_of` finds it, not `tfds.load`.
+with registered.skip_registration():  # `builder_of` finds it, not `tfds.load`.
 
   class Digits(tfds.core.GeneratorBasedBuilder):
     """Scikit-learn's digits: 1,797 real scans, 8 x 8 px, 17 grey levels.
@@ -52,7 +53,7 @@ with tfds.core.registered.skip_registration():  # `builder_of` finds it, not `tf
     def _generate_examples(self, test):
       from sklearn.datasets import load_digits
 
-      digits = load_digits()
+      digits: Any = load_digits()
       for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         if (i % 5 == 0) == test:
           grey = np.round(image * (255 / 16)).astype(np.uint8)
@@ -83,7 +84,7 @@ def _without_tensorflow(builder: Any) -> Iterator[None]:
     for key, example in generate(*args, **kwargs):
       yield key, {**example, "image": _as_pil(example["image"])}
 
-  module = sys.modules[type(builder).__module__]
+  module: Any = sys.modules[type(builder).__module__]
   lazy = module.tf
   gfile = types.SimpleNamespace(GFile=open, exists=os.path.exists)
   module.tf = types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile))

@@ -26,7 +26,7 @@ class Run:
   """A run's config, weights and figures, and its network at inference."""
 
   workdir: str
-  config: FrozenConfigDict
+  config: Any  # A FrozenConfigDict.
   step: int
   params: Any
   stats: Any

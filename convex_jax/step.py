@@ -8,11 +8,11 @@ every device and BatchNorm sees the global batch: no collective is written here.
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from convex_jax.metrics import Evaluation
 
@@ -20,7 +20,7 @@ Batch = dict[str, jax.Array]
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-class State(flax.struct.PyTreeNode):
+class State(struct.PyTreeNode):
   """All that a run is at one step; `ema` is None unless weights are averaged."""
 
   step: jax.Array
@@ -36,7 +36,8 @@ class State(flax.struct.PyTreeNode):
 
 def apply(model: nn.Module, weights: dict[str, Any], images: jax.Array) -> jax.Array:
   """Logits of the network at inference."""
-  return model.apply({"params": weights["params"], "batch_stats": weights["stats"]}, images)
+  variables = {"params": weights["params"], "batch_stats": weights["stats"]}
+  return model.apply(variables, images)  # pyright: ignore[reportReturnType]
 
 
 def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> Any:
@@ -74,7 +75,7 @@ def train_step(
   batch: Batch,
   *,
   model: nn.Module,
-  tx: optax.GradientTransformationExtraArgs,
+  tx: optax.GradientTransformation,
   augment: Augment,
   key: jax.Array,
   label_smoothing: float,

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 from rich.table import Table
 
 from convex_jax import augment, constraints, data, models, optimizer, step
@@ -27,7 +26,7 @@ FORMAT = 1  # Of a workdir; rises when an older `run.load` could not read it.
 MAX_IN_FLIGHT = 16  # Calls ahead of the device. CPU collectives deadlock far ahead: jax 0.10.
 
 
-def run(config: ConfigDict, workdir: str) -> dict[str, float]:
+def run(config: Any, workdir: str) -> dict[str, float]:
   """Trains, or goes on training, what `config` describes; returns the final figures.
 
   Raises `Mistake` for a config, a data set or a workdir that does not fit, `Diverged`
@@ -88,7 +87,7 @@ def train(
         figures = job.evaluate(state, final=False) if evaluates else None
         if figures is not None:
           watch.evaluated("eval", steps.stop, figures)
-        checkpoints.save(state, figures and figures[job.decides])
+        checkpoints.save(state, figures[job.decides] if figures else None)
         watch.restart_clock()
       if stopped.is_set():
         raise Stopped(f"stopped at step {steps.stop}, saved in {workdir}; the same command resumes")
@@ -98,7 +97,7 @@ def train(
 class Job:
   """What a config and its data make on a mesh: sizes, and the compiled programs."""
 
-  def __init__(self, config: ConfigDict, examples: data.Data, mesh: jax.sharding.Mesh):
+  def __init__(self, config: Any, examples: data.Data, mesh: jax.sharding.Mesh):
     self.config, self.examples, self.mesh = config, examples, mesh
     shape = examples.train.images.shape[1:]
     self.image_shape = (config.data.image_size, config.data.image_size, shape[-1])
@@ -127,9 +126,7 @@ class Job:
 
   def _compile(self) -> None:
     config, everywhere = self.config, meshes.replicated(self.mesh)
-    prepare = augment.make_prepare(
-      config.data.image_size, *self.examples.train.statistics()
-    )
+    prepare = augment.make_prepare(config.data.image_size, *self.examples.train.statistics())
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     one_step = functools.partial(
       step.train_step,
@@ -165,8 +162,10 @@ class Job:
     self._summary = jax.jit(lambda params: constraints.summary(params, self.constraints))
 
   def calls(self, start: int) -> Iterator[range]:
-    """The steps of each call to come: a function of the step alone, so that a resumed
-    run makes the very calls of an unbroken one."""
+    """The steps of each call to come.
+
+    A function of the step alone: a resumed run makes the very calls of an unbroken one.
+    """
     while start < self.total_steps:
       every = [self.config.steps_per_call, self._eval_every, self.config.checkpoint.every_steps]
       stop = min(start + n - start % n for n in every if n)
@@ -237,7 +236,7 @@ def run_file(workdir: str) -> str:
   return os.path.join(workdir, "config.json")
 
 
-def write_run_file(config: ConfigDict, workdir: str, examples: data.Data) -> None:
+def write_run_file(config: Any, workdir: str, examples: data.Data) -> None:
   """config.json: the config, and what a reader needs of the data and the libraries."""
   mean, std = examples.train.statistics()
   content = {
@@ -257,7 +256,7 @@ def write_run_file(config: ConfigDict, workdir: str, examples: data.Data) -> Non
   os.replace(run_file(workdir) + ".tmp", run_file(workdir))
 
 
-def refuse_other_run(config: ConfigDict, workdir: str) -> None:
+def refuse_other_run(config: Any, workdir: str) -> None:
   """Raises `Mistake` when the workdir holds a run of another config."""
   if not os.path.exists(run_file(workdir)):
     return
@@ -285,7 +284,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
       yield prefix + key, value
 
 
-def refuse_uneven_batch(config: ConfigDict, devices: int) -> None:
+def refuse_uneven_batch(config: Any, devices: int) -> None:
   """Raises `Mistake` when the batch does not divide by the number of devices."""
   if config.batch_size % devices:
     raise Mistake(
@@ -294,7 +293,7 @@ def refuse_uneven_batch(config: ConfigDict, devices: int) -> None:
     )
 
 
-def report(config: ConfigDict, figures: dict[str, float]) -> Table:
+def report(config: Any, figures: dict[str, float]) -> Table:
   """The figures of a finished run, as a table."""
   name = f"{config.model.name} {config.model.parts} on {config.data.name}"
   table = Table("split", "accuracy", "loss", "calibration error", title=name)

@@ -22,8 +22,7 @@ def test_every_example_comes_once_an_epoch(batch_size):
   n = 100
   position = np.arange(3 * n)
   batches = [
-    data.examples_at(position[i : i + batch_size], seed=5, n=n)
-    for i in range(0, 3 * n, batch_size)
+    data.examples_at(position[i : i + batch_size], seed=5, n=n) for i in range(0, 3 * n, batch_size)
   ]
   sequence = np.concatenate(batches)
   for epoch in range(3):
@@ -162,7 +161,18 @@ def cifar_archive(path, per_file):
 
     for i, name in enumerate([f"data_batch_{k}.bin" for k in range(1, 6)] + ["test_batch.bin"]):
       add(name, b"".join(bytes([y]) + x.tobytes() for x, y in zip(images[i], labels[i])))
-    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    names = [
+      "airplane",
+      "automobile",
+      "bird",
+      "cat",
+      "deer",
+      "dog",
+      "frog",
+      "horse",
+      "ship",
+      "truck",
+    ]
     add("batches.meta.txt", "\n".join(names).encode())
   return images.transpose(0, 1, 3, 4, 2), labels
 

@@ -86,7 +86,9 @@ def test_pmap_with_an_axis_name_gives_the_same_update(tiny_config, few_digits):
   feed = Feed(few_digits.train, mesh.make_mesh(jax.devices()[:1]), resident=False)
   for i in range(2):
     plan = feed.train_plan(range(i, i + 1), 16, config.seed)
-    batch = {name: np.asarray(column).reshape(4, 4, *column.shape[2:]) for name, column in plan.items()}
+    batch = {
+      name: np.asarray(column).reshape(4, 4, *column.shape[2:]) for name, column in plan.items()
+    }
     state, metrics = pmapped(state, batch)
     np.testing.assert_allclose(metrics["loss"], [losses[i]] * 4, rtol=1e-5)
   leaves_close(jax.tree.map(lambda a: a[0], state), jax.device_get(want), atol=1e-6)

@@ -102,9 +102,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished, data_dir, tmp_path):
   while kills < 3:
     # Wait for progress beyond what the last kill left, then for a random moment more.
     before = len(watch.read_metrics(str(metrics))) if metrics.exists() else 0
-    process = subprocess.Popen(
-      args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
       if metrics.exists() and len(watch.read_metrics(str(metrics))) > min(before, 6 * kills):
         break
@@ -142,7 +140,7 @@ def test_a_stopped_run_saves_exits_75_and_goes_on(finished, data_dir, tmp_path, 
 
 
 def test_the_same_command_on_a_finished_run_tells_its_figures_again(finished, data_dir):
-  workdir, out = finished
+  workdir, _ = finished
   before = rows_without_clock(workdir)
   result = run_main(command(data_dir, workdir, "--config.steps=120", *SAVES))
   assert result.returncode == 0 and "generalisation gap" in result.stdout
@@ -188,7 +186,7 @@ def test_loading_what_is_not_there_says_what_is(finished, tmp_path):
   workdir, _ = finished
   with pytest.raises(Mistake, match="holds no run"):
     convex_jax.load(str(tmp_path))
-  with pytest.raises(Mistake, match="no checkpoint 999 .*there: .*120"):
+  with pytest.raises(Mistake, match=r"no checkpoint 999 .*there: .*120"):
     convex_jax.load(str(workdir), step=999)
   with pytest.raises(Mistake, match="no averaged weights"):
     convex_jax.load(str(workdir), weights="ema")
@@ -199,7 +197,9 @@ def test_averages_are_saved_and_loaded(tiny_config, few_digits, tmp_path, monkey
   workdir = str(tmp_path / "run")
   train.run(of(tiny_config, ema_decay=0.9), workdir)
   ema, raw, auto = (convex_jax.load(workdir, weights=w) for w in ("ema", "raw", "auto"))
-  kernels = [run.params["block_0"]["channel_mixing"]["dense_0"]["kernel"] for run in (ema, raw, auto)]
+  kernels = [
+    run.params["block_0"]["channel_mixing"]["dense_0"]["kernel"] for run in (ema, raw, auto)
+  ]
   assert (kernels[0] != kernels[1]).any() and (kernels[0] == kernels[2]).all()
   assert all((kernel >= 0).all() for kernel in kernels)
 

@@ -7,7 +7,7 @@ norm before and a residual sum after; norm; mean over tokens; linear head.
 import flax.linen as nn
 import jax
 
-from convex_jax.layers import ELU, NORMED, Parts
+from convex_jax.layers import NORMED, Parts
 
 
 def _published(depth, patch, channels):
