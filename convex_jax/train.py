@@ -46,7 +46,7 @@ def run(config: Any, workdir: str) -> dict[str, float]:
   resumed = checkpoints.latest_step()
   if resumed is not None:
     state = checkpoints.restore(state, meshes.replicated(mesh))
-  watch = Watch(workdir, resumed or 0, job.total_steps, config, lead)
+  watch = Watch(workdir, resumed or 0, job.total_steps, job.epochs, config, lead)
   if resumed is None:
     watch.say(parameter_table(state.params, job.constraints))
   else:
@@ -103,6 +103,7 @@ class Job:
     self.image_shape = (config.data.image_size, config.data.image_size, shape[-1])
     self.total_steps = config.steps or self._whole_calls(config.epochs)
     self._eval_every = self._whole_calls(config.eval.every_epochs)
+    self.epochs = self.total_steps * config.batch_size / len(examples.train)
     self.decides = "valid_accuracy" if examples.valid else "test_accuracy"
     self.model = models.build(
       config.model, classes=len(examples.class_names), dtype=jnp.dtype(config.dtype)
@@ -202,9 +203,7 @@ class Job:
       assert total is not None, f"split {name} has no examples"
       row |= {f"{name}_{key}": float(value) for key, value in total.compute().items()}
     row["gap"] = row["train_accuracy"] - row["test_accuracy"]
-    row |= {key: float(value) for key, value in self._summary(weights["params"]).items()}
-    epochs = self.total_steps * self.config.batch_size / len(self.examples.train)
-    return row | {"epoch": epochs * int(state.step) / self.total_steps, "epochs": epochs}
+    return row | {key: float(v) for key, v in self._summary(weights["params"]).items()}
 
 
 class stop_signals:  # noqa: N801  A context manager, used as a verb.

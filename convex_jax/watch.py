@@ -65,8 +65,10 @@ def _event_writer(folder: str) -> tuple[Callable[[int, dict[str, float]], None],
 class Watch:
   """The watcher of one run; only process 0's (`active`) speaks and writes."""
 
-  def __init__(self, workdir: str, start: int, total: int, config: Any, active: bool):
-    self._active, self._total, self._config = active, total, config
+  def __init__(
+    self, workdir: str, start: int, total: int, epochs: float, config: Any, active: bool
+  ):
+    self._active, self._total, self._epochs, self._config = active, total, epochs, config
     self._console = Console(highlight=False, soft_wrap=True)
     self._last: dict[str, Any] = {}
     self._train: list[tuple[int, dict[str, np.ndarray]]] = []
@@ -125,6 +127,8 @@ class Watch:
         " A smaller optimizer.learning_rate or optimizer.clip_norm=1 may help"
       )
     self._train.append((step, host))
+    if self._active:
+      self._progress.update(self._task, completed=step)
     if step // self._config.log.every_steps > self._logged // self._config.log.every_steps:
       self.flush()
 
@@ -150,20 +154,21 @@ class Watch:
   def _write(self, kind: str, step: int, row: dict[str, Any]) -> None:
     if not self._active:
       return
+    row = {"epoch": self._epochs * step / self._total, **row}
     with open(self._path, "a") as file:
       file.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
     self._write_events(step, {f"{kind}/{name}": value for name, value in row.items()})
     self._last |= row
     text = self._line()
     self._progress.update(self._task, completed=step, description=text)
-    if not self._console.is_terminal:
+    if not self._console.is_terminal and kind != "final":  # The report follows that one.
       self._console.print(f"step {step}/{self._total} {text}", markup=False)
 
   def _line(self) -> str:
     last = self._last
     words = []
     if "epoch" in last:
-      words.append(f"epoch {last['epoch']:.1f}/{last['epochs']:.0f}")
+      words.append(f"epoch {last['epoch']:.1f}/{self._epochs:.0f}")
     if "loss" in last:
       words.append(f"loss {last['loss']:.3f}")
     for split in ("train", "valid", "test"):

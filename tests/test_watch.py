@@ -13,7 +13,7 @@ from convex_jax.errors import Diverged
 def make(tmp_path, start=0, active=True, every=2):
   config = base.get_config()
   config.log.every_steps = every
-  return watch.Watch(str(tmp_path), start, 10, config, active)
+  return watch.Watch(str(tmp_path), start, 10, 1.0, config, active)
 
 
 def rows(tmp_path):
