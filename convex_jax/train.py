@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from rich.table import Table
 
-from convex_jax import augment, constraints, data, models, optimizer, step
+from convex_jax import augment, constraints, data, metrics, models, optimizer, step
 from convex_jax import mesh as meshes
 from convex_jax.check import check
 from convex_jax.checkpoint import Checkpoints
@@ -74,14 +75,15 @@ def train(
       watch.train(*in_flight.popleft())
 
   watch.restart_clock()
-  with stop_signals() as stopped:
+  with Stopping() as stopping:
     for steps in job.calls(int(state.step)):
       profile(job.config.log.profile_steps, steps, workdir)
-      state, metrics = job.train_call(state, steps)
-      in_flight.append((steps.stop, metrics))
+      state, measured = job.train_call(state, steps)
+      in_flight.append((steps.stop, measured))
       take_in(MAX_IN_FLIGHT)
       evaluates, saves = job.evaluates_at(steps.stop), job.saves_at(steps.stop)
-      if evaluates or saves or stopped.is_set():
+      stops = stopping.asked(steps.stop)
+      if evaluates or saves or stops:
         take_in(0)  # Whatever is not finite is found before it is saved.
         watch.flush()
         figures = job.evaluate(state, final=False) if evaluates else None
@@ -89,7 +91,7 @@ def train(
           watch.evaluated("eval", steps.stop, figures)
         checkpoints.save(state, figures[job.decides] if figures else None)
         watch.restart_clock()
-      if stopped.is_set():
+      if stops:
         raise Stopped(f"stopped at step {steps.stop}, saved in {workdir}; the same command resumes")
   return state
 
@@ -148,9 +150,9 @@ class Job:
       # XLA's CPU backend runs a loop's large operations on one thread: 3 times slower.
       return body(state, jax.tree.map(lambda column: column[0], plan))
 
-    def eval_call(weights, arrays, plan):
+    def eval_call(weights, arrays, plan, total):
       batch = data.take(arrays, plan)
-      return step.eval_step(weights, batch, model=self.model, prepare=prepare)
+      return total.merge(step.eval_step(weights, batch, model=self.model, prepare=prepare))
 
     def init():
       return step.init_state(
@@ -160,7 +162,11 @@ class Job:
     self.init = jax.jit(init, out_shardings=everywhere)
     self._train_call = jax.jit(train_call, donate_argnums=0, out_shardings=everywhere)
     self._eval_call = jax.jit(eval_call, out_shardings=everywhere)
-    self._summary = jax.jit(lambda params: constraints.summary(params, self.constraints))
+    self._nothing = jax.jit(metrics.Evaluation.empty, out_shardings=everywhere)
+    self._mean = jax.jit(metrics.Evaluation.compute, out_shardings=everywhere)
+    self._summary = jax.jit(
+      lambda params: constraints.summary(params, self.constraints), out_shardings=everywhere
+    )
 
   def calls(self, start: int) -> Iterator[range]:
     """The steps of each call to come.
@@ -193,28 +199,39 @@ class Job:
     weights, row = state.weights(), {}
     for name, feed in self._feeds.items():
       limit = self.config.eval.train_examples if name == "train" and not final else 0
-      total, pending = None, collections.deque()
-      for plan in feed.eval_plans(self.config.batch_size, limit):
-        part = self._eval_call(weights, feed.arrays, plan)
-        total = part if total is None else total.merge(part)
-        pending.append(part)
-        if len(pending) > MAX_IN_FLIGHT:
-          jax.block_until_ready(pending.popleft())
-      assert total is not None, f"split {name} has no examples"
-      row |= {f"{name}_{key}": float(value) for key, value in total.compute().items()}
+      total = self._nothing()
+      for i, plan in enumerate(feed.eval_plans(self.config.batch_size, limit), 1):
+        total = self._eval_call(weights, feed.arrays, plan, total)
+        if i % MAX_IN_FLIGHT == 0:
+          jax.block_until_ready(total)
+      row |= {f"{name}_{key}": float(value) for key, value in self._mean(total).items()}
     row["gap"] = row["train_accuracy"] - row["test_accuracy"]
     return row | {key: float(v) for key, v in self._summary(weights["params"]).items()}
 
 
-class stop_signals:  # noqa: N801  A context manager, used as a verb.
-  """Within, SIGTERM and SIGINT set an event instead of ending the program."""
+class Stopping:
+  """Within, SIGTERM and SIGINT ask for a stop instead of ending the program.
 
-  def __enter__(self) -> threading.Event:
-    self._event, self._before = threading.Event(), {}
-    if threading.current_thread() is threading.main_thread():
+  Of several processes any may be asked: JAX's preemption service lets all of them see it
+  at the same step.
+  """
+
+  def __init__(self):
+    self._signalled = threading.Event()
+    self._before: dict[int, Any] = {}
+    self._alone = jax.process_count() == 1
+
+  def asked(self, step: int) -> bool:
+    """Whether to stop after `step`, the same answer in every process."""
+    if self._alone:
+      return self._signalled.is_set()
+    return multihost_utils.reached_preemption_sync_point(step)
+
+  def __enter__(self) -> "Stopping":
+    if self._alone and threading.current_thread() is threading.main_thread():
       for number in (signal.SIGTERM, signal.SIGINT):
-        self._before[number] = signal.signal(number, lambda *_: self._event.set())
-    return self._event
+        self._before[number] = signal.signal(number, lambda *_: self._signalled.set())
+    return self
 
   def __exit__(self, *_: object) -> None:
     for number, handler in self._before.items():

@@ -17,6 +17,7 @@ ROOM = {  # module: what it may import of ours; see CONTRIBUTING.md.
     "data",
     "errors",
     "mesh",
+    "metrics",
     "models",
     "optimizer",
     "step",

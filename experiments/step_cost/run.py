@@ -50,9 +50,7 @@ def make_job(config_module, parts, passthrough, norm, batch_size):
     make_parts(*a, **k), norm_kind=norm or make_parts(*a, **k).norm_kind
   )
   try:
-    return train.Job(
-      config, data.Data(split, None, split, tuple("0123456789")), mesh.make_mesh()
-    )
+    return train.Job(config, data.Data(split, None, split, tuple("0123456789")), mesh.make_mesh())
   finally:
     models.make_parts = make_parts
 
