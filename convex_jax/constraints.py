@@ -44,17 +44,21 @@ def shift(kernel_DxK: jax.Array) -> jax.Array:
 
 
 def keep(projection: Projection) -> optax.GradientTransformation:
-  """A link after which `params + updates` lies in the image of `projection`.
+  """A link after which `params + updates` is what `projection` makes of it, and >= 0.
 
-  Where the constraint is met already the update passes untouched. Elsewhere it
-  becomes a - p for the allowed value a >= 0. Rounding is monotone, so
-  fl(a - p) >= -p for p >= 0, and p + fl(a - p) is >= 0 exactly, not to a tolerance.
+  Where the constraint is met already the update u passes as max(u, -p), elsewhere it
+  becomes a - p for the allowed value a >= 0. Rounding is monotone, so p + max(u, -p) and
+  p + fl(a - p) >= p - p are >= 0 exactly for p >= 0, not to a tolerance.
+
+  Both maxima are needed. The compiler may compute p + u twice, once with a fused
+  multiply-add and once without (in a row's minimum and beside it, say), so that a
+  projection sees a 0 where the sum that it corrects is -1e-10.
   """
 
   def one(update, param):
     wanted = param + update
-    allowed = projection(wanted)
-    return jnp.where(allowed == wanted, update, allowed - param)
+    allowed = jnp.maximum(projection(wanted), 0)
+    return jnp.where(allowed == wanted, jnp.maximum(update, -param), allowed - param)
 
   def update(updates, params):
     if params is None:
