@@ -93,7 +93,7 @@ def test_shift_changes_no_softmax_beyond_rounding():
   rng = np.random.default_rng(0)
   h, w = rng.standard_normal((64, 128)), rng.standard_normal((128, 10))
   with jax.enable_x64(True):
-    shifted = constraints.shift(jnp.asarray(w))
+    shifted = np.asarray(constraints.shift(jnp.asarray(w)))
     before, after = (jax.nn.softmax(h @ kernel) for kernel in (w, shifted))
     clamped = jax.nn.softmax(h @ np.maximum(w, 0))  # Control: a clamp does change it.
   assert (shifted >= 0).all()
