@@ -1,6 +1,7 @@
 """A finished run, anywhere: `run = convex_jax.load("runs/x")`.
 
-Needs neither the data, nor the devices it was trained on, nor the config's code.
+Needs neither the data, nor the devices it was trained on, nor the config's code: what it
+needs stands in the workdir's config.json, written and read here.
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ import functools
 import json
 import os
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -16,9 +18,13 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from convex_jax import models, watch
 from convex_jax.augment import make_prepare
+from convex_jax.check import flatten
 from convex_jax.checkpoint import read_weights
 from convex_jax.errors import Mistake
 from convex_jax.step import apply
+
+FORMAT = 1  # Of a workdir; rises when an older `load` could not read it.
+FREE_TO_CHANGE = ("log.", "data.dir", "data.loader")  # Between two commands of one run.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +100,54 @@ class Run:
     )
 
 
+def describe(
+  config: Any,
+  workdir: str,
+  class_names: tuple[str, ...],
+  image_shape: tuple[int, ...],
+  statistics: tuple[tuple[float, ...], tuple[float, ...]],
+) -> None:
+  """Writes config.json: the config, and what `load` needs of the data; versions."""
+  mean, std = statistics
+  content = {
+    "format": FORMAT,
+    "config": json.loads(config.to_json_best_effort()),
+    "data": {"class_names": class_names, "image_shape": image_shape, "mean": mean, "std": std},
+    "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "optax")},
+  }
+  os.makedirs(workdir, exist_ok=True)
+  path = os.path.join(workdir, "config.json")
+  with open(path + ".tmp", "w") as file:
+    json.dump(content, file, indent=2)
+  os.replace(path + ".tmp", path)
+
+
+def refuse_other(config: Any, workdir: str) -> None:
+  """Raises `Mistake` when the workdir holds a run of another config."""
+  if not os.path.exists(os.path.join(workdir, "config.json")):
+    return
+  there = dict(flatten(_read(workdir)["config"]))
+  now = dict(flatten(json.loads(config.to_json_best_effort())))
+  lines = [
+    f"  config.{key}: {there.get(key)!r} there, {now.get(key)!r} now"
+    for key in sorted(there.keys() | now.keys())
+    if there.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+  ]
+  if lines:
+    raise Mistake(
+      f"{workdir} holds a run of another config:\n" + "\n".join(lines) + "\n"
+      "  go on with that run: give the same config; begin a new one: give another --workdir"
+    )
+
+
+def _read(workdir: str) -> dict[str, Any]:
+  path = os.path.join(workdir, "config.json")
+  if not os.path.exists(path):
+    raise Mistake(f"{workdir} holds no run: there is no {path}")
+  with open(path) as file:
+    return json.load(file)
+
+
 def load(workdir: str, step: int | str = "latest", weights: str = "auto") -> Run:
   """The run in a workdir, at a checkpoint's `step`: a number, "latest" or "best".
 
@@ -101,11 +155,7 @@ def load(workdir: str, step: int | str = "latest", weights: str = "auto") -> Run
   Raises `Mistake`, a `ValueError`, when there is no such run or checkpoint.
   """
   workdir = os.path.expanduser(workdir)
-  path = os.path.join(workdir, "config.json")
-  if not os.path.exists(path):
-    raise Mistake(f"{workdir} holds no run: there is no {path}")
-  with open(path) as file:
-    saved = json.load(file)
+  saved = _read(workdir)
   chosen, tree = read_weights(os.path.join(workdir, "checkpoints"), step, weights)
   about = saved["data"]
   return Run(

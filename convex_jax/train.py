@@ -2,13 +2,11 @@
 
 import collections
 import functools
-import json
 import math
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -18,12 +16,12 @@ from rich.table import Table
 
 from convex_jax import augment, constraints, data, metrics, models, optimizer, step
 from convex_jax import mesh as meshes
+from convex_jax import run as runs
 from convex_jax.check import check
 from convex_jax.checkpoint import Checkpoints
 from convex_jax.errors import Mistake, Stopped
 from convex_jax.watch import Watch, parameter_table
 
-FORMAT = 1  # Of a workdir; rises when an older `run.load` could not read it.
 MAX_IN_FLIGHT = 16  # Calls ahead of the device. CPU collectives deadlock far ahead: jax 0.10.
 
 
@@ -34,14 +32,15 @@ def run(config: Any, workdir: str) -> dict[str, float]:
   when the loss is no number, `Stopped` after SIGTERM or SIGINT once all is saved.
   """
   check(config)
-  refuse_other_run(config, workdir)
+  runs.refuse_other(config, workdir)
   lead = jax.process_index() == 0
   examples = data.load(config.data, config.seed, progress=lead)
   mesh = meshes.make_mesh()
   refuse_uneven_batch(config, mesh.size)
   job = Job(config, examples, mesh)
   if lead:
-    write_run_file(config, workdir, examples)
+    shape, statistics = examples.train.images.shape[1:], examples.train.statistics()
+    runs.describe(config, workdir, examples.class_names, shape, statistics)
   checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.checkpoint.keep)
   state = job.init()
   resumed = checkpoints.latest_step()
@@ -245,59 +244,6 @@ def profile(window: tuple[int, int], steps: range, workdir: str) -> None:
     jax.profiler.start_trace(os.path.join(workdir, "profile"))
   if last and steps.start <= last < steps.stop and steps.start > first:
     jax.profiler.stop_trace()
-
-
-def run_file(workdir: str) -> str:
-  """The path of the file that says what a workdir holds."""
-  return os.path.join(workdir, "config.json")
-
-
-def write_run_file(config: Any, workdir: str, examples: data.Data) -> None:
-  """config.json: the config, and what a reader needs of the data and the libraries."""
-  mean, std = examples.train.statistics()
-  content = {
-    "format": FORMAT,
-    "config": json.loads(config.to_json_best_effort()),
-    "data": {
-      "class_names": examples.class_names,
-      "image_shape": examples.train.images.shape[1:],
-      "mean": mean,
-      "std": std,
-    },
-    "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "optax")},
-  }
-  os.makedirs(workdir, exist_ok=True)
-  with open(run_file(workdir) + ".tmp", "w") as file:
-    json.dump(content, file, indent=2)
-  os.replace(run_file(workdir) + ".tmp", run_file(workdir))
-
-
-def refuse_other_run(config: Any, workdir: str) -> None:
-  """Raises `Mistake` when the workdir holds a run of another config."""
-  if not os.path.exists(run_file(workdir)):
-    return
-  with open(run_file(workdir)) as file:
-    before = json.load(file)["config"]
-  now = json.loads(config.to_json_best_effort())
-  flat_before, flat_now = dict(_flat(before)), dict(_flat(now))
-  lines = [
-    f"  config.{key}: {flat_before.get(key)!r} there, {flat_now.get(key)!r} now"
-    for key in sorted(flat_before.keys() | flat_now.keys())
-    if flat_before.get(key) != flat_now.get(key) and not key.startswith(("log.", "data.dir"))
-  ]
-  if lines:
-    raise Mistake(
-      f"{workdir} holds a run of another config:\n" + "\n".join(lines) + "\n"
-      "  go on with that run: give the same config; begin a new one: give another --workdir"
-    )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      yield from _flat(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value
 
 
 def refuse_uneven_batch(config: Any, devices: int) -> None:

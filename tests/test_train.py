@@ -17,6 +17,7 @@ from conftest import ROOT, of
 import convex_jax
 from convex_jax import data, train, watch
 from convex_jax.errors import Diverged, Mistake
+from convex_jax.run import FORMAT
 
 TINY = [
   "--config=configs/mixer_ioc.py:digits",
@@ -318,7 +319,7 @@ def test_the_config_file_of_a_run_is_plain_data(finished):
   workdir, _ = finished
   with open(workdir / "config.json") as file:
     saved = json.load(file)
-  assert saved["format"] == train.FORMAT and saved["config"]["model"]["parts"] == "ioc"
+  assert saved["format"] == FORMAT and saved["config"]["model"]["parts"] == "ioc"
   assert saved["data"]["image_shape"] == [8, 8, 1] and "jax" in saved["versions"]
 
 
