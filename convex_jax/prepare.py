@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
+from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from convex_jax.errors import Mistake
 
@@ -113,10 +114,12 @@ def prepare(name: str, data_dir: str, manual_dir: str = "") -> str:
   try:
     with _without_tensorflow(builder), contextlib.redirect_stdout(io.StringIO()):
       builder.download_and_prepare(download_config=config, file_format="array_record")
-  except OSError as error:  # requests' connection errors are OSErrors too.
+  # requests' connection errors are OSErrors too.
+  except (OSError, NonMatchingChecksumError) as error:
     raise Mistake(
       f"data set {name!r} could not be prepared in {builder.data_dir}: {error}\n"
-      "  no network: fetch the archives elsewhere and give --manual_dir=<their folder>\n"
+      "  no network, or a file that is not the official one: fetch the archives elsewhere and"
+      " give --manual_dir=<their folder>\n"
       "  a folder that cannot be written: give another --data_dir"
     ) from error
   return str(builder.data_dir)
