@@ -169,6 +169,15 @@ def load(config: Any, seed: int, progress: bool = True) -> Data:
   order = rng.permutation(len(train))
   num_valid = round(config.validation_fraction * len(train))
   num_train = round(config.train_fraction * (len(train) - num_valid))
+  for key, share, count in (
+    ("validation_fraction", config.validation_fraction, num_valid),
+    ("train_fraction", config.train_fraction, num_train),
+  ):
+    if share and not count:
+      raise Mistake(
+        f"config.data.{key} is {share:g}, no example at all of the {len(train):,} of"
+        f" {config.name!r}; allowed: more"
+      )
   valid = train.subset(np.sort(order[:num_valid])) if num_valid else None
   if num_valid or config.train_fraction < 1:
     train = train.subset(np.sort(order[num_valid : num_valid + num_train]))

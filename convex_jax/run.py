@@ -122,16 +122,21 @@ def describe(
   os.replace(path + ".tmp", path)
 
 
-def refuse_other(config: Any, workdir: str) -> None:
-  """Raises `Mistake` when the workdir holds a run of another config."""
+def claim(config: Any, workdir: str) -> None:
+  """Raises `Mistake` where a workdir holds a run of another config, or cannot be written."""
+  there = os.path.abspath(workdir)
+  while not os.path.exists(there):
+    there = os.path.dirname(there)
+  if not os.path.isdir(there) or not os.access(there, os.W_OK):
+    raise Mistake(f"--workdir={workdir}: {there} cannot be written; give another --workdir")
   if not os.path.exists(os.path.join(workdir, "config.json")):
     return
-  there = dict(flatten(_read(workdir)["config"]))
+  before = dict(flatten(_read(workdir)["config"]))
   now = dict(flatten(json.loads(config.to_json_best_effort())))
   lines = [
-    f"  config.{key}: {there.get(key)!r} there, {now.get(key)!r} now"
-    for key in sorted(there.keys() | now.keys())
-    if there.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+    f"  config.{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+    for key in sorted(before.keys() | now.keys())
+    if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
   ]
   if lines:
     raise Mistake(

@@ -32,7 +32,7 @@ def run(config: Any, workdir: str) -> dict[str, float]:
   when the loss is no number, `Stopped` after SIGTERM or SIGINT once all is saved.
   """
   check(config)
-  runs.refuse_other(config, workdir)
+  runs.claim(config, workdir)
   lead = jax.process_index() == 0
   examples = data.load(config.data, config.seed, progress=lead)
   mesh = meshes.make_mesh()
@@ -76,7 +76,7 @@ def train(
   watch.restart_clock()
   with Stopping() as stopping:
     for steps in job.calls(int(state.step)):
-      profile(job.config.log.profile_steps, steps, workdir)
+      watch.profile(steps)
       state, measured = job.train_call(state, steps)
       in_flight.append((steps.stop, measured))
       take_in(MAX_IN_FLIGHT)
@@ -235,15 +235,6 @@ class Stopping:
   def __exit__(self, *_: object) -> None:
     for number, handler in self._before.items():
       signal.signal(number, handler)
-
-
-def profile(window: tuple[int, int], steps: range, workdir: str) -> None:
-  """Traces the calls that begin in `window` (first, last step) into workdir/profile."""
-  first, last = window
-  if last and steps.start <= first < steps.stop:
-    jax.profiler.start_trace(os.path.join(workdir, "profile"))
-  if last and steps.start <= last < steps.stop and steps.start > first:
-    jax.profiler.stop_trace()
 
 
 def refuse_uneven_batch(config: Any, devices: int) -> None:

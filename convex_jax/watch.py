@@ -74,6 +74,7 @@ class Watch:
     self._train: list[tuple[int, dict[str, np.ndarray]]] = []
     self._logged = start
     self._clock = time.monotonic()
+    self._workdir, self._tracing = workdir, False
     if not active:
       return
     self._path = os.path.join(workdir, "metrics.jsonl")
@@ -112,6 +113,20 @@ class Watch:
   def restart_clock(self) -> None:
     """Leaves what happened since the last row (an evaluation, say) out of images/s."""
     self._clock = time.monotonic()
+
+  def profile(self, steps: range) -> None:
+    """Traces the calls that hold the steps of `log.profile_steps` into workdir/profile."""
+    first, last = self._config.log.profile_steps
+    if self._active and last and not self._tracing and steps.start <= first < steps.stop:
+      jax.profiler.start_trace(os.path.join(self._workdir, "profile"))
+      self._tracing = True
+    elif self._tracing and steps.start > last:
+      self._stop_tracing()
+
+  def _stop_tracing(self) -> None:
+    jax.profiler.stop_trace()
+    self._tracing = False
+    self.say(f"profile written: xprof --logdir {os.path.join(self._workdir, 'profile')}")
 
   def train(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """Takes the metrics of the steps of one call, the last of which is `step`.
@@ -180,6 +195,8 @@ class Watch:
 
   def close(self) -> None:
     """Ends the live line and the event file."""
+    if self._tracing:
+      self._stop_tracing()
     if self._active:
       self._progress.stop()
       self._close_events()

@@ -71,6 +71,12 @@ def test_held_out_and_kept_shares_are_disjoint_and_fixed_by_the_seed(data_dir, d
   np.testing.assert_array_equal(first.test.labels, digits.test.labels)
 
 
+@pytest.mark.parametrize("key", ["validation_fraction", "train_fraction"])
+def test_a_share_that_holds_no_example_is_told(data_dir, key):
+  with pytest.raises(Mistake, match=f"data.{key} is 1e-06"):
+    data.load(config_of(data_dir, **{key: 1e-6}), 0, progress=False)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_label_noise_draws_that_share_anew_and_never_test_labels(data_dir, digits, share):
   noisy = data.load(config_of(data_dir, label_noise=share), seed=0, progress=False)

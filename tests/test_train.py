@@ -252,6 +252,12 @@ def test_a_mistake_exits_2_with_one_line_each_and_no_traceback(args, words, tmp_
   assert "Traceback" not in result.stderr and not workdir.exists()
 
 
+def test_a_workdir_that_cannot_be_made_is_told(tiny_config, tmp_path):
+  (tmp_path / "file").write_text("in the way")
+  with pytest.raises(Mistake, match="cannot be written"):
+    train.run(tiny_config, str(tmp_path / "file" / "run"))
+
+
 def test_an_uneven_batch_is_refused(tiny_config, data_dir, tmp_path):
   with pytest.raises(Mistake, match="multiples of 8"):
     train.run(of(tiny_config, batch_size=12), str(tmp_path / "run"))
@@ -323,7 +329,9 @@ def test_the_config_file_of_a_run_is_plain_data(finished):
   assert saved["data"]["image_shape"] == [8, 8, 1] and "jax" in saved["versions"]
 
 
-def test_a_profile_is_written_on_request(tiny_config, few_digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize("last", [4, 99])  # Within the run, and beyond its end.
+def test_a_profile_is_written_on_request(tiny_config, few_digits, tmp_path, monkeypatch, last):
   monkeypatch.setattr(data, "load", lambda *_, **__: few_digits)
-  train.run(of(tiny_config, log__profile_steps=(2, 4)), str(tmp_path / "run"))
+  config = of(tiny_config, log__profile_steps=(2, last), eval__every_epochs=1.0)
+  train.run(config, str(tmp_path / "run"))
   assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
