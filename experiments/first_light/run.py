@@ -1,6 +1,6 @@
 """Trains both twins of MLP and Mixer for five epochs, then tabulates and draws them.
 
-    python experiments/first_light/run.py [--config.data.dir=...] [further overrides]
+    python -m experiments.first_light.run [--config.data.dir=...] [further overrides]
 
 Further arguments go to every run. A run that is finished is not run again, and one that
 was interrupted goes on. Results: results.csv and curves.png beside this file.
@@ -65,6 +65,7 @@ def draw() -> None:
         )
     panel.set_title({"mlp": "MLP 3 x 800", "mixer": "MLP-Mixer, 4 blocks, 72 px"}[model])
     panel.set_xlabel("epoch")
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.3)
   panels[0].set_ylabel("accuracy on CIFAR-10 (%)")
   panels[1].legend(loc="lower right", fontsize="small")
