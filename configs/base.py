@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
   )
   config.dtype = "float32"  # Of the computation: float32, bfloat16. Parameters stay float32.
   config.label_smoothing = 0.0  # s in targets (1 - s) y + s / classes.
+  config.init_from = ""  # Public weights to start from: .npz, .safetensors, .pth; "": random.
   config.ema_decay = 0.0  # Above 0: weights are averaged, and the average is evaluated.
 
   config.data = ConfigDict()
@@ -37,6 +38,10 @@ def get_config() -> ConfigDict:
   config.model.parts = "base"  # base: as published; ioc: exactly convex; paper: the report's.
   config.model.constraint = "clamp"  # max(w, 0); exponentiate: w < 0 becomes exp(w - 5).
   config.model.passthrough = True  # Free-sign maps of the image's affine part; `ioc` only.
+  config.model.convex_from = "image"  # head: the parts make the head alone, on a free trunk.
+  config.model.head_depth = 0  # Hidden layers of the head; 0: linear, as published.
+  config.model.head_width = 256  # Units of each.
+  config.model.remat = False  # Recompute blocks in the backward pass: less memory, more time.
 
   config.optimizer = ConfigDict()
   config.optimizer.name = "adam"  # adam, adamw, sgd (Nesterov momentum), lion.

@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import itertools
+import os
+import typing
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -10,7 +12,7 @@ from convex_jax import models
 from convex_jax.constraints import PROJECTIONS
 from convex_jax.data import DATASETS
 from convex_jax.errors import Mistake
-from convex_jax.layers import PARTS
+from convex_jax.layers import CONVEX_FROM, PARTS
 from convex_jax.optimizer import OPTIMIZERS, SCHEDULES
 
 
@@ -71,7 +73,25 @@ def _steps(value: tuple) -> bool:
 
 
 TEXT, SWITCH = Rule(str, "text"), Rule(bool, "true, false")
-FIELD = Rule(int | None, "whole numbers from 1, or None", lambda v: v is None or v >= 1)
+
+
+def _wholes(value: tuple) -> bool:
+  return bool(value) and all(isinstance(v, int) and v >= 1 for v in value)
+
+
+def field_rule(field: dataclasses.Field) -> Rule:
+  """What a field of an architecture may hold, by its type; None takes the size's own."""
+  kind: Any = field.type
+  if typing.get_origin(kind) is typing.Literal:
+    rule = one_of(typing.get_args(kind))
+  elif typing.get_origin(kind) is tuple:
+    rule = Rule(tuple, "tuples of whole numbers from 1", _wholes)
+  else:
+    rule = {bool: SWITCH, int: whole(0 if field.default == 0 else 1), float: number(0)}[kind]
+  return Rule(
+    rule.type | None, f"{rule.allowed}, or None", lambda v: v is None or rule.test(v), rule.names
+  )
+
 
 RULES = {
   "seed": whole(0),
@@ -80,6 +100,7 @@ RULES = {
   "batch_size": whole(1),
   "steps_per_call": whole(1),
   "dtype": one_of(("float32", "bfloat16")),
+  "init_from": TEXT,
   "label_smoothing": below(0, 1),
   "ema_decay": below(0, 1),
   "data.name": one_of(DATASETS),
@@ -96,6 +117,10 @@ RULES = {
   "model.parts": one_of(PARTS),
   "model.constraint": one_of([name for name in PROJECTIONS if name not in ("free", "shift")]),
   "model.passthrough": SWITCH,
+  "model.convex_from": one_of(CONVEX_FROM),
+  "model.head_depth": whole(0),
+  "model.head_width": whole(1),
+  "model.remat": SWITCH,
   "optimizer.name": one_of(OPTIMIZERS),
   "optimizer.learning_rate": number(0, closed=False),
   "optimizer.schedule": one_of(SCHEDULES),
@@ -129,10 +154,10 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _rules(values: dict[str, Any]) -> dict[str, Rule]:
   """`RULES`, with the fields of the architecture that `model.name` chooses."""
   if values.get("model.name") not in models.names():
-    return RULES | {path: FIELD for path in values if path.startswith("model.")} | RULES
-  sizes = models.module_of(values["model.name"]).SIZES
-  fields = {f"model.{field}": FIELD for size in sizes.values() for field in size}
-  return RULES | fields
+    unknown = Rule(object, "anything")
+    return {path: unknown for path in values if path.startswith("model.")} | RULES
+  fields = models.fields(values["model.name"])
+  return RULES | {f"model.{name}": field_rule(field) for name, field in fields.items()}
 
 
 def _clashes(config: Any) -> Iterator[str]:
@@ -142,6 +167,13 @@ def _clashes(config: Any) -> Iterator[str]:
     yield one_of(module.SIZES).mistake("model.size", config.model.size) or ""
   elif hasattr(module, "check"):
     yield from module.check(models.fields_of(config.model), config.data.image_size)
+  if config.init_from and not os.path.isfile(os.path.expanduser(config.init_from)):
+    yield f"init_from is {config.init_from!r}, which is no file; allowed: a public checkpoint's path"
+  if config.model.convex_from == "head" and not config.model.head_depth:
+    yield (
+      "model.head_depth is 0 and model.convex_from is 'head': a linear head is convex in its"
+      " features whatever its weights; allowed: whole numbers from 1"
+    )
   if config.optimizer.name == "adam" and config.optimizer.weight_decay:
     yield (
       f"optimizer.weight_decay is {config.optimizer.weight_decay:g} and optimizer.name is 'adam',"

@@ -69,7 +69,7 @@ def log_normal(inputs: Moments) -> Callable[..., jax.Array]:
 
 
 class ScaledDense(nn.Module):
-  """s (x W + b) with a learnt s >= 0 for each feature, 1 at first.
+  """s (x W + b) with a learnt s >= 0 for each feature.
 
   The scale multiplies W and b, not the (far larger) result: it costs nothing.
   """
@@ -79,15 +79,29 @@ class ScaledDense(nn.Module):
   kernel_init: Callable[..., Any]
   bias_init: Callable[..., Any]
   dtype: Any
+  initial_scale: float = 1.0
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x):
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-    bias = self.param("bias", self.bias_init, (self.features,))
-    ones = constrained(nn.initializers.ones, self.constraint)
-    scale = self.param("scale", ones, (self.features,))
-    x, kernel, bias = promote_dtype(x, kernel * scale, bias * scale, dtype=self.dtype)
-    return x @ kernel + bias
+    initial = constrained(nn.initializers.constant(self.initial_scale), self.constraint)
+    scale = self.param("scale", initial, (self.features,))
+    bias = scale * self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
+    x, kernel, bias = promote_dtype(x, kernel * scale, bias, dtype=self.dtype)
+    return x @ kernel if bias is None else x @ kernel + bias
+
+
+class Scale(nn.Module):
+  """v x, a learnt v of either sign for each feature, 1 at first."""
+
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    x, scale = promote_dtype(x, scale, dtype=self.dtype)
+    return scale * x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +115,22 @@ class Parts:
   norm_kind: str | None = None  # "batch", "layer"; None: the architecture's own.
   principled: bool = False  # Log-normal initialisation, residual branch scales.
   passthrough: bool = False  # Free-sign maps of y, affine in the image, to later layers.
+  gates: bool = True  # Products of features and gates made of features: never convex.
+  widened: bool = False  # The 2021 paper's convex All-CNN: twice the first convolution.
+  classifier: "Parts | None" = None  # Of the head, where it is of another kind.
+  head_depth: int = 0  # Hidden layers of the head; 0: linear, as published.
+  head_width: int = 256  # Units of each.
+  remat: bool = False  # Recompute a block in the backward pass: less memory, a third more time.
   dtype: Any = jnp.float32  # Of the computation; parameters are float32 always.
   axis_name: str | None = None  # BatchNorm's mapped axis; only under `jax.pmap`.
 
   def act(self, own: Activation) -> Activation:
     """This twin's activation, or the architecture's `own`."""
     return self.activation or own
+
+  def block(self, cls: type[nn.Module]) -> type[nn.Module]:
+    """A block's class, rematerialised where asked; its call takes x, train, and what it likes."""
+    return nn.remat(cls, static_argnums=(2,)) if self.remat else cls
 
   def _affine(self, layer, fan_in, free, inputs, before_norm, own_init, **fields):
     """Fields of a dense or conv layer: dtype, tagged kernel, matching bias."""
@@ -129,6 +153,7 @@ class Parts:
     inputs: Moments = ELU,
     before_norm: bool = False,
     own_init=nn.initializers.lecun_normal(),  # noqa: B008
+    **fields,
   ):
     """X W + b over the last axis; W >= 0 where the twin asks, unless `free`.
 
@@ -136,27 +161,47 @@ class Parts:
     `before_norm` whether a BatchNorm follows: both matter to the initial values only.
     """
     layer = self._affine(
-      nn.Dense, x.shape[-1], free, inputs, before_norm, own_init, features=features, name=name
+      nn.Dense,
+      x.shape[-1],
+      free,
+      inputs,
+      before_norm,
+      own_init,
+      features=features,
+      name=name,
+      **fields,
     )
     return layer(x)
 
-  def branch_dense(self, x, features: int, *, name: str):
-    """The last layer of a residual branch: in `ioc` with a learnt scale >= 0.
+  def branch_dense(
+    self,
+    x,
+    features: int,
+    *,
+    name: str,
+    inputs: Moments = ELU,
+    own_init=nn.initializers.lecun_normal(),  # noqa: B008
+    initial_scale: float = 1.0,
+    **fields,
+  ):
+    """The last layer of a branch that is added to others: in `ioc` with a learnt scale >= 0.
 
-    What to start it from was measured at 4 blocks: 1 learns faster than 0.1.
+    What to start it from was measured in a Mixer of 4 blocks: 1 learns faster than 0.1.
     """
     if not self.principled:
-      return self.dense(x, features, name=name)
+      return self.dense(x, features, own_init=own_init, name=name, **fields)
     layer = self._affine(
       ScaledDense,
       x.shape[-1],
       False,
-      ELU,
+      inputs,
       False,
       None,
       features=features,
       constraint=self.constraint,
+      initial_scale=initial_scale,
       name=name,
+      **fields,
     )
     return layer(x)
 
@@ -176,7 +221,7 @@ class Parts:
     """Convolution over (H, W) with `nn.Conv`'s further `fields`; as `dense` otherwise."""
     layer = self._affine(
       nn.Conv,
-      kernel[0] * kernel[1] * x.shape[-1],
+      kernel[0] * kernel[1] * x.shape[-1] // fields.get("feature_group_count", 1),
       free,
       inputs,
       before_norm,
@@ -196,8 +241,36 @@ class Parts:
     init = own_init or nn.initializers.lecun_normal()
     return nn.Dense(features, use_bias=False, dtype=self.dtype, kernel_init=init, name=name)(y)
 
-  def head(self, x, classes: int, *, name: str, own_init=nn.initializers.lecun_normal()):  # noqa: B008
-    """The classifier; logits are float32 at least. `shift` needs two classes; one logit is clamped."""
+  def passthrough_scale(self, y, *, name: str):
+    """V y with V diagonal: as `passthrough_dense` between layers of one width, for nothing."""
+    return Scale(self.dtype, name=name)(y)
+
+  def passthrough_map(self, y_BxHxWxE, like_BxIxJxD, *, name: str):
+    """`passthrough_dense` of a map y, average-pooled to the shape of another map."""
+    (h, w), (i, j) = y_BxHxWxE.shape[1:3], like_BxIxJxD.shape[1:3]
+    if h % i or w % j:
+      shape = (len(y_BxHxWxE), i, j, y_BxHxWxE.shape[-1])
+      y_BxIxJxE = jax.image.resize(y_BxHxWxE, shape, "linear", antialias=True)
+    else:
+      y_BxIxJxE = nn.avg_pool(y_BxHxWxE, (h // i, w // j), strides=(h // i, w // j))
+    return self.passthrough_dense(y_BxIxJxE, like_BxIxJxD.shape[-1], name=name)
+
+  def head(
+    self,
+    x,
+    classes: int,
+    *,
+    train: bool,
+    name: str,
+    own_init=nn.initializers.lecun_normal(),  # noqa: B008
+  ):
+    """The classifier on features (B, D): linear, or `Head` where the head is deeper."""
+    if self.head_depth:
+      return Head(classes, self, name=name)(x, train)
+    return self.linear_head(x, classes, name=name, own_init=own_init)
+
+  def linear_head(self, x, classes: int, *, name: str, own_init=nn.initializers.lecun_normal()):  # noqa: B008
+    """Logits, float32 at least. `shift` needs two classes; one logit is clamped."""
     constraint = self.head_constraint
     if classes == 1 and constraint == "shift":
       constraint = "clamp"
@@ -205,27 +278,75 @@ class Parts:
     layer = nn.Dense(classes, dtype=self.dtype, kernel_init=init, name=name)
     return layer(x).astype(jnp.promote_types(self.dtype, jnp.float32))
 
-  def norm(self, x, own: str, *, name: str, train: bool, free: bool = False, epsilon=1e-6):
+  def dropout(self, x, rate: float, train: bool, whole: bool = False):
+    """Zeroes a share `rate` of values, divides the others by 1 - rate; in training only.
+
+    With `whole`, all of an example's values at once: stochastic depth (Huang et al. 2016).
+    """
+    axes = tuple(range(1, x.ndim)) if whole else ()
+    return nn.Dropout(rate, broadcast_dims=axes)(x, deterministic=not train)
+
+  def norm(
+    self,
+    x,
+    own: str,
+    *,
+    name: str,
+    train: bool,
+    free: bool = False,
+    epsilon: float | None = None,
+    momentum: float = 0.9,
+  ):
     """The twin's normalisation, or the architecture's `own` ("layer", "batch").
 
-    LayerNorm's `epsilon` is the architecture's; BatchNorm has 1e-5, and running
-    averages that keep 0.9 a step (torch's momentum 0.1). `free` leaves the scale's
-    sign open: right only where the norm acts on the affine part of the image.
+    `epsilon` and `momentum` (the share of running averages that a step keeps; 1 minus
+    torch's) are of the own kind; otherwise LayerNorm has 1e-6, BatchNorm 1e-5 and 0.9.
+    `free` leaves the scale's sign open: right only where the norm acts on the affine part
+    of the image.
     """
     scale_init = constrained(nn.initializers.ones, FREE if free else self.constraint)
-    if (self.norm_kind or own) == "layer":
-      layer = nn.LayerNorm(epsilon, dtype=self.dtype, scale_init=scale_init, name=name)
+    kind = self.norm_kind or own
+    if kind != own:
+      epsilon, momentum = None, 0.9
+    if kind == "layer":
+      layer = nn.LayerNorm(epsilon or 1e-6, dtype=self.dtype, scale_init=scale_init, name=name)
       return layer(x)
     layer = nn.BatchNorm(
       use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
+      momentum=momentum,
+      epsilon=epsilon or 1e-5,
       dtype=self.dtype,
       scale_init=scale_init,
       axis_name=self.axis_name,
       name=name,
     )
     return layer(x)
+
+
+class Head(nn.Module):
+  """Hidden layers (dense, BatchNorm, activation) and logits, on features (B, D).
+
+  Where the trunk before it is of another kind (`Parts.classifier`), the features are its
+  input: its first matrix is free and the logits are convex in the features.
+  """
+
+  classes: int
+  trunk: Parts
+
+  @nn.compact
+  def __call__(self, x_BxD: jax.Array, train: bool = False) -> jax.Array:
+    parts, y_BxD = self.trunk.classifier or self.trunk, None
+    for i in range(self.trunk.head_depth):
+      first = i == 0 and self.trunk.classifier is not None
+      x_BxD = parts.dense(
+        x_BxD, self.trunk.head_width, free=first, before_norm=True, name=f"dense_{i}"
+      )
+      if y_BxD is not None:
+        x_BxD += parts.passthrough_dense(y_BxD, self.trunk.head_width, name=f"passthrough_{i}")
+      x_BxD = parts.norm(x_BxD, "batch", train=train, name=f"norm_{i}")
+      y_BxD = x_BxD if first and parts.passthrough else y_BxD
+      x_BxD = parts.act(nn.relu)(x_BxD)
+    return parts.linear_head(x_BxD, self.classes, name="logits")
 
 
 def base(**fields) -> Parts:
@@ -243,26 +364,42 @@ def ioc(constraint: str, passthrough: bool, **fields) -> Parts:
     norm_kind="batch",
     principled=True,
     passthrough=passthrough,
+    gates=False,
     **fields,
   )
 
 
 def paper(constraint: str, **fields) -> Parts:
-  """What the report and the 2021 paper did: ELU and weights >= 0, own norm kept."""
+  """What the report and the 2021 paper did: ELU and weights >= 0, own norm and gates kept."""
   return Parts(
-    "paper", constraint=constraint, head_constraint=constraint, activation=nn.elu, **fields
+    "paper",
+    constraint=constraint,
+    head_constraint=constraint,
+    activation=nn.elu,
+    widened=True,
+    **fields,
   )
 
 
 PARTS = ("base", "ioc", "paper")
 
 
-def make_parts(name: str, constraint: str, passthrough: bool, **fields) -> Parts:
-  """The `Parts` called `name`; `fields` are `dtype` and `axis_name`."""
+CONVEX_FROM = ("image", "head")
+
+
+def make_parts(
+  name: str, constraint: str, passthrough: bool, convex_from: str = "image", **fields
+) -> Parts:
+  """The `Parts` called `name`; `fields` are those of `Parts` from `head_depth` on.
+
+  With `convex_from` "head" the parts make the head alone, on a trunk as published.
+  """
   if name == "base":
-    return base(**fields)
-  if name == "ioc":
-    return ioc(constraint, passthrough, **fields)
-  if name == "paper":
-    return paper(constraint, **fields)
-  raise ValueError(f"model.parts is {name!r}; allowed: {', '.join(PARTS)}")
+    parts = base(**fields)
+  elif name == "ioc":
+    parts = ioc(constraint, passthrough, **fields)
+  elif name == "paper":
+    parts = paper(constraint, **fields)
+  else:
+    raise ValueError(f"model.parts is {name!r}; allowed: {', '.join(PARTS)}")
+  return parts if convex_from == "image" else base(classifier=parts, **fields)

@@ -17,6 +17,7 @@ from flax import struct
 from convex_jax.metrics import Evaluation
 
 Batch = dict[str, jax.Array]
+_DROPOUT = 2**32 - 1  # No example's position in a run.
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -64,6 +65,12 @@ def init_state(
   )
 
 
+def start_from(state: State, weights: dict[str, Any]) -> State:
+  """A fresh state with other initial weights {"params", "stats"}; no optimizer here minds."""
+  ema = None if state.ema is None else jax.tree.map(jnp.copy, weights)
+  return state.replace(params=weights["params"], stats=weights["stats"], ema=ema)
+
+
 def cross_entropy(logits_BxK: jax.Array, label_B: jax.Array, smoothing: float = 0.0) -> jax.Array:
   """Softmax cross-entropy of each example, in nats; targets (1 - s) y + s / K."""
   target_BxK = optax.smooth_labels(jax.nn.one_hot(label_B, logits_BxK.shape[-1]), smoothing)
@@ -84,11 +91,15 @@ def train_step(
 ) -> tuple[State, dict[str, jax.Array]]:
   """One update on a batch {image_BxHxWxC uint8, label_B, position_B}.
 
-  Randomness is a function of `key` and of an example's position in the run, so that it
-  depends neither on the number of devices nor on an interruption.
+  Augmentation is a function of `key` and of an example's position in the run, dropout of
+  `key` and the step: neither depends on an interruption nor, but for dropout under
+  `jax.pmap`, on the number of devices.
   """
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["position"])
   image_BxHxWxC = augment(keys_B, batch["image"])
+  dropout_key = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), state.step)
+  if axis_name is not None:  # Each device has its own part of the batch, so its own masks.
+    dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
 
   def loss_fn(params):
     logits_BxK, mutated = model.apply(
@@ -96,6 +107,7 @@ def train_step(
       image_BxHxWxC,
       train=True,
       mutable=["batch_stats"],
+      rngs={"dropout": dropout_key},
     )
     loss = cross_entropy(logits_BxK, batch["label"], label_smoothing).mean()
     return loss, (logits_BxK, mutated.get("batch_stats", {}))

@@ -75,7 +75,7 @@ def test_one_logit_is_clamped_since_it_cannot_be_shifted():
 
     @layers.nn.compact
     def __call__(self, x):
-      return layers.ioc("clamp", False).head(x, self.classes, name="head")
+      return layers.ioc("clamp", False).linear_head(x, self.classes, name="head")
 
   for classes, want in ((1, "clamp"), (2, "shift")):
     boxed = Head(classes).init(jax.random.key(0), jnp.ones((1, 4)))["params"]

@@ -90,8 +90,9 @@ def main() -> None:
   states = {name: job.init() for name, job in jobs.items()}
   seconds = {name: [] for name in jobs}
   for i in range(args.rounds + 1):
-    for name, job in jobs.items():
-      start = time.perf_counter()
+    names = list(jobs)
+    for name in names[i % len(names) :] + names[: i % len(names)]:  # Each follows each other.
+      job, start = jobs[name], time.perf_counter()
       for step in range(i * STEPS, (i + 1) * STEPS):
         states[name], metrics = job.train_call(states[name], range(step, step + 1))
       jax.block_until_ready(metrics)
