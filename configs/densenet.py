@@ -1,0 +1,47 @@
+r"""DenseNet-BC, 100 layers, growth 12, on images of 32 px (Huang et al. 2017, section 4.2).
+
+    python -m convex_jax.main --config=configs/densenet.py
+
+The authors' recipe: SGD with Nesterov momentum, batch 64, rate 0.1 divided by 10 at 50 %
+and 75 % of 300 epochs, flips and crops; 95.5 % test accuracy for the base. Sivaprasad et
+al. 2021 found 94.1 % for their smaller base (`model.size=ioc_paper`) and 91.1 % for its
+twin. DenseNet-121, which the report trained on ImageNet, is `--config.model.size=121
+--config.data.image_size=224`.
+"""
+
+from ml_collections.config_dict import placeholder
+
+from configs import base
+
+
+def get_config(dataset: str = "cifar10"):
+  config = base.get_config()
+  config.data.name = dataset
+  config.model.name = "densenet"
+  config.model.size = "BC-100-12"
+  config.model.blocks = placeholder(tuple)  # Layers a block; None: the size's own, as below.
+  config.model.growth = placeholder(int)  # Features that a layer adds.
+  config.model.stem_width = placeholder(int)  # Features of the stem.
+  config.model.stem = placeholder(str)  # imagenet, cifar.
+  config.model.bottleneck = placeholder(bool)  # 1x1 convolution before each 3x3.
+  config.model.compression = placeholder(float)  # Share of features that a transition keeps.
+  config.model.transition = placeholder(int)  # Features after one; 0: compression decides.
+  config.model.dropout = placeholder(float)  # After every convolution but the first.
+  config.model.pool = placeholder(str)  # global, 2x2: before the head.
+  config.epochs = 300
+  config.batch_size = 64
+  config.data.flip = dataset not in ("mnist", "fashion_mnist", "svhn_cropped")
+  config.data.crop_padding = 4
+  config.optimizer.name = "sgd"
+  config.optimizer.learning_rate = 0.1
+  config.optimizer.schedule = "step"
+  # Decoupled; pulls as an L2 penalty of 1e-4 does through a momentum of 0.9.
+  config.optimizer.weight_decay = 1e-3
+  if dataset == "digits":
+    config.data.image_size = 8
+    config.data.flip = False
+    config.data.crop_padding = 0
+    config.model.blocks = (4, 4)
+    config.epochs = 30
+    config.eval.every_epochs = 5.0
+  return config

@@ -1,0 +1,114 @@
+"""All-CNN (Springenberg et al. 2015, arXiv 1412.6806) and its convex twins.
+
+Convolutions alone: strided ones in place of pooling, then a 1x1 convolution to a map of
+class scores and the mean over positions. A ReLU follows every convolution, the last too.
+"""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+
+from convex_jax.layers import ELU, NORMED, Parts
+
+PAPER_BREAKS = ""  # Neither norm nor gate.
+
+_HALVES = {  # Kernel sides before each halving (table 1 of the paper).
+  "a": (5,),
+  "b": (5, 1),
+  "c": (3, 3),
+}
+
+SIZES = {
+  "a": dict(kernels=_HALVES["a"]),
+  "b": dict(kernels=_HALVES["b"]),
+  "c": dict(kernels=_HALVES["c"]),
+  # What the code of Sivaprasad et al. 2021 calls All-Conv.
+  "ioc_paper": dict(kernels=_HALVES["c"], form="ioc_paper"),
+  "tiny": dict(kernels=_HALVES["b"], width=6, padding="same"),  # For tests.
+}
+
+he_normal = nn.initializers.he_normal()
+
+
+def image_size(size: str) -> int:
+  """Side of the images that a size was published for, px."""
+  return {"tiny": 8}.get(size, 32)
+
+
+def check(fields: dict, image_size: int) -> list[str]:
+  """What is wrong with an image of `image_size` px for these fields, one line each."""
+  if fields.get("padding", "valid") == "valid" and image_size < 9:
+    return [
+      f"data.image_size is {image_size} px, too few for an unpadded 3x3 convolution after two"
+      " halvings; allowed: from 9, or any with model.padding='same'"
+    ]
+  return []
+
+
+class Model(nn.Module):
+  """The network; `width` features, 2 `width` after the first halving.
+
+  Form "published": dropout 0.2 on the image and 0.5 after each strided convolution, no
+  norm. Form "ioc_paper": a BatchNorm after the activations of convolutions 2, 4, 6 and 8,
+  no dropout on the image, a class map of stride 2; its `paper` twin has twice the first
+  convolution's features.
+
+  In `ioc` with passthrough the first convolution's output, affine in the image and
+  average-pooled, joins the input of the activation after each halving.
+  """
+
+  classes: int
+  parts: Parts
+  kernels: tuple[int, ...]  # Sides of the convolutions before each strided one, px.
+  width: int = 96
+  dropout: float = 0.5
+  padding: Literal["valid", "same"] = "valid"  # Of the last 3x3 convolution.
+  form: Literal["published", "ioc_paper"] = "published"
+
+  @nn.compact
+  def __call__(self, image_BxHxWxC: jax.Array, train: bool = False) -> jax.Array:
+    parts, act, published = self.parts, self.parts.act(nn.relu), self.form == "published"
+    same = self.padding == "same" or not published
+    halves = [[(k, 1) for k in self.kernels] + [(3, 2)] for _ in range(2)]
+    plan = [(w, *step) for w, half in zip((1, 2), halves, strict=True) for step in half]
+    plan += [(2, 3, 1), (2, 1, 1)]
+    x_BxHxWxD, y_BxHxWxE = image_BxHxWxC, None
+    if published:
+      x_BxHxWxD = parts.dropout(x_BxHxWxD, 0.4 * self.dropout, train)
+    normed = halved = False
+    for i, (widths, side, stride) in enumerate(plan):
+      widened = parts.widened and i == 0 and not published
+      x_BxHxWxD = parts.conv(
+        x_BxHxWxD,
+        self.width * widths * (2 if widened else 1),
+        (side, side),
+        strides=(stride, stride),
+        padding=side // 2 if same or i != len(plan) - 2 else 0,
+        free=i == 0,
+        inputs=NORMED if normed else ELU,
+        own_init=he_normal,
+        name=f"conv_{i}",
+      )
+      if i == 0:
+        y_BxHxWxE = x_BxHxWxD
+      elif halved and parts.passthrough:
+        x_BxHxWxD += parts.passthrough_map(y_BxHxWxE, x_BxHxWxD, name=f"passthrough_{i}")
+      x_BxHxWxD, halved, normed = act(x_BxHxWxD), stride == 2, not published and i % 2 == 1
+      if normed:
+        x_BxHxWxD = parts.norm(x_BxHxWxD, "batch", train=train, name=f"norm_{i}")
+      if halved:
+        x_BxHxWxD = parts.dropout(x_BxHxWxD, self.dropout, train)
+    if parts.head_depth:
+      return parts.head(x_BxHxWxD.mean((1, 2)), self.classes, train=train, name="head")
+    stride = 1 if published else 2
+    x_BxHxWxK = parts.conv(
+      x_BxHxWxD,
+      self.classes,
+      (1, 1),
+      strides=(stride, stride),
+      inputs=NORMED if normed else ELU,
+      own_init=he_normal,
+      name="head",
+    )
+    return act(x_BxHxWxK).mean((1, 2))

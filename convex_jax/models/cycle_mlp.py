@@ -1,0 +1,197 @@
+"""CycleMLP (Chen et al. 2021, arXiv 2107.10224) and its convex twins.
+
+Patch embedding; four stages of blocks on maps that halve from stage to stage; norm; mean
+over positions; linear head. A block mixes by three dense layers, of which two read each
+channel at a position one step off along an axis, and then by a channel MLP.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from convex_jax.layers import NORMED, Parts
+
+PAPER_BREAKS = "LayerNorm, gate"
+
+
+def _published(depths, widths=(64, 128, 320, 512), ratios=(4, 4, 4, 4)):
+  """Table 1 of the paper, and its code."""
+  return dict(depths=depths, widths=widths, ratios=ratios)
+
+
+SIZES = {
+  "B1": _published((2, 2, 4, 2)),
+  "B2": _published((2, 3, 10, 3)),
+  "B3": _published((3, 4, 18, 3), ratios=(8, 8, 4, 4)),
+  "B4": _published((3, 8, 27, 3), ratios=(8, 8, 4, 4)),
+  "B5": _published((3, 4, 24, 3), widths=(96, 192, 384, 768)),
+  "tiny": dict(depths=(1, 1), widths=(8, 12), ratios=(2, 2), stem_stride=2),  # For tests.
+}
+
+gelu = functools.partial(nn.gelu, approximate=False)
+normal = nn.initializers.normal(0.02)
+# The plain convolutions': uniform +-1 / sqrt(fan-in), torch's default.
+uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def image_size(size: str) -> int:
+  """Side of the images that a size was published for, px."""
+  return {"tiny": 8}.get(size, 224)
+
+
+def check(fields: dict, image_size: int) -> list[str]:
+  """Stages that do not match, one line each; `image_size` may be any."""
+  lengths = {key: len(fields[key]) for key in ("depths", "widths", "ratios")}
+  if len(set(lengths.values())) > 1:
+    counts = ", ".join(f"model.{key} has {n}" for key, n in lengths.items())
+    return [f"{counts} stages; allowed: the same number in each"]
+  return []
+
+
+def cycle(x_BxHxWxD: jax.Array, axis: int) -> jax.Array:
+  """Each channel at a position off by 0, +1, -1, 0, +1, ... along `axis`; 0 outside.
+
+  shift(c) = (c + 1) mod 3 - 1: CycleFC of cycle length 3 and step 1 (the paper's section
+  3.2) is this and a dense layer. Three slices and a choice, which compile to one loop.
+  """
+  size, channel = x_BxHxWxD.shape[axis], jnp.arange(x_BxHxWxD.shape[-1]) % 3
+  padding = [(1, 1) if i == axis else (0, 0) for i in range(4)]
+  padded = jnp.pad(x_BxHxWxD, padding)
+  after = jax.lax.slice_in_dim(padded, 2, size + 2, axis=axis)
+  before = jax.lax.slice_in_dim(padded, 0, size, axis=axis)
+  return jnp.where(channel == 0, x_BxHxWxD, jnp.where(channel == 1, after, before))
+
+
+class Gate(nn.Module):
+  """Branch weights (B, 1, 1, D, 3): a softmax over 3 branches of an MLP of their mean."""
+
+  parts: Parts
+  first: bool
+
+  @nn.compact
+  def __call__(self, total_BxHxWxD: jax.Array) -> jax.Array:
+    parts, features = self.parts, total_BxHxWxD.shape[-1]
+    x_Bx1x1xD = total_BxHxWxD.mean((1, 2), keepdims=True)
+    h_Bx1x1xE = parts.dense(
+      x_Bx1x1xD, features // 4, free=self.first, own_init=normal, name="dense_0"
+    )
+    h_Bx1x1xE = parts.act(gelu)(h_Bx1x1xE)
+    g_Bx1x1x3D = parts.dense(h_Bx1x1xE, 3 * features, own_init=normal, name="dense_1")
+    return nn.softmax(g_Bx1x1x3D.reshape(-1, 1, 1, features, 3))
+
+
+class Mix(nn.Module):
+  """Dense of the weighted sum of three branches: along the width, the height, neither.
+
+  The published weights are a `Gate`. Without gates (`ioc`) they are learnt numbers >= 0,
+  so that all of it is affine: where x is affine in the image (`first`) any sign is free.
+  Of a gated first block the report's code exempts the branches and the gate's first matrix.
+  """
+
+  parts: Parts
+  first: bool
+
+  @nn.compact
+  def __call__(self, x_BxHxWxD: jax.Array) -> jax.Array:
+    parts, features, affine = self.parts, x_BxHxWxD.shape[-1], not self.parts.gates
+
+    def dense(x, name, **fields):
+      return parts.dense(x, features, inputs=NORMED, own_init=normal, name=name, **fields)
+
+    def branch(x, name, **fields):
+      if self.first or parts.gates:
+        return dense(x, name, free=self.first, **fields)
+      return parts.branch_dense(
+        x, features, inputs=NORMED, initial_scale=1 / 3, name=name, **fields
+      )
+
+    branches = [
+      branch(cycle(x_BxHxWxD, 2), "along_width"),
+      branch(cycle(x_BxHxWxD, 1), "along_height"),
+      branch(x_BxHxWxD, "along_channels", use_bias=False),
+    ]
+    if affine:
+      mixed_BxHxWxD = functools.reduce(jnp.add, branches)
+    else:
+      gate_Bx1x1xDx3 = Gate(parts, self.first, name="gate")(functools.reduce(jnp.add, branches))
+      mixed_BxHxWxD = sum(gate_Bx1x1xDx3[..., i] * b for i, b in enumerate(branches))
+    if self.first and affine:
+      return dense(mixed_BxHxWxD, "proj", free=True)
+    return parts.branch_dense(mixed_BxHxWxD, features, inputs=NORMED, own_init=normal, name="proj")
+
+
+class Block(nn.Module):
+  """Mixing, then a channel MLP, each with a norm before and a residual sum after.
+
+  `first` says that x is the patch embedding itself, affine in the image. What comes next
+  is free as far as it is affine: in `ioc` up to the first ELU.
+  """
+
+  ratio: int
+  drop_path: float
+  parts: Parts
+  first: bool
+
+  @nn.compact
+  def __call__(self, x_BxHxWxD: jax.Array, train: bool) -> jax.Array:
+    parts, features, affine = self.parts, x_BxHxWxD.shape[-1], not self.parts.gates
+    norm = functools.partial(parts.norm, own="layer", epsilon=1e-5, train=train)
+    h_BxHxWxD = norm(x_BxHxWxD, free=self.first, name="norm_0")
+    h_BxHxWxD = Mix(parts, self.first, name="mix")(h_BxHxWxD)
+    x_BxHxWxD += parts.dropout(h_BxHxWxD, self.drop_path, train, whole=True)
+    free = self.first and affine
+    h_BxHxWxD = norm(x_BxHxWxD, free=free, name="norm_1")
+    h_BxHxWxF = parts.dense(
+      h_BxHxWxD, self.ratio * features, free=free, inputs=NORMED, own_init=normal, name="dense_0"
+    )
+    h_BxHxWxF = parts.act(gelu)(h_BxHxWxF)
+    h_BxHxWxD = parts.branch_dense(h_BxHxWxF, features, own_init=normal, name="dense_1")
+    return x_BxHxWxD + parts.dropout(h_BxHxWxD, self.drop_path, train, whole=True)
+
+
+class Model(nn.Module):
+  """The network, for images of any size; 224 px give maps of 56, 28, 14 and 7.
+
+  In `ioc` with passthrough the patch embedding, affine in the image and average-pooled to
+  the stage's map, joins the residual sum at the entry of each later stage.
+  """
+
+  classes: int
+  parts: Parts
+  depths: tuple[int, ...]  # Blocks a stage.
+  widths: tuple[int, ...]  # Features a stage.
+  ratios: tuple[int, ...]  # Hidden units of a channel MLP, in widths, a stage.
+  stem_stride: int = 4  # px.
+  drop_path: float = 0.1  # Stochastic depth of the last block, falling to 0 at the first.
+
+  @nn.compact
+  def __call__(self, image_BxHxWxC: jax.Array, train: bool = False) -> jax.Array:
+    parts, done = self.parts, 0
+    x_BxHxWxD = y_BxHxWxE = image_BxHxWxC
+    for stage, (depth, width, ratio) in enumerate(
+      zip(self.depths, self.widths, self.ratios, strict=True)
+    ):
+      conv = functools.partial(parts.conv, features=width, own_init=uniform)
+      if stage == 0:
+        strides = (self.stem_stride, self.stem_stride)
+        y_BxHxWxE = conv(
+          image_BxHxWxC, kernel=(7, 7), strides=strides, padding=2, free=True, name="stem"
+        )
+        x_BxHxWxD = y_BxHxWxE
+      else:
+        x_BxHxWxD = conv(
+          x_BxHxWxD, kernel=(3, 3), strides=(2, 2), padding=1, inputs=NORMED, name=f"down_{stage}"
+        )
+        if parts.passthrough:
+          x_BxHxWxD += parts.passthrough_map(y_BxHxWxE, x_BxHxWxD, name=f"passthrough_{stage}")
+      for i in range(depth):
+        drop_path = self.drop_path * done / max(1, sum(self.depths) - 1)
+        block = parts.block(Block)(
+          ratio, drop_path, parts, first=done == 0, name=f"stage_{stage}_block_{i}"
+        )
+        x_BxHxWxD, done = block(x_BxHxWxD, train), done + 1
+    x_BxHxWxD = parts.norm(x_BxHxWxD, "layer", epsilon=1e-5, train=train, name="norm")
+    x_BxD = x_BxHxWxD.mean((1, 2))
+    return parts.head(x_BxD, self.classes, train=train, own_init=normal, name="head")

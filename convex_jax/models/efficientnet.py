@@ -1,0 +1,187 @@
+"""EfficientNet (Tan and Le 2019, arXiv 1905.11946) and its convex twins.
+
+A 3x3 stem; seven stages of inverted bottlenecks (1x1 expansion, depthwise convolution,
+squeeze-excite, 1x1 projection; Sandler et al. 2018); a 1x1 convolution; mean; dropout;
+linear head. A BatchNorm after every convolution but those of squeeze-excite.
+"""
+
+import functools
+import math
+from typing import Literal
+
+import flax.linen as nn
+import jax
+
+from convex_jax.layers import ELU, NORMED, Moments, Parts
+
+PAPER_BREAKS = "gate"
+
+STAGES = (  # (kernel, stride, expansion, width, repeats): table 1 of the paper.
+  (3, 1, 1, 16, 1),
+  (3, 2, 6, 24, 2),
+  (5, 2, 6, 40, 2),
+  (3, 2, 6, 80, 3),
+  (5, 1, 6, 112, 3),
+  (5, 2, 6, 192, 4),
+  (3, 1, 6, 320, 1),
+)
+
+SIZES = {
+  "B0": dict(width=1.0, depth=1.0, dropout=0.2),
+  "B1": dict(width=1.0, depth=1.1, dropout=0.2),
+  "B2": dict(width=1.1, depth=1.2, dropout=0.3),
+  "B3": dict(width=1.2, depth=1.4, dropout=0.3),
+  "B4": dict(width=1.4, depth=1.8, dropout=0.4),
+  "B5": dict(width=1.6, depth=2.2, dropout=0.4),
+  "B6": dict(width=1.8, depth=2.6, dropout=0.5),
+  "B7": dict(width=2.0, depth=3.1, dropout=0.5),
+  "tiny": dict(width=0.1, depth=0.3, dropout=0.2, stem_stride=1, stages=3),  # For tests.
+}
+
+
+def image_size(size: str) -> int:
+  """Side of the images that a size was published for, px."""
+  return dict(B0=224, B1=240, B2=260, B3=300, B4=380, B5=456, B6=528, B7=600, tiny=8)[size]
+
+
+def scaled(features: int, width: float) -> int:
+  """The multiple of 8 nearest to `features` x `width`, not below 0.9 of it."""
+  wanted = features * width
+  rounded = max(8, int(wanted + 4) // 8 * 8)
+  return rounded if rounded >= 0.9 * wanted else rounded + 8
+
+
+def kernel_init(side: int, features: int = 1):
+  """Normal of variance 2 / fan-out; a depthwise convolution has one output an input."""
+  return nn.initializers.normal(math.sqrt(2 / (side * side * features)))
+
+
+class ConvNorm(nn.Module):
+  """Convolution without bias, then BatchNorm.
+
+  Variant "tf" pads at the end first and has epsilon 1e-3 and running averages that keep
+  0.99; "torch" pads evenly and has 1e-5 and 0.9.
+  """
+
+  features: int
+  side: int
+  variant: str
+  parts: Parts
+  stride: int = 1
+  depthwise: bool = False
+  free: bool = False
+  inputs: Moments = ELU
+
+  @nn.compact
+  def __call__(self, x_BxHxWxD: jax.Array, train: bool) -> jax.Array:
+    tf = self.variant == "tf"
+    x_BxHxWxD = self.parts.conv(
+      x_BxHxWxD,
+      self.features,
+      (self.side, self.side),
+      strides=(self.stride, self.stride),
+      padding="SAME" if tf else self.side // 2,
+      feature_group_count=self.features if self.depthwise else 1,
+      use_bias=False,
+      free=self.free,
+      inputs=self.inputs,
+      own_init=kernel_init(self.side, 1 if self.depthwise else self.features),
+      name="conv",
+    )
+    epsilon, momentum = (1e-3, 0.99) if tf else (1e-5, 0.9)
+    return self.parts.norm(
+      x_BxHxWxD, "batch", train=train, epsilon=epsilon, momentum=momentum, name="norm"
+    )
+
+
+class SqueezeExcite(nn.Module):
+  """x times the sigmoid of an MLP of its mean over positions (Hu et al. 2018)."""
+
+  hidden: int
+  parts: Parts
+
+  @nn.compact
+  def __call__(self, x_BxHxWxD: jax.Array) -> jax.Array:
+    parts, features = self.parts, x_BxHxWxD.shape[-1]
+    h_Bx1x1xE = parts.dense(
+      x_BxHxWxD.mean((1, 2), keepdims=True),
+      self.hidden,
+      own_init=kernel_init(1, self.hidden),
+      name="reduce",
+    )
+    h_Bx1x1xE = parts.act(nn.silu)(h_Bx1x1xE)
+    h_Bx1x1xD = parts.dense(h_Bx1x1xE, features, own_init=kernel_init(1, features), name="expand")
+    return x_BxHxWxD * nn.sigmoid(h_Bx1x1xD)
+
+
+class Block(nn.Module):
+  """Inverted bottleneck; the identity is added where shapes agree. No gate in `ioc`."""
+
+  features: int
+  side: int
+  stride: int
+  expansion: int
+  drop_path: float
+  variant: str
+  parts: Parts
+
+  @nn.compact
+  def __call__(self, x_BxHxWxD: jax.Array, train: bool) -> jax.Array:
+    parts, act, width = self.parts, self.parts.act(nn.silu), x_BxHxWxD.shape[-1]
+    conv = functools.partial(ConvNorm, variant=self.variant, parts=parts)
+    expanded, h_BxHxWxE = self.expansion * width, x_BxHxWxD
+    if self.expansion > 1:
+      h_BxHxWxE = act(conv(expanded, 1, inputs=NORMED, name="expand")(h_BxHxWxE, train))
+    depthwise = conv(expanded, self.side, stride=self.stride, depthwise=True, name="depthwise")
+    h_BxHxWxE = act(depthwise(h_BxHxWxE, train))
+    if parts.gates:
+      h_BxHxWxE = SqueezeExcite(max(1, width // 4), parts, name="squeeze_excite")(h_BxHxWxE)
+    h_BxHxWxF = conv(self.features, 1, name="project")(h_BxHxWxE, train)
+    if self.stride > 1 or self.features != width:
+      return h_BxHxWxF
+    return x_BxHxWxD + parts.dropout(h_BxHxWxF, self.drop_path, train, whole=True)
+
+
+class Model(nn.Module):
+  """The network, for images of any size; its stages halve them 5 times.
+
+  In `ioc` with passthrough the normed stem, affine in the image and average-pooled, joins
+  the output of the first block of each later stage.
+  """
+
+  classes: int
+  parts: Parts
+  width: float  # Multiplier of features ...
+  depth: float  # ... and of blocks.
+  dropout: float  # Before the head.
+  stages: int = 7  # The first so many: fewer halvings, for small images.
+  drop_path: float = 0.2  # Stochastic depth after the last block, falling to 0 at the first.
+  stem_stride: int = 2  # px.
+  variant: Literal["tf", "torch"] = "tf"  # Whose padding and norm: see `ConvNorm`.
+
+  @nn.compact
+  def __call__(self, image_BxHxWxC: jax.Array, train: bool = False) -> jax.Array:
+    parts, act = self.parts, self.parts.act(nn.silu)
+    conv = functools.partial(ConvNorm, variant=self.variant, parts=parts)
+    stem = conv(scaled(32, self.width), 3, stride=self.stem_stride, free=True, name="stem")
+    y_BxHxWxE = stem(image_BxHxWxC, train)
+    x_BxHxWxD, done = act(y_BxHxWxE), 0
+    repeats = [math.ceil(self.depth * stage[-1]) for stage in STAGES[: self.stages]]
+    for s, (side, stride, expansion, features, _) in enumerate(STAGES[: self.stages]):
+      for i in range(repeats[s]):
+        block = parts.block(Block)(
+          scaled(features, self.width),
+          side,
+          stride if i == 0 else 1,
+          expansion,
+          self.drop_path * done / sum(repeats),
+          self.variant,
+          parts,
+          name=f"stage_{s}_block_{i}",
+        )
+        x_BxHxWxD, done = block(x_BxHxWxD, train), done + 1
+        if parts.passthrough and s > 0 and i == 0:
+          x_BxHxWxD += parts.passthrough_map(y_BxHxWxE, x_BxHxWxD, name=f"passthrough_{s}")
+    x_BxHxWxD = act(conv(scaled(1280, self.width), 1, inputs=NORMED, name="top")(x_BxHxWxD, train))
+    x_BxD = parts.dropout(x_BxHxWxD.mean((1, 2)), self.dropout, train)
+    return parts.head(x_BxD, self.classes, train=train, name="head")
