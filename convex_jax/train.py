@@ -21,6 +21,7 @@ from convex_jax.check import check
 from convex_jax.checkpoint import Checkpoints
 from convex_jax.errors import Mistake, Stopped
 from convex_jax.watch import Watch, parameter_table
+from convex_jax.weights import load_public
 
 MAX_IN_FLIGHT = 16  # Calls ahead of the device. CPU collectives deadlock far ahead: jax 0.10.
 
@@ -42,13 +43,19 @@ def run(config: Any, workdir: str) -> dict[str, float]:
     shape, statistics = examples.train.images.shape[1:], examples.train.statistics()
     runs.describe(config, workdir, examples.class_names, shape, statistics)
   checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.checkpoint.keep)
-  state = job.init()
+  state, public = job.init(), None
   resumed = checkpoints.latest_step()
   if resumed is not None:
     state = checkpoints.restore(state, meshes.replicated(mesh))
+  elif config.init_from:
+    path = os.path.expanduser(config.init_from)
+    public = load_public(job.model, path, job.image_shape, config.seed)
+    state = step.start_from(state, meshes.replicate(mesh, public.weights))
   watch = Watch(workdir, resumed or 0, job.total_steps, job.epochs, config, lead)
   if resumed is None:
     watch.say(parameter_table(state.params, job.constraints))
+    if public is not None:
+      watch.say(f"weights from {config.init_from}: {public}")
   else:
     watch.say(f"resumed {workdir} at step {resumed} of {job.total_steps}")
   try:

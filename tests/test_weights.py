@@ -1,0 +1,151 @@
+"""Public weight files: what is mapped, what is refused, and by which name."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import of
+from safetensors.numpy import save_file
+
+from configs import base
+from convex_jax import check, data, models, run, train, weights
+from convex_jax.errors import Mistake
+
+ALIKE = dict(patch=2, depth=2, channels=6, tokens_hidden=5, channels_hidden=7)
+
+
+def build(parts="base", classes=10, **fields):
+  shared = {k: v for k, v in base.get_config().model.items() if k in models.SHARED}
+  config = {**shared, "name": "mixer", "size": "tiny", "parts": parts, **ALIKE, **fields}
+  return models.build(config, classes)
+
+
+def official(classes=10, channels=1, side=8, depth=2):
+  """Random arrays under the official Mixer's names, for `ALIKE`."""
+  rng = np.random.default_rng(0)
+  p, c, s = ALIKE["patch"], ALIKE["channels"], (side // ALIKE["patch"]) ** 2
+  shapes = {"stem/kernel": (p, p, channels, c), "stem/bias": (c,), "head/kernel": (c, classes)}
+  shapes |= {"head/bias": (classes,)}
+  norms = ["pre_head_layer_norm"] + [
+    f"MixerBlock_{i}/LayerNorm_{j}" for i in range(depth) for j in (0, 1)
+  ]
+  shapes |= {f"{norm}/{leaf}": (c,) for norm in norms for leaf in ("scale", "bias")}
+  for i in range(depth):
+    for mixing, width, hidden in (("token", s, 5), ("channel", c, 7)):
+      name = f"MixerBlock_{i}/{mixing}_mixing/Dense_"
+      shapes |= {f"{name}0/kernel": (width, hidden), f"{name}0/bias": (hidden,)}
+      shapes |= {f"{name}1/kernel": (hidden, width), f"{name}1/bias": (width,)}
+  return {k: rng.standard_normal(shape).astype(np.float32) for k, shape in shapes.items()}
+
+
+@pytest.fixture
+def save(tmp_path):
+  def write(arrays, name="public.npz"):
+    path = tmp_path / name
+    np.savez(path, **arrays) if name.endswith("npz") else save_file(arrays, path)
+    return str(path)
+
+  return write
+
+
+SHAPE = (8, 8, 1)
+
+
+def test_every_array_finds_its_place(save):
+  public = weights.load_public(build(), save(official()), SHAPE)
+  assert len(public.mapped) == len(official()) and not public.fresh and not public.unused
+  got = public.weights["params"]["block_1"]["token_mixing"]["dense_1"]["kernel"]
+  np.testing.assert_array_equal(got, official()["MixerBlock_1/token_mixing/Dense_1/kernel"])
+
+
+def test_the_older_naming_and_its_unit_axes(save):
+  older = {}
+  for key, array in official().items():
+    new = key.replace("stem/", "embedding/").replace("pre_head_layer_norm", "Mixer/encoder_norm")
+    new = new.replace("MixerBlock_", "Mixer/encoderblock_").replace("_mixing/", "_mixing_phase_0/")
+    for i in (0, 1):
+      new = new.replace(f"Dense_{i}/kernel", f"kernel{i + 1}").replace(
+        f"Dense_{i}/bias", f"bias{i + 1}"
+      )
+    older[new] = array[None] if "kernel1" in new else array
+  a, b = (weights.load_public(build(), save(x), SHAPE).weights for x in (official(), older))
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_convex_twin_is_feasible_and_tells_what_is_its_own(save):
+  public = weights.load_public(build("ioc"), save(official()), SHAPE)
+  block = public.weights["params"]["block_1"]
+  theirs = official()["MixerBlock_1/channel_mixing/Dense_0/kernel"]
+  np.testing.assert_array_equal(block["channel_mixing"]["dense_0"]["kernel"], np.maximum(theirs, 0))
+  assert "params/block_1/token_mixing/passthrough/scale" in public.fresh
+  assert all("passthrough" in k or "scale" in k or k.startswith("stats/") for k in public.fresh)
+  assert "initialised anew" in str(public)
+
+
+def test_another_head_is_initialised_anew_and_told(save):
+  public = weights.load_public(build(classes=3), save(official()), SHAPE)
+  assert public.fresh == ("params/head/bias", "params/head/kernel")
+  assert public.weights["params"]["head"]["kernel"].shape == (6, 3)
+
+
+@pytest.mark.parametrize(
+  "change,words",
+  [
+    (lambda a: a.update({"extra/kernel": np.ones((2, 2), np.float32)}), "extra/kernel"),
+    (lambda a: a.pop("MixerBlock_1/LayerNorm_0/bias"), "params/block_1/norm_0/bias"),
+    (lambda a: a.update({"stem/bias": np.ones(3, np.float32)}), r"stem/bias \(3,\)"),
+    (lambda a: a.update({"stem/bias": np.full(6, np.nan, np.float32)}), "no finite numbers"),
+    (lambda a: a.update({"stem/bias": np.arange(6)}), "int64"),
+  ],
+)
+def test_leftovers_gaps_and_wrong_values_are_refused_by_name(save, change, words):
+  arrays = official()
+  change(arrays)
+  with pytest.raises(Mistake, match=words):
+    weights.load_public(build(), save(arrays), SHAPE)
+
+
+def test_pickles_and_damaged_files_are_refused(tmp_path):
+  np.savez(tmp_path / "evil.npz", stem=np.array([object()], dtype=object))
+  (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 cut")
+  (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 40)
+  (tmp_path / "weights.h5").write_bytes(b"")
+  for name in ("evil.npz", "cut.npz", "cut.safetensors", "weights.h5", "absent.npz"):
+    with pytest.raises(Mistake, match=name):
+      weights.load_public(build(), str(tmp_path / name), SHAPE)
+
+
+def test_an_mlps_first_layer_is_permuted(save):
+  """Torch flattens (C, H, W): a weight on channel 1 of pixel (0, 0) moves."""
+  shared = {k: v for k, v in base.get_config().model.items() if k in models.SHARED}
+  model = models.build({**shared, "name": "mlp", "size": "800x3", "parts": "base", "width": 4}, 3)
+  arrays, width = {}, 2 * 2 * 3
+  for i in range(3):
+    arrays[f"model.{3 * i + 1}.weight"] = np.zeros((4, width), np.float32)
+    arrays[f"model.{3 * i + 1}.bias"] = np.zeros(4, np.float32)
+    for leaf in ("weight", "bias", "running_mean", "running_var"):
+      arrays[f"model.{3 * i + 2}.{leaf}"] = np.ones(4, np.float32)
+    width = 4
+  arrays |= {
+    "model.10.weight": np.zeros((3, 4), np.float32),
+    "model.10.bias": np.zeros(3, np.float32),
+  }
+  arrays["model.1.weight"][0, 4] = 1.0  # Channel 1 starts at 2 x 2 = 4.
+  public = weights.load_public(model, save(arrays, "mlp.safetensors"), (2, 2, 3))
+  kernel = public.weights["params"]["dense_0"]["kernel"]
+  assert np.flatnonzero(kernel[:, 0]).tolist() == [1]  # Pixel (0, 0), channel 1.
+
+
+def test_a_run_starts_from_public_weights(
+  tiny_config, few_digits, save, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(data, "load", lambda *a, **k: few_digits)
+  config = of(tiny_config, model__parts="base", init_from=save(official()), steps=1)
+  config.model.update(ALIKE)
+  config.optimizer.learning_rate = 1e-9
+  workdir = str(tmp_path / "run")
+  train.run(config, workdir)
+  assert "weights from" in capsys.readouterr().out
+  got = run.load(workdir).params["block_0"]["token_mixing"]["dense_0"]["kernel"]
+  np.testing.assert_allclose(got, official()["MixerBlock_0/token_mixing/Dense_0/kernel"], atol=1e-6)
+  config.init_from = "nowhere.npz"
+  assert "nowhere.npz" in check.mistakes(config)[0]
