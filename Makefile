@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-slow lint lock
+.PHONY: train test test-slow parity lint lock
 
 train: $(INSTALLED)  ## A convex Mixer on real digits, about a minute on two cores.
 	$(BIN)/python -m convex_jax.main --config=configs/mixer_ioc.py:digits
@@ -14,6 +14,10 @@ test: $(INSTALLED)  ## The default tests, a few minutes.
 
 test-slow: $(INSTALLED)  ## All tests.
 	$(BIN)/python -m pytest -m ''
+
+parity: $(INSTALLED)  ## Every architecture against timm or torchvision; installs them, gigabytes.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[parity]'
+	$(BIN)/python -m pytest -m '' tests/test_parity.py
 
 lint: $(INSTALLED)  ## Style and types.
 	$(BIN)/ruff check .
