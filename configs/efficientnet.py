@@ -40,6 +40,7 @@ def get_config(dataset: str = "cifar10"):
     config.data.crop_padding = 0
     config.model.width = 0.5
     config.model.depth = 0.5
+    config.model.stages = 4
     config.model.drop_path = 0.0
     config.model.variant = "torch"
     config.epochs = 30

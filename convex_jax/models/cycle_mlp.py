@@ -126,7 +126,8 @@ class Block(nn.Module):
   """Mixing, then a channel MLP, each with a norm before and a residual sum after.
 
   `first` says that x is the patch embedding itself, affine in the image. What comes next
-  is free as far as it is affine: in `ioc` up to the first ELU.
+  is free as far as it is affine: in `ioc` up to the first ELU. y, affine in the image, is
+  scaled and added to what the channel MLP sees.
   """
 
   ratio: int
@@ -135,7 +136,9 @@ class Block(nn.Module):
   first: bool
 
   @nn.compact
-  def __call__(self, x_BxHxWxD: jax.Array, train: bool) -> jax.Array:
+  def __call__(
+    self, x_BxHxWxD: jax.Array, train: bool, y_BxHxWxD: jax.Array | None = None
+  ) -> jax.Array:
     parts, features, affine = self.parts, x_BxHxWxD.shape[-1], not self.parts.gates
     norm = functools.partial(parts.norm, own="layer", epsilon=1e-5, train=train)
     h_BxHxWxD = norm(x_BxHxWxD, free=self.first, name="norm_0")
@@ -143,6 +146,8 @@ class Block(nn.Module):
     x_BxHxWxD += parts.dropout(h_BxHxWxD, self.drop_path, train, whole=True)
     free = self.first and affine
     h_BxHxWxD = norm(x_BxHxWxD, free=free, name="norm_1")
+    if y_BxHxWxD is not None and not self.first:
+      h_BxHxWxD += parts.passthrough_scale(y_BxHxWxD, name="passthrough")
     h_BxHxWxF = parts.dense(
       h_BxHxWxD, self.ratio * features, free=free, inputs=NORMED, own_init=normal, name="dense_0"
     )
@@ -154,8 +159,9 @@ class Block(nn.Module):
 class Model(nn.Module):
   """The network, for images of any size; 224 px give maps of 56, 28, 14 and 7.
 
-  In `ioc` with passthrough the patch embedding, affine in the image and average-pooled to
-  the stage's map, joins the residual sum at the entry of each later stage.
+  In `ioc` with passthrough the patch embedding, affine in the image, is average-pooled to
+  each stage's map, mapped and normed; scaled, it joins the input of every channel MLP.
+  Joining the residual sum once a stage learned slower.
   """
 
   classes: int
@@ -184,14 +190,18 @@ class Model(nn.Module):
         x_BxHxWxD = conv(
           x_BxHxWxD, kernel=(3, 3), strides=(2, 2), padding=1, inputs=NORMED, name=f"down_{stage}"
         )
-        if parts.passthrough:
-          x_BxHxWxD += parts.passthrough_map(y_BxHxWxE, x_BxHxWxD, name=f"passthrough_{stage}")
+      z_BxHxWxD = None
+      if parts.passthrough:
+        z_BxHxWxD = parts.passthrough_map(y_BxHxWxE, x_BxHxWxD, name=f"passthrough_{stage}")
+        z_BxHxWxD = parts.norm(
+          z_BxHxWxD, "batch", train=train, free=True, name=f"passthrough_{stage}_norm"
+        )
       for i in range(depth):
         drop_path = self.drop_path * done / max(1, sum(self.depths) - 1)
         block = parts.block(Block)(
           ratio, drop_path, parts, first=done == 0, name=f"stage_{stage}_block_{i}"
         )
-        x_BxHxWxD, done = block(x_BxHxWxD, train), done + 1
+        x_BxHxWxD, done = block(x_BxHxWxD, train, z_BxHxWxD), done + 1
     x_BxHxWxD = parts.norm(x_BxHxWxD, "layer", epsilon=1e-5, train=train, name="norm")
     x_BxD = x_BxHxWxD.mean((1, 2))
     return parts.head(x_BxD, self.classes, train=train, own_init=normal, name="head")
