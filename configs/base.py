@@ -41,7 +41,9 @@ def get_config() -> ConfigDict:
   config.model.convex_from = "image"  # head: the parts make the head alone, on a free trunk.
   config.model.head_depth = 0  # Hidden layers of the head; 0: linear, as published.
   config.model.head_width = 256  # Units of each.
-  config.model.remat = False  # Recompute blocks in the backward pass: less memory, more time.
+  config.model.remat = (
+    False  # Recompute blocks, where there are, in the backward pass: less memory, more time.
+  )
 
   config.optimizer = ConfigDict()
   config.optimizer.name = "adam"  # adam, adamw, sgd (Nesterov momentum), lion.

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import itertools
-import os
 import typing
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -76,7 +75,7 @@ TEXT, SWITCH = Rule(str, "text"), Rule(bool, "true, false")
 
 
 def _wholes(value: tuple) -> bool:
-  return bool(value) and all(isinstance(v, int) and v >= 1 for v in value)
+  return bool(value) and all(type(v) is int and v >= 1 for v in value)
 
 
 def field_rule(field: dataclasses.Field) -> Rule:
@@ -87,7 +86,9 @@ def field_rule(field: dataclasses.Field) -> Rule:
   elif typing.get_origin(kind) is tuple:
     rule = Rule(tuple, "tuples of whole numbers from 1", _wholes)
   else:
-    rule = {bool: SWITCH, int: whole(0 if field.default == 0 else 1), float: number(0)}[kind]
+    share = field.name in ("dropout", "drop_path")
+    real = below(0, 1) if share else number(0, 100, closed=False)
+    rule = {bool: SWITCH, int: whole(0 if field.default == 0 else 1), float: real}[kind]
   return Rule(
     rule.type | None, f"{rule.allowed}, or None", lambda v: v is None or rule.test(v), rule.names
   )
@@ -167,8 +168,6 @@ def _clashes(config: Any) -> Iterator[str]:
     yield one_of(module.SIZES).mistake("model.size", config.model.size) or ""
   elif hasattr(module, "check"):
     yield from module.check(models.fields_of(config.model), config.data.image_size)
-  if config.init_from and not os.path.isfile(os.path.expanduser(config.init_from)):
-    yield f"init_from is {config.init_from!r}, which is no file; allowed: a public checkpoint's path"
   if config.model.convex_from == "head" and not config.model.head_depth:
     yield (
       "model.head_depth is 0 and model.convex_from is 'head': a linear head is convex in its"

@@ -81,8 +81,10 @@ class Checkpoints:
     self._checkpointer.close()
 
 
-def steps(folder: str) -> dict[int, float | None]:
+def saved_steps(folder: str) -> dict[int, float | None]:
   """The whole checkpoints in a folder: step to accuracy, None where not evaluated."""
+  if not os.path.isdir(folder):
+    return {}
   with ocp.training.Checkpointer(os.path.abspath(folder)) as checkpointer:
     found = {c.step: c.metrics and _accuracy(c.metrics) for c in checkpointer.checkpoints}
   return dict(sorted(found.items()))
@@ -94,7 +96,7 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
   `step` is a number, "latest" or "best"; `which` is "ema", "raw", or "auto": averages
   where there are any. Raises `Mistake` when there is no such checkpoint.
   """
-  found = steps(folder) if os.path.isdir(folder) else {}
+  found = saved_steps(folder)
   chosen = step
   if step == "latest" and found:
     chosen = max(found)

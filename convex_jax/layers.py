@@ -355,7 +355,7 @@ def base(**fields) -> Parts:
 
 
 def ioc(constraint: str, passthrough: bool, **fields) -> Parts:
-  """Exactly convex at inference: see `design` in the README and `certify`."""
+  """Exactly convex at inference."""
   return Parts(
     "ioc",
     constraint=constraint,

@@ -18,7 +18,7 @@ from convex_jax import augment, constraints, data, metrics, models, optimizer, s
 from convex_jax import mesh as meshes
 from convex_jax import run as runs
 from convex_jax.check import check
-from convex_jax.checkpoint import Checkpoints
+from convex_jax.checkpoint import Checkpoints, saved_steps
 from convex_jax.errors import Mistake, Stopped
 from convex_jax.watch import Watch, parameter_table
 from convex_jax.weights import load_public
@@ -39,17 +39,20 @@ def run(config: Any, workdir: str) -> dict[str, float]:
   mesh = meshes.make_mesh()
   refuse_uneven_batch(config, mesh.size)
   job = Job(config, examples, mesh)
+  folder = os.path.join(workdir, "checkpoints")
+  public = None
+  if config.init_from and not saved_steps(folder):  # Refused before anything is written.
+    path = os.path.expanduser(config.init_from)
+    public = load_public(job.model, path, job.image_shape, config.seed)
   if lead:
     shape, statistics = examples.train.images.shape[1:], examples.train.statistics()
     runs.describe(config, workdir, examples.class_names, shape, statistics)
-  checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.checkpoint.keep)
-  state, public = job.init(), None
+  checkpoints = Checkpoints(folder, config.checkpoint.keep)
+  state = job.init()
   resumed = checkpoints.latest_step()
   if resumed is not None:
     state = checkpoints.restore(state, meshes.replicated(mesh))
-  elif config.init_from:
-    path = os.path.expanduser(config.init_from)
-    public = load_public(job.model, path, job.image_shape, config.seed)
+  elif public is not None:
     state = step.start_from(state, meshes.replicate(mesh, public.weights))
   watch = Watch(workdir, resumed or 0, job.total_steps, job.epochs, config, lead)
   if resumed is None:

@@ -3,17 +3,22 @@
 | format | whose | read by |
 |---|---|---|
 | `.npz` | the official Mixer's | numpy, pickles refused |
-| `.safetensors` | timm's, torchvision's | safetensors |
-| `.pth`, `.pt`, `.bin` | torch state dicts (CycleMLP's, torchvision's of old) | torch where it is, `weights_only` |
+| `.safetensors` | timm's, or any state dict | safetensors |
+| `.pth`, `.pt`, `.bin` | torch state dicts: torchvision's, CycleMLP's | torch where it is, `weights_only` |
 
 Nothing in a file is executed. A rule turns a public module's name into ours; the leaf and
 the array's rank say the rest: torch keeps (out, in) and OIHW, we keep (in, out) and HWIO.
+
+What a file cannot tell is the caller's to set: pixels scaled as its network was trained
+(the official Mixer's to -1..1), `variant` of timm's EfficientNets, whose tf_ forms have the
+others' names. The report's own Mixer has LayerNorms of epsilon 1e-5, ours of 1e-6.
 """
 
 import dataclasses
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -212,10 +217,12 @@ def load_public(
   their initial values, drawn with `seed`. A head of another number of classes does too.
 
   Raises `Mistake`, a `ValueError`: a file that cannot be read, keys that no rule knows,
-  weights that the file lacks, shapes that do not fit, each by name.
+  weights that the file lacks, shapes that do not fit, each by name; a file of a network
+  that differs from `model` in what has no weights (its GELU, its padding).
   """
   name = type(model).__module__.rsplit(".", 1)[-1]
   public = _read(path)
+  _check_fields(name, model, path, public)
   boxed = init_variables(model, jax.random.key(seed), image_shape)
   kinds = _flat(constraints_of(boxed["params"]))
   ours = {k: np.asarray(v) for k, v in _flat(nn.meta.unbox(boxed)).items()}
@@ -236,8 +243,8 @@ def load_public(
       mapped[leaf] = key
       if value.shape == ours[leaf].shape:
         kind = kinds.get(leaf.removeprefix("params/"), FREE)
-        taken[leaf] = np.asarray(PROJECTIONS[kind](jnp.asarray(value, jnp.float32)))
-      elif leaf.startswith("params/head/"):
+        taken[leaf] = np.asarray(PROJECTIONS[kind](jnp.asarray(value)))
+      elif leaf.startswith("params/head/") and value.shape[:-1] == ours[leaf].shape[:-1]:
         other_head.add(leaf)
       else:
         wrong.append(f"  {key} {array.shape}: {leaf} is {ours[leaf].shape}")
@@ -248,6 +255,9 @@ def load_public(
       f"{path} does not fit model {name!r}:\n" + "\n".join(wrong) + "\n"
       "  allowed: the file of this very architecture and size; see config.model.size"
     )
+  if other_head:  # All of it: half a head is no head.
+    other_head = {leaf for leaf in ours if leaf.startswith("params/head/")}
+    taken |= {leaf: ours[leaf] for leaf in other_head}
   mapped = {leaf: key for leaf, key in mapped.items() if leaf not in other_head}
   tree = traverse_util.unflatten_dict(taken, sep="/")
   return Public(
@@ -280,7 +290,10 @@ def _our_leaf(name: str, key: str, array: np.ndarray) -> str | None:
       norm = array.ndim == 1 and leaf == "weight"
       leaf = "scale" if norm else _LEAVES.get(leaf, leaf)
       kind = "stats" if leaf in ("mean", "var") else "params"
-      return f"{kind}/{ours(match)}/{leaf}"
+      try:
+        return f"{kind}/{ours(match)}/{leaf}"
+      except (IndexError, ValueError):  # An entry that this architecture's blocks lack.
+        return None
   return None
 
 
@@ -290,7 +303,7 @@ def _as_ours(
   """The array as we keep it, where our own has that many axes."""
   if not key.endswith("weight"):  # Flax's own layout, or no matrix.
     return array.squeeze() if array.ndim > rank else array
-  if array.ndim == 4 and rank == 2:
+  if array.ndim == 4 and rank == 2 and array.shape[2:] == (1, 1):
     array = array.reshape(array.shape[:2])  # A 1x1 convolution, a dense layer here.
   if array.ndim == 4:
     return array.transpose(2, 3, 1, 0)
@@ -303,8 +316,30 @@ def _as_ours(
   return array
 
 
+def _check_fields(name: str, model: Any, path: str, public: Arrays) -> None:
+  """Raises `Mistake` where a file's names tell of a field that `model` has otherwise."""
+  want = {}
+  starts = {re.split(r"[./]", key)[0] for key in public}
+  if name == "mixer" and model.parts.activation is None:
+    torch = starts & {"blocks", "mixer_blocks"}
+    want = {"gelu": "erf" if torch else "tanh"}
+  if name == "efficientnet" and "features" in starts:
+    want = {"variant": "torch"}
+    if model.width >= 1.6:
+      raise Mistake(
+        f"{path} is torchvision's EfficientNet B5, B6 or B7, whose BatchNorm epsilon of 1e-3 with"
+        " even padding no variant here has; allowed: timm's file"
+      )
+  for field, value in want.items():
+    if getattr(model, field) != value:
+      raise Mistake(
+        f"{path} is of a network with {field}={value!r}, config.model.{field} is"
+        f" {getattr(model, field)!r}; give --config.model.{field}={value}"
+      )
+
+
 def _read(path: str) -> Arrays:
-  """A file's arrays by key, without what is no weight. Raises `Mistake`."""
+  """A file's arrays by key, float32, without what is no weight. Raises `Mistake`."""
   reader = {".npz": _read_npz, ".safetensors": _read_safetensors}
   reader |= dict.fromkeys((".pth", ".pt", ".bin"), _read_torch)
   suffix = os.path.splitext(path)[1]
@@ -316,21 +351,40 @@ def _read(path: str) -> Arrays:
   for key, array in reader[suffix](path).items():
     if key.endswith(".num_batches_tracked"):
       continue
-    if key.endswith(".offset"):
+    if key.endswith((".sfc_h.offset", ".sfc_w.offset")):
       _check_offsets(path, key, array)
       continue
-    if array.dtype.kind != "f" or not np.isfinite(array).all():
-      raise Mistake(f"{path}: {key} holds {array.dtype} values that are no finite numbers")
+    if not np.issubdtype(array.dtype, np.floating):
+      raise Mistake(f"{path}: {key} holds {array.dtype}; allowed: floating-point numbers")
+    with np.errstate(over="ignore"):
+      array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+      raise Mistake(f"{path}: {key} holds values that are no finite float32 numbers")
+    if key.endswith("running_var") and (array < 0).any():
+      raise Mistake(f"{path}: {key} holds variances below 0")
     arrays[key] = array
   return arrays
+
+
+def _damaged(path: str, error: Exception) -> Mistake:
+  reason = (str(error) or repr(error)).splitlines()[0]
+  return Mistake(f"{path} cannot be read: {reason}. Download it again.")
+
+
+# What a damaged or hostile file makes the readers meet; no other error is theirs to raise.
+_DAMAGE = (ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, MemoryError)
+_DAMAGE += (RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def _read_npz(path: str) -> Arrays:
   try:
     with np.load(path, allow_pickle=False) as file:
-      return {key: file[key] for key in file.files}
-  except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-    raise Mistake(f"{path} cannot be read as .npz: {error}. Download it again.") from error
+      arrays = {key: file[key] for key in file.files}
+  except _DAMAGE as error:
+    raise _damaged(path, error) from error
+  if wrong := [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]:
+    raise Mistake(f"{path}: {', '.join(wrong)} are no arrays. Download it again.")
+  return arrays
 
 
 def _read_safetensors(path: str) -> Arrays:
@@ -339,8 +393,8 @@ def _read_safetensors(path: str) -> Arrays:
 
   try:
     return reader.load_file(path)
-  except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-    raise Mistake(f"{path} cannot be read as .safetensors: {error}. Download it again.") from error
+  except (safetensors.SafetensorError, *_DAMAGE) as error:
+    raise _damaged(path, error) from error
 
 
 def _read_torch(path: str) -> Arrays:
@@ -355,18 +409,28 @@ def _read_torch(path: str) -> Arrays:
     content = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:  # torch raises what the damage makes it meet.
     raise Mistake(
-      f"{path} holds more than weights, or is damaged: {str(error).splitlines()[0]}\n"
+      f"{path} holds more than weights, or is damaged: {(str(error) or repr(error)).splitlines()[0]}\n"
       "  nothing in it was executed; where you trust its source, load it in torch, save its state"
       " dict alone, and give that file"
     ) from error
-  state = content.get("model", content.get("state_dict", content))
-  return {k: v.detach().float().numpy() for k, v in state.items() if hasattr(v, "detach")}
+  for inner in ("model", "state_dict"):
+    if isinstance(content, dict) and isinstance(content.get(inner), dict):
+      content = content[inner]
+  tensors = isinstance(content, dict) and {
+    key: value
+    for key, value in content.items()
+    if isinstance(key, str) and isinstance(value, torch.Tensor)
+  }
+  if not tensors:
+    raise Mistake(f"{path} holds no state dict; allowed: what torch.save(net.state_dict()) writes")
+  dense = {key: value.detach().to_dense() for key, value in tensors.items()}
+  return {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in dense.items()}
 
 
 def _check_offsets(path: str, key: str, offset: np.ndarray) -> None:
   """CycleMLP's files hold the shifts that its formula gives; others would be another model."""
   axis = 1 if ".sfc_h." in key else 0  # Pairs (dy, dx).
-  pairs = offset.reshape(-1, 2)
+  pairs = offset.reshape(-1, 2) if offset.size % 2 == 0 else np.zeros((1, 2))
   want = np.zeros_like(pairs)
   want[:, axis] = (np.arange(len(pairs)) + 1) % 3 - 1
   if not np.array_equal(pairs, want):

@@ -272,6 +272,22 @@ def test_ioc_is_convex_whatever_the_free_weights(name, float64):
     assert worst_midpoint_gap(network(model), weights, seed)[1] >= -1e-12
 
 
+FORMS = [  # What the tiny sizes leave out.
+  ("densenet", dict(stem="imagenet")),
+  ("densenet", dict(bottleneck=False, pool="2x2")),
+  ("all_cnn", dict(form="ioc_paper")),
+  ("efficientnet", dict(variant="torch", stages=4)),
+  ("cycle_mlp", dict(passthrough=False)),
+  ("mixer", dict(remat=True, constraint="exponentiate")),
+]
+
+
+@pytest.mark.parametrize("name,fields", FORMS, ids=str)
+def test_other_forms_are_convex_too(name, fields, float64):
+  model, weights, _ = random_feasible(config_of(name, parts="ioc", **fields), 0)
+  assert worst_midpoint_gap(network(model), weights, 0, pairs=200)[1] >= -1e-12
+
+
 NOT_CONVEX = [(name, "base") for name in models.names()]
 NOT_CONVEX += [(name, "paper") for name in ("mixer", "cycle_mlp")]  # Sampling misses SE gates.
 
@@ -354,7 +370,10 @@ def test_the_overview_lists_every_model_and_size():
   "name,fields,px,words",
   [
     ("cycle_mlp", dict(depths=(1, 1), widths=(4,), ratios=(2, 2)), 8, "the same number in each"),
-    ("densenet", dict(blocks=(1, 1, 1)), 8, "allowed: from 16"),
+    ("densenet", dict(blocks=(1,) * 5, growth=4, stem_width=8), 32, "leave nothing of"),
+    ("densenet", dict(blocks=(1, 1), growth=4, stem_width=8, compression=0.01), 32, "compression"),
+    ("cycle_mlp", dict(depths=(1,), widths=(4,), ratios=(2,)), 2, "from 3"),
+    ("efficientnet", dict(stages=9), 32, "1 to 7"),
     ("all_cnn", dict(kernels=(3,)), 8, "padding='same'"),
   ],
 )

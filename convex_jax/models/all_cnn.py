@@ -38,7 +38,8 @@ def image_size(size: str) -> int:
 
 def check(fields: dict, image_size: int) -> list[str]:
   """What is wrong with an image of `image_size` px for these fields, one line each."""
-  if fields.get("padding", "valid") == "valid" and image_size < 9:
+  published = fields.get("form", "published") == "published"
+  if published and fields.get("padding", "valid") == "valid" and image_size < 9:
     return [
       f"data.image_size is {image_size} px, too few for an unpadded 3x3 convolution after two"
       " halvings; allowed: from 9, or any with model.padding='same'"

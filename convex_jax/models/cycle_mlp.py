@@ -32,7 +32,7 @@ SIZES = {
 
 gelu = functools.partial(nn.gelu, approximate=False)
 normal = nn.initializers.normal(0.02)
-# The plain convolutions': uniform +-1 / sqrt(fan-in), torch's default.
+# The plain convolutions' weights: uniform +-1 / sqrt(fan-in), torch's default.
 uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -42,7 +42,9 @@ def image_size(size: str) -> int:
 
 
 def check(fields: dict, image_size: int) -> list[str]:
-  """Stages that do not match, one line each; `image_size` may be any."""
+  """Stages that do not match, or no map at all, one line each."""
+  if image_size < 3:
+    return [f"data.image_size is {image_size} px, too few for a 7x7 stem; allowed: from 3"]
   lengths = {key: len(fields[key]) for key in ("depths", "widths", "ratios")}
   if len(set(lengths.values())) > 1:
     counts = ", ".join(f"model.{key} has {n}" for key, n in lengths.items())
@@ -161,7 +163,6 @@ class Model(nn.Module):
 
   In `ioc` with passthrough the patch embedding, affine in the image, is average-pooled to
   each stage's map, mapped and normed; scaled, it joins the input of every channel MLP.
-  Joining the residual sum once a stage learned slower.
   """
 
   classes: int

@@ -69,16 +69,26 @@ def image_size(size: str) -> int:
 
 def check(fields: dict, image_size: int) -> list[str]:
   """What is wrong with an image of `image_size` px for these fields, one line each."""
-  halvings = len(fields["blocks"]) - 1
+  side, width = image_size, fields["stem_width"]
   if fields.get("stem", "imagenet") == "imagenet":
-    halvings += 2
-  smallest = 2 ** (halvings + (fields.get("pool") == "2x2"))
-  if image_size < smallest:
-    return [
-      f"data.image_size is {image_size} px, which {halvings} halvings leave nothing of;"
-      f" allowed: from {smallest}"
-    ]
-  return []
+    side = (side + 3) // 4  # Both halvings of the stem round up.
+  compression = fields.get("compression", 0.5)
+  for layers in fields["blocks"][:-1]:
+    width = fields.get("transition") or int((width + layers * fields["growth"]) * compression)
+    side //= 2
+  side //= 2 if fields.get("pool") == "2x2" else 1
+  lines = []
+  if not side:
+    lines.append(
+      f"data.image_size is {image_size} px, which the halvings leave nothing of; allowed: more,"
+      " or fewer model.blocks"
+    )
+  if compression > 1 or not width:
+    lines.append(
+      f"model.compression is {compression:g}, which leaves {width} features; allowed: numbers"
+      " above 0 to 1 that leave some"
+    )
+  return lines
 
 
 class Layer(nn.Module):

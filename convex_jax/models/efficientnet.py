@@ -56,6 +56,16 @@ def kernel_init(side: int, features: int = 1):
   return nn.initializers.normal(math.sqrt(2 / (side * side * features)))
 
 
+head_init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")  # +-1 / sqrt(classes).
+
+
+def check(fields: dict, image_size: int) -> list[str]:
+  """Too many stages, one line; `image_size` may be any."""
+  if fields.get("stages", 1) > len(STAGES):
+    return [f"model.stages is {fields['stages']}; allowed: 1 to {len(STAGES)}"]
+  return []
+
+
 class ConvNorm(nn.Module):
   """Convolution without bias, then BatchNorm.
 
@@ -143,7 +153,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-  """The network, for images of any size; its stages halve them 5 times.
+  """The network, for images of any size; stem and stages halve them 5 times.
 
   In `ioc` with passthrough the normed stem, affine in the image and average-pooled, joins
   the output of the first block of each later stage.
@@ -184,4 +194,4 @@ class Model(nn.Module):
           x_BxHxWxD += parts.passthrough_map(y_BxHxWxE, x_BxHxWxD, name=f"passthrough_{s}")
     x_BxHxWxD = act(conv(scaled(1280, self.width), 1, inputs=NORMED, name="top")(x_BxHxWxD, train))
     x_BxD = parts.dropout(x_BxHxWxD.mean((1, 2)), self.dropout, train)
-    return parts.head(x_BxD, self.classes, train=train, name="head")
+    return parts.head(x_BxD, self.classes, train=train, own_init=head_init, name="head")

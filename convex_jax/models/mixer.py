@@ -126,7 +126,9 @@ class Model(nn.Module):
   tokens_hidden: int
   channels_hidden: int
   gelu: Literal["tanh", "erf"] = "tanh"  # The official form is tanh, timm's erf.
-  drop_path: float = 0.0  # Stochastic depth of the last block, falling to 0 at the first.
+  # Stochastic depth of the last block, falling to 0 at the first; what is kept is divided by
+  # its share, as timm does and the official code does not.
+  drop_path: float = 0.0
 
   @nn.compact
   def __call__(self, image_BxHxWxC: jax.Array, train: bool = False) -> jax.Array:
