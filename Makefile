@@ -12,12 +12,12 @@ train: $(INSTALLED)  ## A convex Mixer on real digits, about a minute on two cor
 test: $(INSTALLED)  ## The default tests, a few minutes.
 	$(BIN)/python -m pytest
 
-test-slow: $(INSTALLED)  ## All tests.
-	$(BIN)/python -m pytest -m ''
+test-slow: $(INSTALLED)  ## The tests that the default leaves out.
+	$(BIN)/python -m pytest -m slow --ignore=tests/test_parity.py
 
 parity: $(INSTALLED)  ## Every architecture against timm or torchvision; installs them, gigabytes.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[parity]'
-	$(BIN)/python -m pytest -m '' tests/test_parity.py
+	$(BIN)/python -m pytest -m '' --dist load tests/test_parity.py
 
 lint: $(INSTALLED)  ## Style and types.
 	$(BIN)/ruff check .
