@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
+from tensorflow_datasets.core.download import extractor
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from convex_jax.errors import Mistake
@@ -75,7 +76,7 @@ def _as_pil(image: np.ndarray) -> PIL.Image.Image:
 
 @contextlib.contextmanager
 def _without_tensorflow(builder: Any) -> Iterator[None]:
-  """Lets an official builder run: PIL images out, Python's `open` in."""
+  """Lets an official builder run: PIL images out, Python's `open` in, archives too."""
   if builder.name == "digits" or importlib.util.find_spec("tensorflow"):
     yield
     return
@@ -85,15 +86,20 @@ def _without_tensorflow(builder: Any) -> Iterator[None]:
     for key, example in generate(*args, **kwargs):
       yield key, {**example, "image": _as_pil(example["image"])}
 
-  module: Any = sys.modules[type(builder).__module__]
-  lazy = module.tf
   gfile = types.SimpleNamespace(GFile=open, exists=os.path.exists)
-  module.tf = types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile))
+  plain = types.SimpleNamespace(
+    io=types.SimpleNamespace(gfile=gfile), compat=types.SimpleNamespace(as_text=str)
+  )
+  modules: list[Any] = [sys.modules[type(builder).__module__], extractor]
+  lazy = [module.tf for module in modules]
   builder._generate_examples = generate_pil
+  for module in modules:
+    module.tf = plain
   try:
     yield
   finally:
-    module.tf = lazy
+    for module, tf in zip(modules, lazy, strict=True):
+      module.tf = tf
     del builder._generate_examples
 
 

@@ -1,5 +1,6 @@
 """Order, splits, noise, feeds; preparing without TensorFlow; data that is missing."""
 
+import gzip
 import io
 import os
 import subprocess
@@ -183,18 +184,20 @@ def cifar_archive(path, per_file):
   return images.transpose(0, 1, 3, 4, 2), labels
 
 
-def test_cifar_is_prepared_without_tensorflow_from_the_official_archive(tmp_path, monkeypatch):
+@pytest.fixture
+def manual_dir(tmp_path, monkeypatch):
+  """A folder for small archives in the official layout, whose checksums are not the official."""
   import tensorflow_datasets as tfds
 
-  archive = tmp_path / "cifar-10-binary.tar.gz"
-  images, labels = cifar_archive(archive, per_file=3)
-  extracted = tmp_path / "extracted"
-  with tarfile.open(archive) as tar:
-    tar.extractall(extracted, filter="data")
-  monkeypatch.setattr(
-    tfds.download.DownloadManager, "download_and_extract", lambda self, url: str(extracted)
-  )
-  prepare.prepare("cifar10", str(tmp_path / "data"))
+  manager = tfds.download.DownloadManager
+  monkeypatch.setattr(manager, "_register_or_validate_checksums", lambda *a, **k: None)
+  (tmp_path / "manual").mkdir()
+  return tmp_path / "manual"
+
+
+def test_cifar_is_prepared_without_tensorflow_from_the_official_archive(tmp_path, manual_dir):
+  images, labels = cifar_archive(manual_dir / "cifar-10-binary.tar.gz", per_file=3)
+  prepare.prepare("cifar10", str(tmp_path / "data"), str(manual_dir))
   got = data.load(config_of(str(tmp_path / "data"), name="cifar10"), 0, progress=False)
   for split, want_x, want_y in (
     (got.train, images[:5], labels[:5]),
@@ -205,26 +208,23 @@ def test_cifar_is_prepared_without_tensorflow_from_the_official_archive(tmp_path
   assert got.class_names[3] == "cat"
 
 
-def test_mnist_is_prepared_without_tensorflow_from_the_official_files(tmp_path, monkeypatch):
-  import tensorflow_datasets as tfds
+def test_mnist_is_prepared_without_tensorflow_from_the_official_files(
+  tmp_path, monkeypatch, manual_dir
+):
   from tensorflow_datasets.image_classification import mnist
 
   rng = np.random.default_rng(0)
-  files, wants = {}, {}
+  wants = {}
   for split, n in (("train", 7), ("test", 4)):
     images = rng.integers(0, 256, (n, 28, 28, 1), np.uint8)
     labels = rng.integers(0, 10, n, np.uint8)
     wants[split] = {(x.tobytes(), int(y)) for x, y in zip(images, labels)}
-    for kind, header, content in (("data", 16, images), ("labels", 8, labels)):
-      path = tmp_path / f"{split}_{kind}"
-      path.write_bytes(bytes(header) + content.tobytes())
-      files[f"{split}_{kind}"] = str(path)
+    for kind, header, content in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
+      name = f"{'t10k' if split == 'test' else 'train'}-{kind}-ubyte.gz"
+      (manual_dir / name).write_bytes(gzip.compress(bytes(header) + content.tobytes()))
   monkeypatch.setattr(mnist, "_TRAIN_EXAMPLES", 7)
   monkeypatch.setattr(mnist, "_TEST_EXAMPLES", 4)
-  monkeypatch.setattr(
-    tfds.download.DownloadManager, "download_and_extract", lambda self, urls: files
-  )
-  prepare.prepare("fashion_mnist", str(tmp_path / "data"))
+  prepare.prepare("fashion_mnist", str(tmp_path / "data"), str(manual_dir))
   got = data.load(config_of(str(tmp_path / "data"), name="fashion_mnist"), 0, progress=False)
   for split in ("train", "test"):
     part = getattr(got, split)
