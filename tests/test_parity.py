@@ -318,6 +318,7 @@ def test_the_official_npz_has_tanh_gelu(tmp_path):
       array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
     arrays["/".join([*path, leaf])] = array
   np.savez(tmp_path / "official.npz", **arrays)
+  torch.manual_seed(0)
   images = torch.randn(4, 3, 72, 72, dtype=torch.float64)
   want = net(images).detach().numpy()
   x = jnp.asarray(images.numpy().transpose(0, 2, 3, 1))
@@ -326,7 +327,7 @@ def test_the_official_npz_has_tanh_gelu(tmp_path):
   public, errors = weights.load_public(mixers["tanh"], path, (72, 72, 3)).weights, {}
   for gelu, model in mixers.items():
     errors[gelu] = np.abs(step.apply(model, public, x) - want).max() / np.abs(want).max()
-  assert errors["tanh"] < 1e-5 < 1e-4 < errors["erf"]
+  assert errors["tanh"] < 1e-7 < 1e-5 < errors["erf"], errors
 
 
 def test_a_torch_file_is_read_and_its_pickles_are_not(tmp_path):
