@@ -1,13 +1,7 @@
 """Public checkpoints into our trees: `load_public(model, path, image_shape)`.
 
-| format | whose | read by |
-|---|---|---|
-| `.npz` | the official Mixer's | numpy, pickles refused |
-| `.safetensors` | timm's, or any state dict | safetensors |
-| `.pth`, `.pt`, `.bin` | torch state dicts: torchvision's, CycleMLP's | torch where it is, `weights_only` |
-
-Nothing in a file is executed. A rule turns a public module's name into ours; the leaf and
-the array's rank say the rest: torch keeps (out, in) and OIHW, we keep (in, out) and HWIO.
+A rule turns a public module's name into ours; the leaf and the array's rank say the rest:
+torch keeps (out, in) and OIHW, we keep (in, out) and HWIO. `public_files` reads the files.
 
 What a file cannot tell is the caller's to set: pixels scaled as its network was trained
 (the official Mixer's to -1..1), `variant` of timm's EfficientNets, whose tf_ forms have the
@@ -15,10 +9,7 @@ others' names. The report's own Mixer has LayerNorms of epsilon 1e-5, ours of 1e
 """
 
 import dataclasses
-import os
 import re
-import zipfile
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +22,9 @@ from flax import traverse_util
 from convex_jax import layers
 from convex_jax.constraints import FREE, PROJECTIONS, constraints_of
 from convex_jax.errors import Mistake
+from convex_jax.public_files import Arrays, read
 from convex_jax.step import init_variables
 
-Arrays = dict[str, np.ndarray]
 Rule = tuple[str, Callable[[re.Match], str]]  # A public module's name, and ours.
 
 
@@ -221,7 +212,7 @@ def load_public(
   that differs from `model` in what has no weights (its GELU, its padding).
   """
   name = type(model).__module__.rsplit(".", 1)[-1]
-  public = _read(path)
+  public = read(path)
   _check_fields(name, model, path, public)
   boxed = init_variables(model, jax.random.key(seed), image_shape)
   kinds = _flat(constraints_of(boxed["params"]))
@@ -336,102 +327,3 @@ def _check_fields(name: str, model: Any, path: str, public: Arrays) -> None:
         f"{path} is of a network with {field}={value!r}, config.model.{field} is"
         f" {getattr(model, field)!r}; give --config.model.{field}={value}"
       )
-
-
-def _read(path: str) -> Arrays:
-  """A file's arrays by key, float32, without what is no weight. Raises `Mistake`."""
-  reader = {".npz": _read_npz, ".safetensors": _read_safetensors}
-  reader |= dict.fromkeys((".pth", ".pt", ".bin"), _read_torch)
-  suffix = os.path.splitext(path)[1]
-  if suffix not in reader:
-    raise Mistake(f"{path} is no public checkpoint; allowed: files in {', '.join(reader)}")
-  if not os.path.isfile(path):
-    raise Mistake(f"{path} does not exist; give the path of a file in {', '.join(reader)}")
-  arrays = {}
-  for key, array in reader[suffix](path).items():
-    if key.endswith(".num_batches_tracked"):
-      continue
-    if key.endswith((".sfc_h.offset", ".sfc_w.offset")):
-      _check_offsets(path, key, array)
-      continue
-    if not np.issubdtype(array.dtype, np.floating):
-      raise Mistake(f"{path}: {key} holds {array.dtype}; allowed: floating-point numbers")
-    with np.errstate(over="ignore"):
-      array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-      raise Mistake(f"{path}: {key} holds values that are no finite float32 numbers")
-    if key.endswith("running_var") and (array < 0).any():
-      raise Mistake(f"{path}: {key} holds variances below 0")
-    arrays[key] = array
-  return arrays
-
-
-def _damaged(path: str, error: Exception) -> Mistake:
-  reason = (str(error) or repr(error)).splitlines()[0]
-  return Mistake(f"{path} cannot be read: {reason}. Download it again.")
-
-
-# What a damaged or hostile file makes the readers meet; no other error is theirs to raise.
-_DAMAGE = (ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, MemoryError)
-_DAMAGE += (RuntimeError, zipfile.BadZipFile, zlib.error)
-
-
-def _read_npz(path: str) -> Arrays:
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = {key: file[key] for key in file.files}
-  except _DAMAGE as error:
-    raise _damaged(path, error) from error
-  if wrong := [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]:
-    raise Mistake(f"{path}: {', '.join(wrong)} are no arrays. Download it again.")
-  return arrays
-
-
-def _read_safetensors(path: str) -> Arrays:
-  import safetensors
-  from safetensors import numpy as reader
-
-  try:
-    return reader.load_file(path)
-  except (safetensors.SafetensorError, *_DAMAGE) as error:
-    raise _damaged(path, error) from error
-
-
-def _read_torch(path: str) -> Arrays:
-  try:
-    import torch  # pyright: ignore[reportMissingImports]
-  except ImportError as error:
-    raise Mistake(
-      f"{path} is a torch file and torch is not installed: pip install torch, or convert the file"
-      " to .safetensors where it is"
-    ) from error
-  try:
-    content = torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:  # torch raises what the damage makes it meet.
-    raise Mistake(
-      f"{path} holds more than weights, or is damaged: {(str(error) or repr(error)).splitlines()[0]}\n"
-      "  nothing in it was executed; where you trust its source, load it in torch, save its state"
-      " dict alone, and give that file"
-    ) from error
-  for inner in ("model", "state_dict"):
-    if isinstance(content, dict) and isinstance(content.get(inner), dict):
-      content = content[inner]
-  tensors = isinstance(content, dict) and {
-    key: value
-    for key, value in content.items()
-    if isinstance(key, str) and isinstance(value, torch.Tensor)
-  }
-  if not tensors:
-    raise Mistake(f"{path} holds no state dict; allowed: what torch.save(net.state_dict()) writes")
-  dense = {key: value.detach().to_dense() for key, value in tensors.items()}
-  return {k: (v.float() if v.is_floating_point() else v).numpy() for k, v in dense.items()}
-
-
-def _check_offsets(path: str, key: str, offset: np.ndarray) -> None:
-  """CycleMLP's files hold the shifts that its formula gives; others would be another model."""
-  axis = 1 if ".sfc_h." in key else 0  # Pairs (dy, dx).
-  pairs = offset.reshape(-1, 2) if offset.size % 2 == 0 else np.zeros((1, 2))
-  want = np.zeros_like(pairs)
-  want[:, axis] = (np.arange(len(pairs)) + 1) % 3 - 1
-  if not np.array_equal(pairs, want):
-    raise Mistake(f"{path}: {key} shifts channels otherwise than CycleFC does; another model")
