@@ -24,6 +24,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from convex_jax.constraints import FREE, constrained
+from convex_jax.convolution import conv_general_dilated
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -228,6 +229,7 @@ class Parts:
       own_init,
       features=features,
       kernel_size=kernel,
+      conv_general_dilated=conv_general_dilated,
       name=name,
       **fields,
     )
