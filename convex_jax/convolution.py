@@ -48,12 +48,13 @@ def conv_general_dilated(
   side, groups = kernel.shape[:2], feature_group_count
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(x_BxHxWxC.shape[1:3], side, strides, padding)
-  pads: tuple[Pair, Pair] = tuple(map(tuple, padding))
+  pads = tuple((low, high) for low, high in padding)
   if side == (1, 1) and groups == 1 and pads == ((0, 0), (0, 0)):
     return x_BxHxWxC[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
   if groups == x_BxHxWxC.shape[-1] == kernel.shape[-1]:
     taps = _taps(_pad(x_BxHxWxC, pads), side, strides)
-    return sum(tap * kernel[i // side[1], i % side[1], 0] for i, tap in enumerate(taps))
+    weights = kernel.reshape(-1, groups)
+    return functools.reduce(jnp.add, [t * w for t, w in zip(taps, weights, strict=True)])
   if groups > 1:
     return _native(x_BxHxWxC, kernel, strides, pads, groups)
   return _convolve(x_BxHxWxC, kernel, strides, pads)
