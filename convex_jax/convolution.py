@@ -45,7 +45,7 @@ def conv_general_dilated(
   del dimension_numbers  # NHWC, as `nn.Conv` has it.
   if (*lhs_dilation, *rhs_dilation) != (1, 1, 1, 1) or precision is not None:
     raise NotImplementedError("dilation and precision; use lax.conv_general_dilated")
-  side, groups = kernel.shape[:2], feature_group_count
+  side, groups = (kernel.shape[0], kernel.shape[1]), feature_group_count
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(x_BxHxWxC.shape[1:3], side, strides, padding)
   pads = tuple((low, high) for low, high in padding)
