@@ -24,17 +24,17 @@ def pad_and_crop(key: jax.Array, image_HxWxC: jax.Array, padding: int) -> jax.Ar
 
 
 def make_prepare(
-  image_size: int, mean: tuple[float, ...], std: tuple[float, ...]
+  image_size: int, mean: tuple[float, ...], std: tuple[float, ...], dtype: Any = jnp.float32
 ) -> Callable[[jax.Array], jax.Array]:
   """What every image meets: (x / 255 - mean) / std per channel, bilinear resize.
 
-  uint8 (B, H, W, C) to float32 (B, image_size, image_size, C). Affine in the pixels:
+  uint8 (B, H, W, C) to `dtype` (B, image_size, image_size, C). Affine in the pixels:
   logits that are convex in its result are convex in the image.
   """
-  mean_C, std_C = jnp.asarray(mean), jnp.asarray(std)
 
   def prepare(image_BxHxWxC):
-    x_BxHxWxC = (image_BxHxWxC.astype(jnp.float32) / 255 - mean_C) / std_C
+    mean_C, std_C = jnp.asarray(mean, dtype), jnp.asarray(std, dtype)
+    x_BxHxWxC = (image_BxHxWxC.astype(dtype) / 255 - mean_C) / std_C
     if x_BxHxWxC.shape[1:3] == (image_size, image_size):
       return x_BxHxWxC
     batch, _, _, channels = x_BxHxWxC.shape

@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -44,10 +45,14 @@ class Run:
   @functools.cached_property
   def network(self) -> Callable[[jax.Array], jax.Array]:
     """Images (B, H, W, C), pixel values 0..255, to logits (B, K): what is to be convex."""
-    model = models.build(self.config.model, classes=len(self.class_names))
-    prepare = make_prepare(self.config.data.image_size, self.mean, self.std)
     weights = {"params": self.params, "stats": self.stats}
-    return lambda image_BxHxWxC: apply(model, weights, prepare(image_BxHxWxC))
+    return lambda image_BxHxWxC: self.apply(weights, image_BxHxWxC)
+
+  def apply(self, weights: Any, image_BxHxWxC: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """`network` with other weights {"params", "stats"}, or computed in another dtype."""
+    model = models.build(self.config.model, classes=len(self.class_names), dtype=dtype)
+    prepare = make_prepare(self.config.data.image_size, self.mean, self.std, dtype)
+    return apply(model, weights, prepare(image_BxHxWxC))
 
   @functools.cached_property
   def _jitted(self):

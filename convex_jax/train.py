@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from rich.table import Table
 
-from convex_jax import augment, constraints, data, metrics, models, optimizer, step
+from convex_jax import augment, certify, constraints, data, metrics, models, optimizer, step
 from convex_jax import mesh as meshes
 from convex_jax import run as runs
 from convex_jax.check import check
@@ -69,6 +69,8 @@ def run(config: Any, workdir: str) -> dict[str, float]:
     watch.close()
     checkpoints.close()
   watch.show(report(config, figures))
+  if lead and config.model.parts == "ioc":
+    watch.say(certify.summary(certify.certify_workdir(workdir)))
   watch.say(f'the run lies in {workdir}: convex_jax.load("{workdir}")')
   return figures
 

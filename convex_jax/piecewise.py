@@ -1,0 +1,194 @@
+"""Curvature of a scalar function with one kink, from how it is computed.
+
+ELU is `where(z > 0, z, alpha expm1(where(z > 0, 0, z)))`: neither `expm1` of a minimum nor
+the choice has a curvature of its own. On each side of the kink all choices are made, and
+what is left is a composition that has one. The function is convex on the line where it is
+convex on both sides, continuous, and its slope does not fall at the kink.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+COMPARISONS: dict[str, Callable[[bool], bool]] = {  # Of two values, given which is greater.
+  "gt": lambda first: first,
+  "ge": lambda first: first,
+  "lt": lambda first: not first,
+  "le": lambda first: not first,
+}
+ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "max", "min", "abs", "exp", "expm1", "select_n"}
+LIMIT = 40  # Operations between a value and the earlier one it is a function of.
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+  """A function on one side of the kink: value and slope there; curvature, monotonicity."""
+
+  value: Any
+  slope: Any
+  convex: Any
+  concave: Any
+  rising: Any
+  falling: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """What is proved of a function on the whole line: booleans, or arrays of them."""
+
+  convex: Any
+  concave: Any
+  rising: Any
+  falling: Any
+  kink: Any
+  slopes: tuple[Any, Any]  # Below and above the kink.
+  joined: Any  # Whether it is continuous there.
+
+  def __str__(self) -> str:
+    if not np.all(self.joined):
+      return f"it jumps at {_first(self.kink)}"
+    left, right = map(_first, self.slopes)
+    return f"its slope goes from {left} to {right} at {_first(self.kink)}"
+
+
+def _first(x: Any) -> str:
+  return f"{float(np.ravel(x)[0]):g}"
+
+
+class _NoRuleError(Exception):
+  """The function is not of the kind that is looked at here."""
+
+
+def properties(value: Any, kind: Any) -> tuple[Any, Shape] | None:
+  """(z, shape) where `value` is a scalar function with one kink of an earlier value z.
+
+  `kind` is the class of what depends on the input, with the operation that made it in
+  `made_by`; anything else is a known number, in `array`.
+  """
+  for root, kink in _kinks(value, kind):
+    try:
+      left, right = (_Half(root, kink, side, kind).of(value) for side in (-1, 1))
+    except _NoRuleError:
+      continue
+    joined = np.equal(left.value, right.value)
+    return root, Shape(
+      joined & left.convex & right.convex & np.less_equal(left.slope, right.slope),
+      joined & left.concave & right.concave & np.greater_equal(left.slope, right.slope),
+      joined & left.rising & right.rising,
+      joined & left.falling & right.falling,
+      kink,
+      (left.slope, right.slope),
+      joined,
+    )
+  return None
+
+
+def _kinks(value: Any, kind: Any) -> Iterator[tuple[Any, np.ndarray]]:
+  """Pairs (z, c): values that are compared with known numbers on the way to `value`."""
+  todo, seen = collections.deque([value]), set()
+  while todo and len(seen) < LIMIT:  # Breadth first: the nearest comparison comes first.
+    node = todo.popleft()
+    if id(node) in seen or not isinstance(node, kind) or node.made_by is None:
+      continue
+    seen.add(id(node))
+    op = node.made_by
+    if op.primitive in COMPARISONS or op.primitive in ("max", "min"):
+      a, b = op.inputs
+      if isinstance(a, kind) != isinstance(b, kind):
+        yield (a, b.array) if isinstance(a, kind) else (b, a.array)
+    if op.primitive in ELEMENTWISE or op.primitive in COMPARISONS:
+      todo.extend(op.inputs)
+
+
+class _Half:
+  """Reads computations as functions of `root` on one `side` (+1: above) of `kink`."""
+
+  def __init__(self, root: Any, kink: np.ndarray, side: int, kind: Any):
+    self._root, self._kink, self._side, self._kind = root, kink, side, kind
+    self._read: dict[int, Side] = {id(root): Side(kink, 1.0, True, True, True, False)}
+
+  def of(self, node: Any) -> Side:
+    if id(node) not in self._read:
+      self._read[id(node)] = self._compute(node)
+    return self._read[id(node)]
+
+  def _compute(self, node: Any) -> Side:
+    if not isinstance(node, self._kind):
+      return Side(node.array, 0.0, True, True, True, True)
+    if node.made_by is None:
+      raise _NoRuleError
+    name, inputs = node.made_by.primitive, node.made_by.inputs
+    if name == "select_n":
+      return self.of(self._chosen(*inputs))
+    if name in ("max", "min"):
+      a, b = inputs
+      return self.of(a if self._above(a, b) == (name == "max") else b)
+    if name == "abs" and inputs[0] is self._root and not np.any(self._kink):
+      return _scaled(self.of(self._root), float(self._side))
+    if name == "neg":
+      return _scaled(self.of(inputs[0]), -1.0)
+    if name in ("exp", "expm1"):
+      return _exponential(self.of(inputs[0]), offset=0.0 if name == "exp" else -1.0)
+    if name in ("add", "sub"):
+      a, b = map(self.of, inputs)
+      return _sum(a, b if name == "add" else _scaled(b, -1.0))
+    if name in ("mul", "div"):
+      return self._product(name, *inputs)
+    raise _NoRuleError
+
+  def _above(self, x: Any, y: Any) -> bool:
+    """Whether x > y here, one being the root and the other the kink."""
+    for a, b, sign in ((x, y, 1), (y, x, -1)):
+      if a is self._root and not isinstance(b, self._kind) and np.array_equal(b.array, self._kink):
+        return self._side * sign > 0
+    raise _NoRuleError
+
+  def _chosen(self, test: Any, *cases: Any) -> Any:
+    op = test.made_by if isinstance(test, self._kind) else None
+    if len(cases) != 2 or op is None or op.primitive not in COMPARISONS:
+      raise _NoRuleError
+    return cases[COMPARISONS[op.primitive](self._above(*op.inputs))]
+
+  def _product(self, name: str, a: Any, b: Any) -> Side:
+    if isinstance(a, self._kind) and not isinstance(b, self._kind):
+      if name == "div" and np.any(b.array == 0):
+        raise _NoRuleError
+      return _scaled(self.of(a), b.array if name == "mul" else 1 / b.array)
+    if name == "mul" and isinstance(b, self._kind) and not isinstance(a, self._kind):
+      return _scaled(self.of(b), a.array)
+    raise _NoRuleError
+
+
+def _exponential(x: Side, offset: float) -> Side:
+  """exp(x) + offset; the value by expm1 where that is what is computed."""
+  value = np.exp(x.value) if offset == 0 else np.expm1(x.value)
+  flat = np.logical_and(x.rising, x.falling)
+  return Side(value, np.exp(x.value) * x.slope, x.convex, flat, x.rising, x.falling)
+
+
+def _sum(a: Side, b: Side) -> Side:
+  both = [
+    np.logical_and(getattr(a, name), getattr(b, name))
+    for name in ("convex", "concave", "rising", "falling")
+  ]
+  return Side(a.value + b.value, a.slope + b.slope, *both)
+
+
+def _scaled(x: Side, factor: Any) -> Side:
+  """Factor x, the factor a known number of either sign."""
+  up, down = np.greater_equal(factor, 0), np.less_equal(factor, 0)
+
+  def turned(same, other):
+    return (up & same) | (down & other)
+
+  return Side(
+    x.value * factor,
+    x.slope * factor,
+    turned(x.convex, x.concave),
+    turned(x.concave, x.convex),
+    turned(x.rising, x.falling),
+    turned(x.falling, x.rising),
+  )
