@@ -104,13 +104,12 @@ def certify(
   if not jnp.issubdtype(example.dtype, jnp.floating):
     raise ValueError(f"the example is {example.dtype}; convexity needs floating-point inputs")
   outputs, _ = curvature.analyse(function, example, weights)
-  missing = [KINDS[kind](v) if isinstance(v, Value) else np.zeros(v.shape, bool) for v in outputs]
+  missing = [KINDS[kind](v) if isinstance(v, Value) else ~np.isfinite(v.array) for v in outputs]
   proved = ~np.concatenate([np.ravel(m) for m in missing])
   if proved.all():
     return Certificate(kind, proved)
   worst = next(v for v, m in zip(outputs, missing, strict=True) if m.any())
-  assert isinstance(worst, Value)
-  operation = curvature.culprit(worst, KINDS[kind])
+  operation = curvature.culprit(worst, KINDS[kind]) if isinstance(worst, Value) else None
   counterexample = None
   if search_steps:
     counterexample = search(
@@ -122,7 +121,7 @@ def certify(
 def explain(operation: Operation | None, kind: str) -> str:
   """One sentence on the first operation that breaks the curvature."""
   if operation is None:
-    return "an output is no real function of the input"
+    return "an output that is no finite real number"
   what = _what(operation, kind)
   return f"{what}, in {operation.place}"
 

@@ -153,9 +153,9 @@ def _earliest(outputs: Sequence[Any], is_bad: Callable[[Value], bool]) -> Operat
   return min(found, key=lambda op: op.order, default=None)
 
 
-def real(number: Any) -> np.ndarray:
+def real(number: Any) -> Any:
   """A number as it is computed with here: float64 for floats, as it is otherwise."""
-  if jnp.issubdtype(getattr(number, "dtype", np.result_type(number)), jax.dtypes.prng_key):
+  if isinstance(number, jax.Array) and jnp.issubdtype(number.dtype, jax.dtypes.prng_key):
     return number
   array = np.asarray(number)
   return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
@@ -451,6 +451,16 @@ def _indices(x: Any) -> tuple[Any, np.ndarray]:
   return x, index
 
 
+def _gather(e: Equation, x, indices) -> Masks:
+  """What lies outside is filled, with NaN unless asked otherwise."""
+  if isinstance(indices, Value):
+    return _lost(e)
+  fill = e.params["fill_value"]
+  lost = fill is None or not np.isfinite(fill)
+  nc, nk = (np.asarray(e.bind(m, indices.array, fill_value=lost)) for m in x.masks)
+  return nc, nk
+
+
 _only_first = _structural(lambda n: range(1))
 _everything = _structural(lambda n: range(n))
 _choice = _structural(lambda n: range(1, n))
@@ -483,7 +493,7 @@ RULES: dict[str, Callable[..., Masks]] = {
   "rev": _only_first,
   "slice": _only_first,
   "dynamic_slice": _only_first,
-  "gather": _only_first,
+  "gather": _gather,
   "dynamic_update_slice": _structural(lambda n: range(2)),
   "concatenate": _everything,
   "pad": _structural(lambda n: range(n), padded=True),
@@ -589,7 +599,9 @@ class Walk:
       masks = _maximum(e, *inputs)  # logaddexp: convex and non-decreasing in both.
     else:
       masks = RULES.get(name, _lost)(e, *inputs)
-    masks = (_tidy(masks[0]), _tidy(masks[1]))
+    if not _is_defined(name, inputs):
+      masks = _lost(e)
+    masks = (_tidy(np.broadcast_to(masks[0], e.shape)), _tidy(np.broadcast_to(masks[1], e.shape)))
     if (masks[0] & masks[1]).any():
       masks, op = self._second_look(e, op, masks)
     return [Value(*masks, op)]
@@ -659,6 +671,18 @@ def _stack(rows: Sequence[Value | Known]) -> Value | Known:
 
 def _is_real(x: Value | Known) -> bool:
   return isinstance(x, Known) or x.is_real
+
+
+def _is_defined(name: str, inputs: Sequence[Value | Known]) -> bool:
+  """Whether no known number is infinite or NaN, but for a bound that does not bind."""
+  floats = [x.array for x in inputs if isinstance(x, Known) and x.array.dtype == np.float64]
+  if name == "max":
+    return not any(np.isnan(a).any() or np.isposinf(a).any() for a in floats)
+  if name == "min":
+    return not any(np.isnan(a).any() or np.isneginf(a).any() for a in floats)
+  if name == "clamp":
+    return not any(np.isnan(a).any() for a in floats)
+  return all(np.isfinite(a).all() for a in floats)
 
 
 def _stays_real(eqn) -> bool:

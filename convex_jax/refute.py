@@ -66,7 +66,7 @@ def search(
 
     pairs = _pairs(np.random.default_rng(seed), shape, box, max(8, steps // 4))
     best = _best(map(measure, pairs))
-    if not best.beyond > 0:
+    if not best.beyond > 0 and steps:
       k = int(np.searchsorted(np.flatnonzero(open_outputs), best.output))
       start = jnp.asarray(np.stack([best.a, best.b]))
       best = _best(map(measure, _climb(lambda pair: gaps(pair)[0][k], start, box, steps)))
