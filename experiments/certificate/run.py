@@ -1,0 +1,121 @@
+"""How far the certificate can be trusted: mutants, an independent prover, random programs.
+
+    python -m experiments.certificate.run [--networks=600] [--programs=1000]
+
+Writes mutants.csv (one row a mutant), oracle.csv (one a network) and summary.csv beside
+this file. Five minutes on two cores. Needs the test extra (hypothesis, cvxpy).
+"""
+
+import argparse
+import collections
+import csv
+import pathlib
+import time
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+from rich.progress import track
+
+from convex_jax import certify, models
+from tests import mutants, oracle, test_curvature
+
+FOLDER = pathlib.Path(__file__).parent
+EXAMPLE = jax.ShapeDtypeStruct((1, *mutants.SHAPE), jnp.float32)
+
+
+def write(name, header, rows):
+  with open(FOLDER / name, "w", newline="") as file:
+    csv.writer(file).writerows([header, *rows])
+
+
+def judge(mutant):
+  """The certificate of a mutant; what is proved though it should break is sampled."""
+  start = time.perf_counter()
+  certificate = certify.certify(mutant.function, EXAMPLE, mutant.weights, search_steps=0)
+  seconds = time.perf_counter() - start
+  gap = mutants.worst_gap(mutant) if certificate and not mutant.keeps else None
+  return [
+    mutant.architecture,
+    mutant.kind,
+    mutant.where,
+    "convex" if mutant.keeps else "broken",
+    "PROVED" if certificate else "not proved",
+    "" if gap is None else f"{gap:.1e}",
+    f"{seconds:.2f}",
+    certificate.reason or "",
+  ]
+
+
+def all_mutants():
+  header = ["architecture", "mutation", "where", "by_construction", "verdict"]
+  header += ["largest_gap_sampled", "seconds", "reason"]
+  found = [judge(m) for name in track(models.names(), "mutants") for m in mutants.mutants(name)]
+  write("mutants.csv", header, found)
+  killed = sum(r[3] == "broken" and r[4] != "PROVED" for r in found)
+  survivors = [r for r in found if r[3] == "broken" and r[4] == "PROVED"]
+  kept = [r for r in found if r[3] == "convex"]
+  yield "mutants meant to break", killed + len(survivors)
+  yield "killed", killed
+  yield "survivors", len(survivors)
+  yield "survivors with a midpoint too high (float64)", sum(float(r[5]) > 1e-12 for r in survivors)
+  yield "mutants convex by construction", len(kept)
+  yield "of these still proved", sum(r[4] == "PROVED" for r in kept)
+
+
+def all_networks(count):
+  rows = oracle.compare(range(count))
+  lines = [
+    [
+      r["seed"],
+      int(r["broken"]),
+      *(int(v) for side in ("ours", "theirs") for k in r[side] for v in k),
+    ]
+    for r in rows
+  ]
+  names = [
+    f"{who}_{kind}_{i}"
+    for who in ("ours", "cvxpy")
+    for kind in ("convex", "concave")
+    for i in range(oracle.UNITS)
+  ]
+  write("oracle.csv", ["seed", "broken", *names], lines)
+  yield "random networks", len(rows)
+  yield "of these with a wrong sign", sum(r["broken"] for r in rows)
+  yield "whose verdicts CVXPY shares, output by output", sum(r["ours"] == r["theirs"] for r in rows)
+  yield "with all outputs proved convex", sum(all(r["ours"][0]) for r in rows)
+
+
+def all_programs(count):
+  verdicts = collections.Counter()
+
+  @hypothesis.settings(
+    max_examples=count,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+  )
+  @hypothesis.given(test_curvature.compositions())
+  def check(steps):
+    verdicts[test_curvature.check_composition(steps)] += 1  # Raises where a gap is found.
+
+  check()
+  yield "random programs", sum(verdicts.values())
+  yield "with a curvature proved", sum(n for v, n in verdicts.items() if v != "00")
+  yield "of these with a midpoint on the wrong side", 0
+
+
+def main():
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--networks", type=int, default=600)
+  parser.add_argument("--programs", type=int, default=1000)
+  args = parser.parse_args()
+  rows = [*all_mutants(), *all_networks(args.networks), *all_programs(args.programs)]
+  write("summary.csv", ["what", "count"], rows)
+  for what, number in rows:
+    print(f"{number:6d}  {what}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,59 @@
+"""The certificate against mutants of certified twins, and against an independent prover."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from convex_jax import certify, models
+from tests import mutants, oracle
+
+EXAMPLE = jax.ShapeDtypeStruct((1, *mutants.SHAPE), jnp.float32)
+HARMLESS = {  # Mutations, meant to break, of what is affine in the image: still convex.
+  ("cycle_mlp", "stage_0_block_0/dense_0"),
+  ("densenet", "block_0_layer_0/norm_0/scale"),
+  ("mlp", "norm_0/scale"),
+}
+
+
+def judge(mutant):
+  """Fails where a mutant that is not convex is proved, or one that is by construction is not."""
+  proved = bool(certify.certify(mutant.function, EXAMPLE, mutant.weights, search_steps=0))
+  label = (mutant.architecture, mutant.kind, mutant.where)
+  if mutant.keeps:
+    assert proved, label
+  elif proved:
+    assert (mutant.architecture, mutant.where) in HARMLESS, label
+    assert mutants.worst_gap(mutant) < 1e-12, label
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_no_mutant_that_is_not_convex_is_proved(name):
+  for i, mutant in enumerate(mutants.mutants(name, training=False)):
+    if i % 3 == 0:
+      judge(mutant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models.names())
+def test_none_of_all_mutants_that_is_not_convex_is_proved(name):
+  for mutant in mutants.mutants(name):
+    judge(mutant)
+
+
+def test_there_are_two_hundred_mutants_that_break():
+  kinds = [m.keeps for name in models.names() for m in mutants.mutants(name, training=False)]
+  assert kinds.count(False) + 4 * len(models.names()) >= 200
+
+
+@pytest.mark.parametrize("kind", ["product of two features", "LayerNorm for BatchNorm"])
+def test_the_midpoint_test_of_survivors_can_fail(kind):
+  """The negative control: what is not convex has a gap that it sees."""
+  mutant = next(m for m in mutants.mutants("mixer", training=False) if m.kind == kind)
+  assert mutants.worst_gap(mutant) > 1e-6
+
+
+def test_cvxpy_agrees():
+  rows = oracle.compare(range(120))
+  assert [r["ours"] for r in rows] == [r["theirs"] for r in rows]
+  proved = [all(r["ours"][0]) for r in rows if r["broken"]]
+  assert len(proved) == 60 and not all(proved)
