@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convex_jax import curvature, models
-from convex_jax.curvature import Known, Operation, Value
+from convex_jax.dcp import RULES, Known, Operation, Value
 from convex_jax.errors import Mistake
 from convex_jax.refute import Counterexample, search
 from convex_jax.run import Run, load
@@ -142,7 +142,7 @@ def _what(op: Operation, kind: str) -> str:
     return f"{name}: the {'difference' if name == 'sub' else 'sum'} of {_curved(values, name)}"
   if name == "neg":
     return "neg: the negative of " + _shape_of(values[0])
-  if name not in curvature.RULES:
+  if name not in RULES:
     return f"{name} of a value that depends on the input, for which there is no rule"
   return f"{name} of {' and '.join(map(_shape_of, values))}, which is not {kind}"
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convex_jax import curvature
+from convex_jax import curvature, dcp
 from convex_jax.certify import certify
 
 X = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -253,7 +253,7 @@ def test_nothing_that_is_proved_has_a_midpoint_too_high(steps):
 
 def test_the_midpoint_test_of_compositions_can_fail(monkeypatch):
   """The negative control: a rule that calls tanh convex is found out."""
-  monkeypatch.setitem(curvature.RULES, "tanh", curvature.RULES["exp"])
+  monkeypatch.setitem(dcp.RULES, "tanh", dcp.RULES["exp"])
   with pytest.raises(AssertionError, match="convex"):
     check_composition([("unary", 0, 0, jnp.tanh)])
 
