@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -27,9 +27,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from convex_jax import curvature, models
-from convex_jax.dcp import RULES, Known, Operation, Value
+from convex_jax import curvature, models, robustness
+from convex_jax.dcp import Operation, Value
 from convex_jax.errors import Mistake
+from convex_jax.explain import explain
 from convex_jax.refute import Counterexample, search
 from convex_jax.run import Run, load
 
@@ -116,60 +117,6 @@ def certify(
       search_function or function, example.shape, weights, ~proved, kind, box, search_steps, seed
     )
   return Certificate(kind, proved, explain(operation, kind), operation, counterexample)
-
-
-def explain(operation: Operation | None, kind: str) -> str:
-  """One sentence on the first operation that breaks the curvature."""
-  if operation is None:
-    return "an output that is no finite real number"
-  what = _what(operation, kind)
-  return f"{what}, in {operation.place}"
-
-
-def _what(op: Operation, kind: str) -> str:
-  name, known = op.primitive, [x for x in op.inputs if isinstance(x, Known)]
-  values = [x for x in op.inputs if isinstance(x, Value)]
-  if op.note:
-    return f"an activation that is neither convex nor concave: {op.note}"
-  if name in ("dot_general", "conv_general_dilated", "mul", "div") and len(values) == 2:
-    verb = "quotient" if name == "div" else "product"
-    return f"{name}: a {verb} of two values that both depend on the input"
-  if name in ("dot_general", "conv_general_dilated", "mul", "div") and known:
-    return f"{name}: {_wrong_signs(known[0])}, and multiply what is not affine"
-  if name == "div":
-    return "div: a quotient by a value that depends on the input"
-  if name in ("sub", "add"):
-    return f"{name}: the {'difference' if name == 'sub' else 'sum'} of {_curved(values, name)}"
-  if name == "neg":
-    return "neg: the negative of " + _shape_of(values[0])
-  if name not in RULES:
-    return f"{name} of a value that depends on the input, for which there is no rule"
-  return f"{name} of {' and '.join(map(_shape_of, values))}, which is not {kind}"
-
-
-def _shape_of(value: Value) -> str:
-  if value.is_affine:
-    return "an affine value"
-  if not value.not_convex.any():
-    return "a convex value"
-  return "a concave value" if not value.not_concave.any() else "a value of mixed curvature"
-
-
-def _curved(values: Sequence[Value], name: str) -> str:
-  words = [_shape_of(v) for v in values]
-  if name == "sub" and len(words) == 2 and words[0] == words[1]:
-    return f"two {words[0].split()[1]} values"
-  return f" {'minus' if name == 'sub' else 'and'} ".join(words)
-
-
-def _wrong_signs(known: Known) -> str:
-  """How many entries of which weights are negative."""
-  for name, array in known.origins.items():
-    if (array < 0).any():
-      return f"{(array < 0).sum():,} of {array.size:,} entries of {name} are negative"
-  count = f"{(known.array < 0).sum():,} of {known.array.size:,} entries"
-  made = " and ".join(known.origins)
-  return f"{count} of a constant{f' made of {made}' if made else ''} are negative"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,16 +255,24 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--step", default="latest", help="a checkpoint: a number, latest, best")
   parser.add_argument("--kind", default="convex", choices=list(KINDS), help="what to prove")
   parser.add_argument("--search_steps", type=int, default=200, help="of the refuter; 0: none")
+  parser.add_argument("--radii", default="", help="certified radii: some of l1,l2,linf")
+  parser.add_argument("--examples", type=int, default=200, help="test images of --radii")
+  parser.add_argument("--data_dir", default="", help="of the test images; default: the run's")
   args = parser.parse_args(argv)
   step = int(args.step) if args.step.isdigit() else args.step
+  console = Console()
   try:
+    norms = robustness.norms_of(args.radii)
     content = certify_workdir(args.workdir, step, args.kind, args.search_steps)
+    console.print(content["of"], _table(content), sep="\n")
+    console.print(summary(content), markup=False, highlight=False)
+    if norms:
+      run = load(args.workdir, step)
+      measured = robustness.measure(run, norms, args.examples, args.data_dir)
+      console.print(robustness.write_report(run, measured, norms))
   except Mistake as mistake:
     print(mistake, file=sys.stderr)
     return mistake.code
-  console = Console()
-  console.print(content["of"], _table(content), sep="\n")
-  console.print(summary(content), markup=False, highlight=False)
   return 0 if content["verdict"] == "PROVED" else 1
 
 

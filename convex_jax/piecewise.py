@@ -46,6 +46,8 @@ class Shape:
   kink: Any
   slopes: tuple[Any, Any]  # Below and above the kink.
   joined: Any  # Whether it is continuous there.
+  left_affine: Any
+  right_affine: Any
 
   def __str__(self) -> str:
     if not np.all(self.joined):
@@ -82,6 +84,8 @@ def properties(value: Any, kind: Any) -> tuple[Any, Shape] | None:
       kink,
       (left.slope, right.slope),
       joined,
+      left.convex & left.concave,
+      right.convex & right.concave,
     )
   return None
 

@@ -1,0 +1,384 @@
+"""What convexity buys: certified radii, and the least value of a logit.
+
+For an image x of predicted class k and a rival j, convex logits give three things that no
+sampling can: y_k lies above its tangent; y_k's tangent minus y_j is concave, so that over
+an l1 ball it is least at one of the 2 D vertices, each of which is evaluated; and, weights
+being non-negative, the bounds of `lipschitz` lose nothing to signs in between. All radii
+hold for every perturbation of the ball, in the box of images or not, and are given for
+pixels in 0..1.
+"""
+
+import csv
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+from ml_collections import ConfigDict
+from rich.progress import track
+from rich.table import Table
+
+from convex_jax import curvature, data, lipschitz
+from convex_jax.dcp import Value
+from convex_jax.errors import Mistake
+from convex_jax.explain import explain
+from convex_jax.run import Run
+
+NORMS = ("l1", "l2", "linf")
+DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
+BATCH = 512  # Vertices evaluated at a time.
+GRID = (0.5, 0.75, 1.0, 1.5)  # Where on each ray, in shares of where its zero lies at most.
+FURTHEST = 100.0  # Pixel ranges: where rays without a slope end.
+HALVINGS = 12  # Of the bracket of an l1 radius: to 1/4096 of it.
+ROUNDING = 1e-9  # Of the logits' size: what float64 evaluation may be off by, and more.
+PIXEL = 255.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Radius:
+  """Of one image: the predicted class, and in which ball of each norm no other can win."""
+
+  predicted: int
+  radii: dict[str, float]  # Pixels in 0..1.
+
+
+def _proved_logits(run: Run) -> Value:
+  """The logits as a value of the image; raises `Mistake` unless all are proved convex."""
+  if run.config.model.convex_from != "image":
+    raise Mistake(f"{run.workdir}: radii need logits convex in the image; here the head alone is")
+  weights = {"params": run.params, "stats": run.stats}
+  image = jax.ShapeDtypeStruct((1, *run.image_shape), jnp.float32)
+  (logits,), _ = curvature.analyse(run.apply, image, weights)
+  if not isinstance(logits, Value) or logits.not_convex.any():
+    broken = isinstance(logits, Value) and curvature.culprit(logits, lambda v: v.not_convex)
+    raise Mistake(
+      f"{run.workdir}: radii and minima hold for proved networks only, and this one is not"
+      f" ({explain(broken or None, 'convex')}); train its twin with config.model.parts=ioc"
+    )
+  return logits
+
+
+class Certifier:
+  """Certified radii of a proved run, image by image.
+
+  Raises `Mistake` where the run is not proved.
+  """
+
+  def __init__(self, run: Run):
+    output = _proved_logits(run)
+    weights = {"params": run.params, "stats": run.stats}
+    with jax.enable_x64(True):
+      exact = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), weights)
+      logits = functools.partial(run.apply, exact, dtype=jnp.float64)
+      self._logits = jax.jit(logits)
+      self._slopes = jax.jit(jax.jacrev(lambda x: logits(x[None])[0]))
+      self._vertices = jax.jit(functools.partial(_at_vertices, logits))
+    self._between, self._alone = _bounds(output, run)
+
+  def radius(self, image_HxWxC: np.ndarray, norms: tuple[str, ...] = NORMS) -> Radius:
+    """Of one image, pixels 0..255."""
+    with jax.enable_x64(True):
+      x = jnp.asarray(image_HxWxC, jnp.float64)
+      y_K = np.asarray(self._logits(x[None]))[0]
+      slopes_KxD = np.asarray(self._slopes(x)).reshape(len(y_K), -1)
+      k = int(y_K.argmax())
+      margins_K = y_K[k] - y_K - ROUNDING * (1 + np.abs(y_K).max())
+      if not np.delete(margins_K, k).min() > 0:
+        return Radius(k, dict.fromkeys(norms, 0.0))
+      radii = {n: self._by_slope(n, k, margins_K, slopes_KxD) for n in norms}
+      l1 = self._by_vertices(x, k, y_K, margins_K, slopes_KxD)
+      reach_DxR = np.maximum(l1, self._reach(x, k, y_K, margins_K, slopes_KxD))
+      for norm in norms:
+        corners = 1 / np.linalg.norm(1 / reach_DxR, DUAL[norm], axis=0).max()
+        radii[norm] = max(radii[norm], float(corners))
+    return Radius(k, {n: max(0.0, r) / PIXEL for n, r in radii.items()})
+
+  def _reach(self, x, k: int, y_K, margins_K, slopes_KxD) -> np.ndarray:
+    """Steps t (D, rivals): tangent of y_k - y_j >= 0 at x - t_i e_i and x + t_i e_i, for each i.
+
+    So it is >= 0 on the convex hull of all these corners, which holds the l_p ball of
+    radius 1 / |1 / t| in the dual norm (for l1: the least t). Along a ray a concave function
+    lies above what interpolates it: a few evaluations bound where it first is 0.
+    """
+    rivals = np.delete(np.arange(len(y_K)), k)
+    steepness_RxD = np.abs(slopes_KxD[k] - slopes_KxD[rivals])
+    # Where the tangents of both meet, a ray's zero lies no further.
+    furthest_D = (margins_K[rivals, None] / np.maximum(steepness_RxD, 1e-300)).min(0)
+    furthest_D = np.minimum(furthest_D, FURTHEST * PIXEL)
+    d = len(furthest_D)
+    rays, signs = np.tile(np.arange(d), 2), np.repeat([1.0, -1.0], d)
+    before, reach = np.zeros(2 * d), np.zeros((2 * d, len(rivals)))
+    slack_before = np.broadcast_to(margins_K[rivals], reach.shape)
+    for share in GRID:
+      at = share * furthest_D[rays]
+      slack = self._slack(x, rays, signs * at, k, y_K, slopes_KxD[k], rivals)
+      crossing = before[:, None] + (at - before)[:, None] * slack_before / np.maximum(
+        slack_before - slack, 1e-300
+      )
+      alive = slack_before > 0
+      reach = np.where(alive & (slack > 0), at[:, None], np.where(alive, crossing, reach))
+      before, slack_before = at, np.where(alive, slack, 0.0)
+    return np.maximum(reach.reshape(2, d, -1).min(0), 1e-300)
+
+  def _slack(self, x, rays, steps, k, y_K, slope_D, rivals) -> np.ndarray:
+    """Tangent of y_k - y_j at x + step e_ray, less what rounding may be: (rays, rivals)."""
+    y_NxK = self._evaluate(x, rays, steps)
+    tangent_N = y_K[k] + steps * slope_D[rays]
+    return tangent_N[:, None] - y_NxK[:, rivals] - ROUNDING * (1 + np.abs(y_NxK).max())
+
+  def _by_slope(self, norm: str, k: int, margins_K, slopes_KxD) -> float:
+    """Margin over the dual norm of a bound on the slope of the margin.
+
+    Two bounds, the better for each rival: of the difference of the logits as one, and of
+    y_k by its tangent and y_j alone.
+    """
+
+    def size(bound_KxD):
+      return np.linalg.norm(bound_KxD, DUAL[norm], axis=-1)
+
+    apart = np.minimum(size(self._between[k]), size(np.abs(slopes_KxD[k]) + self._alone))
+    with np.errstate(divide="ignore"):
+      radii = margins_K / apart
+    return float(np.delete(radii, k).min())
+
+  def _by_vertices(self, x, k: int, y_K, margins_K, slopes_KxD) -> float:
+    """The largest e for which tangent of y_k - y_j > 0 at x + e v for all 2 D vertices v.
+
+    Along a vertex's ray this is concave, and positive at 0: where it is not negative at e
+    it is positive before. So the slopes at 0 bound e from above, and rays that hold at one
+    e hold at any smaller: few are left after the first sweep.
+    """
+    rivals = np.delete(np.arange(len(y_K)), k)
+    steepness = np.abs(slopes_KxD[k] - slopes_KxD[rivals]).max(-1)
+    low, high = 0.0, float((margins_K[rivals] / np.maximum(steepness, 1e-300)).min())
+    d = slopes_KxD.shape[1]
+    rays = np.concatenate([np.arange(d), np.arange(d)])
+    signs = np.concatenate([np.ones(d), -np.ones(d)])
+
+    def broken(e, rays, signs):
+      slack = self._slack(x, rays, e * signs, k, y_K, slopes_KxD[k], rivals)
+      return ~(slack > 0).all(-1)
+
+    first = broken(high, rays, signs)
+    if not first.any():
+      return high
+    rays, signs = rays[first], signs[first]
+    for _ in range(HALVINGS):
+      e = (low + high) / 2
+      bad = broken(e, rays, signs)
+      if bad.any():
+        high, rays, signs = e, rays[bad], signs[bad]
+      else:
+        low = e
+    return low
+
+  def _evaluate(self, x, rays, steps) -> np.ndarray:
+    """Logits at x + step e_ray, for many (ray, step)."""
+    out = []
+    for start in range(0, len(rays), BATCH):
+      part = slice(start, start + BATCH)
+      missing = BATCH - len(rays[part])
+      at = self._vertices(x, np.pad(rays[part], (0, missing)), np.pad(steps[part], (0, missing)))
+      out.append(np.asarray(at)[: BATCH - missing])
+    return np.concatenate(out)
+
+
+def _at_vertices(logits, x_HxWxC, rays_N, steps_N):
+  moved_NxD = jnp.broadcast_to(x_HxWxC.ravel(), (len(rays_N), x_HxWxC.size))
+  moved_NxD = moved_NxD.at[jnp.arange(len(rays_N)), rays_N].add(steps_N)
+  return logits(moved_NxD.reshape(-1, *x_HxWxC.shape))
+
+
+def _bounds(logits: Value, run: Run) -> tuple[np.ndarray, np.ndarray]:
+  """(between (K, K, D), alone (K, D)): bounds on the slopes of y_k - y_j, and of y_j."""
+  shape = (1, *run.image_shape)
+  try:
+    alone = lipschitz.sensitivities(logits, shape, alone=True)
+    return lipschitz.sensitivities(logits, shape), alone
+  except ValueError as error:
+    raise Mistake(f"{run.workdir}: its slopes have no bound: {error}") from error
+
+
+def norms_of(text: str) -> tuple[str, ...]:
+  """The tuple of norms in "l1,linf", say; raises `Mistake` for one that there is not."""
+  names = tuple(filter(None, text.split(",")))
+  if not set(names) <= set(NORMS):
+    raise Mistake(f"--radii={text}; allowed: some of {','.join(NORMS)}")
+  return names
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """Radii of test images, with their labels."""
+
+  labels: np.ndarray
+  radii: list[Radius]
+
+  def certified_accuracy(self, norm: str, radius: float) -> float:
+    """Share of the images that are classified right, whatever happens within `radius`."""
+    return float(np.mean(self.right & (self.of(norm) >= radius)))
+
+  @property
+  def right(self) -> np.ndarray:
+    """Which images are classified right."""
+    return np.array([r.predicted for r in self.radii]) == self.labels
+
+  def of(self, norm: str) -> np.ndarray:
+    """The radii in one norm."""
+    return np.array([r.radii[norm] for r in self.radii])
+
+
+def measure(run: Run, norms: Sequence[str], examples: int, data_dir: str = "") -> Measured:
+  """Certified radii of the first test images, with a progress bar."""
+  config: Any = ConfigDict(run.config.data.to_dict())
+  config.dir = data_dir or config.dir
+  test = data.load(config, seed=0, progress=False).test
+  certifier, images = Certifier(run), test.images[:examples]
+  radii = [certifier.radius(x, tuple(norms)) for x in track(images, "certified radii")]
+  return Measured(test.labels[:examples], radii)
+
+
+def write_report(run: Run, measured: Measured, norms: Sequence[str]) -> Table:
+  """Writes radii.csv and radii.png into the run's folder; returns a table to print."""
+  with open(os.path.join(run.workdir, "radii.csv"), "w", newline="") as file:
+    rows = csv.writer(file)
+    rows.writerow(["example", "label", "predicted", *norms])
+    for i, (label, r) in enumerate(zip(measured.labels, measured.radii, strict=True)):
+      rows.writerow([i, int(label), r.predicted, *(f"{r.radii[n]:.6g}" for n in norms)])
+  n = len(measured.labels)
+  table = Table("norm", "median radius", *(f"{q} of it" for q in ("1/4", "1/2", "1", "2")))
+  for norm in norms:
+    median = float(np.median(measured.of(norm)))
+    shares = [100 * measured.certified_accuracy(norm, q * median) for q in (0.25, 0.5, 1, 2)]
+    table.add_row(norm, f"{median:.4g}", *(f"{share:.1f} %" for share in shares))
+  accuracy = 100 * measured.certified_accuracy(norms[0], 0.0)
+  table.title = f"Certified accuracy of {n} test images (plain: {accuracy:.1f} %)"
+  table.caption = (
+    "Pixels in 0..1. An image counts as certified at a radius when it is classified right and"
+    " no change of that size, measured in that norm, can alter the class: by proof, not by"
+    " trying attacks."
+  )
+  _draw(run, measured, norms)
+  return table
+
+
+def _draw(run: Run, measured: Measured, norms: Sequence[str]) -> None:
+  """Certified accuracy against radius, a panel a norm."""
+  try:
+    from matplotlib.figure import Figure
+  except ImportError:  # An extra: the table says the same.
+    return
+  figure = Figure(figsize=(3.4 * len(norms), 3), layout="constrained")
+  for axes, norm in zip(figure.subplots(1, len(norms), squeeze=False)[0], norms, strict=True):
+    steps = np.sort([0.0, *measured.of(norm)[measured.right]])
+    shares = [100 * measured.certified_accuracy(norm, radius) for radius in steps]
+    axes.step(steps, shares, where="pre", color="black")
+    axes.set(xlabel=f"{norm} radius (pixels in 0..1)", ylim=(0, 100), xlim=(0, None))
+    axes.grid(alpha=0.3)
+  figure.axes[0].set_ylabel("certified accuracy (%)")
+  model = run.config.model
+  figure.suptitle(f"{model.name} {model.size} {model.parts}, {run.config.data.name}")
+  figure.savefig(os.path.join(run.workdir, "radii.png"), dpi=120)
+
+
+def one_sided_radius(
+  logit: Callable[[jax.Array], jax.Array], x: jax.Array, norm: str
+) -> tuple[float, float]:
+  """(y, radius): no d with |d| < radius makes a positive convex logit y(x + d) negative.
+
+  radius = y(x) / |grad y(x)| in the dual norm: a convex function lies above its tangent
+  (Pfrommer et al. 2023, "Asymmetric Certified Robustness via Feature-Convex Neural
+  Networks", theorem 2). In the units of x; 0 where y(x) <= 0, the side without a closed
+  form.
+  """
+  value, gradient = jax.value_and_grad(lambda x: jnp.squeeze(logit(x)))(x)
+  size = float(np.linalg.norm(np.ravel(np.asarray(gradient, np.float64)), DUAL[norm]))
+  if value <= 0:
+    return float(value), 0.0
+  return float(value), float(value) / size if size else np.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Minimum:
+  """A logit's least value over a box: attained at `x`, and never below `bound`."""
+
+  x: np.ndarray
+  value: float
+  bound: float
+
+  @property
+  def gap(self) -> float:
+    """How far `value` may be from the global minimum."""
+    return self.value - self.bound
+
+
+def minimise(
+  function: Callable[[jax.Array], jax.Array],
+  low: np.ndarray,
+  high: np.ndarray,
+  start: np.ndarray | None = None,
+  steps: int = 1000,
+) -> Minimum:
+  """The global minimum of a differentiable convex function over the box [low, high].
+
+  Projected quasi-Newton steps (L-BFGS-B). At any x the tangent bounds the function from
+  below everywhere, and its least value over the box,
+
+      f(x) + sum_i min(g_i (low_i - x_i), g_i (high_i - x_i)),
+
+  is a bound on the global minimum: the dual certificate. Best of all iterates.
+
+  Args:
+    function: an array of the box's shape to a scalar. Convexity is not checked here.
+    low: least entries.
+    high: largest entries.
+    start: first point; the middle of the box by default.
+    steps: at most so many iterations.
+  """
+  low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+  with jax.enable_x64(True):
+    slope = jax.jit(jax.value_and_grad(lambda x: jnp.squeeze(function(x))))
+    best = -np.inf
+
+    def evaluate(flat):
+      nonlocal best
+      value, gradient = slope(jnp.asarray(flat.reshape(low.shape)))
+      g = np.asarray(gradient, np.float64).ravel()
+      below = np.minimum(g * (low.ravel() - flat), g * (high.ravel() - flat)).sum()
+      best = max(best, float(value) + float(below))
+      return float(value), g
+
+    first = (low + high) / 2 if start is None else np.asarray(start, np.float64)
+    found = scipy.optimize.minimize(
+      evaluate,
+      first.ravel(),
+      jac=True,
+      method="L-BFGS-B",
+      bounds=list(zip(low.ravel(), high.ravel(), strict=True)),
+      options={"maxiter": steps, "maxfun": 2 * steps, "ftol": 1e-15, "gtol": 1e-12},
+    )
+    x = np.clip(found.x, low.ravel(), high.ravel())
+    value, _ = evaluate(x)
+  return Minimum(x.reshape(low.shape), value, best)
+
+
+def minimise_logit(
+  run: Run, k: int, box: tuple[Any, Any] = (0.0, PIXEL), steps: int = 1000
+) -> Minimum:
+  """The image in a box (pixels 0..255) of the least logit k, with proof: see `minimise`.
+
+  Raises `Mistake` where the run is not proved.
+  """
+  _proved_logits(run)
+  low, high = (np.broadcast_to(np.asarray(b, np.float64), run.image_shape) for b in box)
+  weights = {"params": run.params, "stats": run.stats}
+  with jax.enable_x64(True):
+    exact = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), weights)
+  return minimise(
+    lambda x: run.apply(exact, x[None], dtype=jnp.float64)[0, k], low, high, steps=steps
+  )
