@@ -231,11 +231,9 @@ def summary(content: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def certify_workdir(
-  workdir: str, step: int | str = "latest", kind: str = "convex", search_steps: int = 200
-) -> dict[str, Any]:
-  """Certifies the run in a workdir and writes its certificate.json; returns the content."""
-  run, start = load(workdir, step), time.perf_counter()
+def certify_and_write(run: Run, kind: str = "convex", search_steps: int = 200) -> dict[str, Any]:
+  """Certifies a run and writes its certificate.json; returns the content."""
+  start = time.perf_counter()
   certificate = certify_run(run, kind, search_steps)
   return write(run, certificate, time.perf_counter() - start)
 
@@ -263,11 +261,11 @@ def main(argv: list[str] | None = None) -> int:
   console = Console()
   try:
     norms = robustness.norms_of(args.radii)
-    content = certify_workdir(args.workdir, step, args.kind, args.search_steps)
+    run = load(args.workdir, step)
+    content = certify_and_write(run, args.kind, args.search_steps)
     console.print(content["of"], _table(content), sep="\n")
     console.print(summary(content), markup=False, highlight=False)
     if norms:
-      run = load(args.workdir, step)
       measured = robustness.measure(run, norms, args.examples, args.data_dir)
       console.print(robustness.write_report(run, measured, norms))
   except Mistake as mistake:

@@ -122,6 +122,7 @@ class Parts:
   head_depth: int = 0  # Hidden layers of the head; 0: linear, as published.
   head_width: int = 256  # Units of each.
   remat: bool = False  # Recompute a block in the backward pass: less memory, a third more time.
+  convolve: Callable[..., jax.Array] = conv_general_dilated  # `lax`'s, in a faster form.
   dtype: Any = jnp.float32  # Of the computation; parameters are float32 always.
   axis_name: str | None = None  # BatchNorm's mapped axis; only under `jax.pmap`.
 
@@ -229,7 +230,7 @@ class Parts:
       own_init,
       features=features,
       kernel_size=kernel,
-      conv_general_dilated=conv_general_dilated,
+      conv_general_dilated=self.convolve,
       name=name,
       **fields,
     )

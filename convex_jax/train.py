@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
+from ml_collections import FrozenConfigDict
 from rich.table import Table
 
 from convex_jax import augment, certify, constraints, data, metrics, models, optimizer, step
@@ -70,9 +72,28 @@ def run(config: Any, workdir: str) -> dict[str, float]:
     checkpoints.close()
   watch.show(report(config, figures))
   if lead and config.model.parts == "ioc":
-    watch.say(certify.summary(certify.certify_workdir(workdir)))
+    watch.say(
+      certify.summary(certify.certify_and_write(finished(config, workdir, examples, state)))
+    )
   watch.say(f'the run lies in {workdir}: convex_jax.load("{workdir}")')
   return figures
+
+
+def finished(config: Any, workdir: str, examples: data.Data, state: step.State) -> runs.Run:
+  """The run as `load` would give it, without the reading, in which all hosts would take part."""
+  weights = jax.tree.map(np.asarray, state.weights())
+  mean, std = examples.train.statistics()
+  return runs.Run(
+    workdir,
+    FrozenConfigDict(config),
+    int(state.step),
+    weights["params"],
+    weights["stats"],
+    examples.class_names,
+    examples.train.images.shape[1:],
+    mean,
+    std,
+  )
 
 
 def train(

@@ -219,8 +219,11 @@ def test_rematerialisation_changes_nothing(name):
       return (logits**2).sum()
 
     results.append(jax.jit(jax.value_and_grad(loss))(weights["params"]))
-  for plain, again in zip(*map(jax.tree.leaves, results), strict=True):
-    np.testing.assert_allclose(plain, again, rtol=1e-4, atol=1e-5)
+  leaves = [jax.tree.leaves(result) for result in results]
+  # What cancels before a norm is 0 but for rounding, of the size of the other gradients.
+  scale = max(float(abs(leaf).max()) for leaf in leaves[0])
+  for plain, again in zip(*leaves, strict=True):
+    np.testing.assert_allclose(plain, again, rtol=1e-4, atol=3e-6 * scale)
 
 
 def random_feasible(config, seed):

@@ -19,7 +19,10 @@ from convex_jax.layers import make_parts
 def describe(name: str, size: str, parts: str, classes: int, image_size: int) -> tuple[int, int]:
   """(parameters, multiply-accumulates of one image's forward pass); allocates nothing."""
   module = models.module_of(name)
-  ingredients = make_parts(parts, constraint="clamp", passthrough=True)
+  # Depthwise convolutions as such: our form of them has no product to count.
+  ingredients = make_parts(
+    parts, constraint="clamp", passthrough=True, convolve=jax.lax.conv_general_dilated
+  )
   model = module.Model(classes=classes, parts=ingredients, **module.SIZES[size])
   image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
   variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)
