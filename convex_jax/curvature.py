@@ -160,7 +160,7 @@ class Walk:
     else:
       masks = dcp.RULES.get(name, dcp.lost)(e, *inputs)
     if not _is_defined(name, inputs):
-      masks = dcp.lost(e)
+      return [Value(*dcp.lost(e), op)]
     masks = (
       dcp.tidy(np.broadcast_to(masks[0], e.shape)),
       dcp.tidy(np.broadcast_to(masks[1], e.shape)),
@@ -215,7 +215,7 @@ class Walk:
 def _split(eqn, x: Value, op: Operation) -> list[Value | Known]:
   cuts = np.cumsum(eqn.params["sizes"])[:-1]
   parts = [np.split(mask, cuts, eqn.params["axis"]) for mask in x.masks]
-  return [Value(dcp.tidy(nc), dcp.tidy(nk), op) for nc, nk in zip(*parts, strict=True)]
+  return [Value(dcp.tidy(nc), dcp.tidy(nk), op, x.is_real) for nc, nk in zip(*parts, strict=True)]
 
 
 def _row(x: Value | Known, i: int, place: Place) -> Value | Known:

@@ -121,6 +121,8 @@ class _Half:
 
   def _compute(self, node: Any) -> Side:
     if not isinstance(node, self._kind):
+      if not np.isfinite(node.array).all():
+        raise _NoRuleError
       return Side(node.array, 0.0, True, True, True, True)
     if node.made_by is None:
       raise _NoRuleError

@@ -132,6 +132,8 @@ CURVATURES = [  # (name, function, curvature)
   ("branch on the input", lambda x: jax.lax.cond(x[0, 0] > 0, jnp.exp, jnp.abs, x), "unknown"),
   ("NaN weight", lambda x: nn.relu(x) @ np.full((3, 1), np.nan, np.float32), "unknown"),
   ("NaN bias", lambda x: nn.relu(x) + np.float32(np.nan), "unknown"),
+  ("infinite branch", lambda x: jnp.where(x > 1, np.inf * x, np.inf), "unknown"),
+  ("halves of a split", lambda x: jnp.split(nn.relu(x), 2, 0)[1], "convex"),
   ("out of bounds", lambda x: x.at[:, jnp.array([0, 7])].get(mode="fill"), "unknown"),
 ]
 
