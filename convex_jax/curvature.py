@@ -115,7 +115,10 @@ class Walk:
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
 
     def read(var):
-      return Known(real(var.val)) if isinstance(var, jex.Literal) else env[var]
+      if not isinstance(var, jex.Literal):
+        return env[var]
+      aval: Any = var.aval
+      return Known(real(np.asarray(var.val, aval.dtype)))
 
     for eqn in _needed(jaxpr):
       inputs = [read(v) for v in eqn.invars]
@@ -189,7 +192,7 @@ class Walk:
     """A `scan`, unrolled; None where it is too long."""
     length, body = params["length"], params["jaxpr"]
     fixed, carried = params["num_consts"], params["num_carry"]
-    if length > LOOP_LIMIT:
+    if not 0 < length <= LOOP_LIMIT:
       return None
     consts, carry, columns = (
       inputs[:fixed],
@@ -227,7 +230,8 @@ def _row(x: Value | Known, i: int, place: Place) -> Value | Known:
 def _stack(rows: Sequence[Value | Known], place: Place) -> Value | Known:
   if all(isinstance(r, Known) for r in rows):
     return Known(np.stack([r.array for r in rows]))  # pyright: ignore[reportAttributeAccessIssue]
-  not_convex, not_concave = (np.stack([r.masks[i] for r in rows]) for i in (0, 1))
+  masks = [r.masks if isinstance(r, Value) else (~np.isfinite(r.array),) * 2 for r in rows]
+  not_convex, not_concave = (np.stack(column) for column in zip(*masks, strict=True))
   return _moved(rows, not_convex, not_concave, place)
 
 

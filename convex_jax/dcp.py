@@ -181,6 +181,8 @@ def _structural(positions: Callable[[int], range], padded: bool = False):
 
 def _signed(e: Equation, x: Value, weights: np.ndarray, apply: Callable) -> Masks:
   """A linear operation `apply(mask, part of the weights)`, by the signs of its weights."""
+  if x.is_lost and not weights.all() and not _is_total(x):
+    return lost(e)  # 0 times what may be infinite is not 0.
   plus, minus = weights > 0, weights < 0
 
   def one(same, turned):
@@ -259,11 +261,20 @@ def _clamp(e: Equation, low, x, high) -> Masks:
   """min(max(x, low), high): convex where nothing is cut above, concave where nothing below."""
   if not isinstance(low, Known) or not isinstance(high, Known):
     return lost(e)
+  if np.isposinf(low.array).any() or np.isneginf(high.array).any():
+    return lost(e)
   return _or(x.masks[0], high.array < np.inf), _or(x.masks[1], low.array > -np.inf)
 
 
 def _scalar(convex: bool, concave: bool, rising: bool, falling: bool):
   return lambda e, x: composed(x, convex, concave, rising, falling)
+
+
+def _empty(e: Equation, x: Value | Known) -> np.ndarray:
+  """Where a maximum or minimum is one of nothing, and so infinite."""
+  if e.eqn.primitive.name.startswith("reduce_window"):
+    return ~np.isfinite(np.asarray(e.bind(np.zeros(x.shape, np.float32))))
+  return uniform(0 in x.shape, e.shape)
 
 
 def _over_axes(e: Equation, mask: np.ndarray) -> np.ndarray:
@@ -289,11 +300,11 @@ def _summed(gather: Callable[[Equation, np.ndarray], np.ndarray]):
 
 
 def _largest(gather):
-  return lambda e, x: (gather(e, x.masks[0]), uniform(True, e.shape))
+  return lambda e, x: (_or(gather(e, x.masks[0]), _empty(e, x)), uniform(True, e.shape))
 
 
 def _smallest(gather):
-  return lambda e, x: (uniform(True, e.shape), gather(e, x.masks[1]))
+  return lambda e, x: (uniform(True, e.shape), _or(gather(e, x.masks[1]), _empty(e, x)))
 
 
 def _log_of_sum(e: Equation, x: Value) -> Masks:
@@ -311,10 +322,10 @@ def _exponents(x: Any) -> tuple[Value, tuple[int, ...] | None] | None:
   axes = None
   while isinstance(x, Value) and x.made_by is not None:
     op = x.made_by
-    if op.primitive in ("abs", "reshape", "broadcast_in_dim", "squeeze", "expand_dims"):
+    if axes is None and op.primitive in _RESHAPES:  # Axes are those of the exponents.
       if op.primitive != "abs" and np.prod(x.shape) != np.prod(op.inputs[0].shape):
         return None  # It repeats elements.
-    elif op.primitive == "reduce_sum" and axes is None:
+    elif op.primitive == "reduce_sum" and axes is None and 0 not in op.inputs[0].shape:
       axes = tuple(op.eqn.params["axes"])
     elif op.primitive == "exp" and isinstance(op.inputs[0], Value):
       return op.inputs[0], axes
@@ -334,13 +345,38 @@ def shifted_log_of_sum(e: Equation, a, b) -> Masks | None:
       continue
     (exponent, axes), op = inner, inner[0].made_by
     u, c = op.inputs if op.primitive == "sub" else (None, None)
-    if axes is None or not isinstance(u, Value):
+    if axes is None or not isinstance(u, Value) or not _is_total(c):
       continue
     kept = tuple(n for i, n in enumerate(exponent.shape) if i not in axes)
     if u.shape == exponent.shape and _same_along(c, shift, exponent.shape, axes, kept):
       nc = np.asarray(u.not_convex.any(axes))
       return nc.reshape(e.shape), uniform(True, e.shape)
   return None
+
+
+def _is_total(x: Any) -> bool:
+  """Whether a value is a finite number whatever the input: made by functions of all of R."""
+  todo, seen = [x], set()
+  while todo:
+    node = todo.pop()
+    if id(node) in seen or not isinstance(node, Value) or node.made_by is None:
+      continue
+    seen.add(id(node))
+    op = node.made_by
+    if op.primitive not in _TOTAL:
+      return False
+    known = [i.array for i in op.inputs if isinstance(i, Known)]
+    if op.primitive == "div" and (isinstance(op.inputs[1], Value) or (known[-1] == 0).any()):
+      return False
+    if op.primitive == "gather" and "FILL" in str(op.eqn.params["mode"]):
+      return False
+    if op.primitive in _EXTREMES and _empty(Equation(op.eqn), op.inputs[0]).any():
+      return False
+    bounded = op.primitive in ("max", "min")  # An infinite bound does not bind.
+    if not bounded and not all(np.isfinite(k).all() for k in known if k.dtype == np.float64):
+      return False
+    todo += op.inputs
+  return True
 
 
 def _same_along(c, shift, shape, axes, kept) -> bool:
@@ -395,6 +431,8 @@ def _window_any(e: Equation, mask: np.ndarray) -> np.ndarray:
   return np.asarray(e.bind(-mask.astype(np.float32))) < -0.5
 
 
+_RESHAPES = ("abs", "reshape", "broadcast_in_dim", "squeeze", "expand_dims")
+
 RULES: dict[str, Callable[..., Masks]] = {
   "add": _add,
   "add_any": _add,
@@ -426,6 +464,8 @@ RULES: dict[str, Callable[..., Masks]] = {
   "gather": _gather,
   "dynamic_update_slice": _structural(lambda n: range(2)),
   "concatenate": _everything,
+  "stack": _everything,
+  "tile": _only_first,
   "pad": _structural(lambda n: range(n), padded=True),
   "reduce_sum": _summed(_over_axes),
   "reduce_max": _largest(_over_axes),
@@ -437,3 +477,9 @@ RULES: dict[str, Callable[..., Masks]] = {
   "cummax": _largest(_so_far),
   "cummin": _smallest(_so_far),
 }
+
+# Defined, and finite, for all inputs: what may be subtracted and added again.
+_EXTREMES = {"reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min"}
+_TOTAL = {*RULES} - {"log", "integer_pow"}
+_TOTAL |= {"is_finite", "gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not", "sign"}
+_TOTAL |= {"convert_element_type", "custom_jvp_call", "tanh", "logistic", "erf", "sin", "cos"}

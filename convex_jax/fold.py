@@ -61,9 +61,9 @@ def fold(eqn, arrays: list[np.ndarray]) -> list[Any]:
     return [arrays[0].reshape(params["new_sizes"])]
   if name in FOLDS:
     return [FOLDS[name](*arrays)]
-  inner = any(True for _ in jex.jaxprs_in_params(params))
+  inner = any(True for _ in jex.jaxprs_in_params(params)) or name == "bitcast_convert_type"
   with jax.enable_x64(not inner):
-    if inner:  # A loop: its body was traced in the dtypes of the program.
+    if inner:  # A loop's body was traced in the dtypes of the program; and bits are bits.
       arrays = [a.astype(v.aval.dtype) for a, v in zip(arrays, eqn.invars, strict=True)]
     for key in ("preferred_element_type", "dtype"):
       if not inner and params.get(key) in (np.float32, jnp.bfloat16, np.float16):

@@ -33,6 +33,8 @@ _MOVES = {
   "rev",
   "slice",
   "squeeze",
+  "stack",
+  "tile",
   "transpose",
   "cumsum",
 }

@@ -3,7 +3,8 @@
 ELU is `where(z > 0, z, alpha expm1(where(z > 0, 0, z)))`: neither `expm1` of a minimum nor
 the choice has a curvature of its own. On each side of the kink all choices are made, and
 what is left is a composition that has one. The function is convex on the line where it is
-convex on both sides, continuous, and its slope does not fall at the kink.
+convex on both sides, continuous, and its slope does not fall at the kink. Values and slopes
+there are compared in float64, without a tolerance.
 """
 
 import collections
@@ -13,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-COMPARISONS: dict[str, Callable[[bool], bool]] = {  # Of two values, given which is greater.
-  "gt": lambda first: first,
-  "ge": lambda first: first,
-  "lt": lambda first: not first,
-  "le": lambda first: not first,
+COMPARISONS: dict[str, Callable[[int], bool]] = {  # Of two values, by the sign of first - second.
+  "gt": lambda order: order > 0,
+  "ge": lambda order: order >= 0,
+  "lt": lambda order: order < 0,
+  "le": lambda order: order <= 0,
 }
 ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "max", "min", "abs", "exp", "expm1", "select_n"}
 LIMIT = 40  # Operations between a value and the earlier one it is a function of.
@@ -72,10 +73,12 @@ def properties(value: Any, kind: Any) -> tuple[Any, Shape] | None:
   """
   for root, kink in _kinks(value, kind):
     try:
-      left, right = (_Half(root, kink, side, kind).of(value) for side in (-1, 1))
+      left, at, right = (_Half(root, kink, side, kind).of(value) for side in (-1, 0, 1))
     except _NoRuleError:
       continue
-    joined = np.equal(left.value, right.value)
+    if not all(np.isfinite(x).all() for s in (left, at, right) for x in (s.value, s.slope)):
+      continue
+    joined = np.equal(left.value, right.value) & np.equal(left.value, at.value)
     return root, Shape(
       joined & left.convex & right.convex & np.less_equal(left.slope, right.slope),
       joined & left.concave & right.concave & np.greater_equal(left.slope, right.slope),
@@ -108,7 +111,7 @@ def _kinks(value: Any, kind: Any) -> Iterator[tuple[Any, np.ndarray]]:
 
 
 class _Half:
-  """Reads computations as functions of `root` on one `side` (+1: above) of `kink`."""
+  """Reads computations as functions of `root` on one `side` of `kink` (+1: above; 0: at it)."""
 
   def __init__(self, root: Any, kink: np.ndarray, side: int, kind: Any):
     self._root, self._kink, self._side, self._kind = root, kink, side, kind
@@ -131,9 +134,9 @@ class _Half:
       return self.of(self._chosen(*inputs))
     if name in ("max", "min"):
       a, b = inputs
-      return self.of(a if self._above(a, b) == (name == "max") else b)
+      return self.of(a if (self._order(a, b) > 0) == (name == "max") else b)
     if name == "abs" and inputs[0] is self._root and not np.any(self._kink):
-      return _scaled(self.of(self._root), float(self._side))
+      return _scaled(self.of(self._root), float(self._side or 1))
     if name == "neg":
       return _scaled(self.of(inputs[0]), -1.0)
     if name in ("exp", "expm1"):
@@ -145,20 +148,22 @@ class _Half:
       return self._product(name, *inputs)
     raise _NoRuleError
 
-  def _above(self, x: Any, y: Any) -> bool:
-    """Whether x > y here, one being the root and the other the kink."""
+  def _order(self, x: Any, y: Any) -> int:
+    """The sign of x - y here, one being the root and the other the kink."""
     for a, b, sign in ((x, y, 1), (y, x, -1)):
       if a is self._root and not isinstance(b, self._kind) and np.array_equal(b.array, self._kink):
-        return self._side * sign > 0
+        return self._side * sign
     raise _NoRuleError
 
   def _chosen(self, test: Any, *cases: Any) -> Any:
     op = test.made_by if isinstance(test, self._kind) else None
     if len(cases) != 2 or op is None or op.primitive not in COMPARISONS:
       raise _NoRuleError
-    return cases[COMPARISONS[op.primitive](self._above(*op.inputs))]
+    return cases[COMPARISONS[op.primitive](self._order(*op.inputs))]
 
   def _product(self, name: str, a: Any, b: Any) -> Side:
+    if not all(isinstance(x, self._kind) or np.isfinite(x.array).all() for x in (a, b)):
+      raise _NoRuleError
     if isinstance(a, self._kind) and not isinstance(b, self._kind):
       if name == "div" and np.any(b.array == 0):
         raise _NoRuleError
@@ -170,6 +175,8 @@ class _Half:
 
 def _exponential(x: Side, offset: float) -> Side:
   """exp(x) + offset; the value by expm1 where that is what is computed."""
+  if np.any(np.abs(x.value) > 700):
+    raise _NoRuleError  # Over- or underflow would hide a jump.
   value = np.exp(x.value) if offset == 0 else np.expm1(x.value)
   flat = np.logical_and(x.rising, x.falling)
   return Side(value, np.exp(x.value) * x.slope, x.convex, flat, x.rising, x.falling)

@@ -134,6 +134,43 @@ CURVATURES = [  # (name, function, curvature)
   ("NaN bias", lambda x: nn.relu(x) + np.float32(np.nan), "unknown"),
   ("infinite branch", lambda x: jnp.where(x > 1, np.inf * x, np.inf), "unknown"),
   ("halves of a split", lambda x: jnp.split(nn.relu(x), 2, 0)[1], "convex"),
+  ("a point of its own", lambda x: jnp.where(x >= 0, jnp.where(x > 0, 0.0, 3.0), 0.0), "unknown"),
+  (
+    "steps that cancel but at 0",
+    lambda x: jnp.where(x >= 0, 1.0, 0) - jnp.where(x > 0, 1.0, 0),
+    "unknown",
+  ),
+  (
+    "axes of a reshaped sum",
+    lambda x: jnp.log(jnp.exp(jnp.stack([x, -(x**2)]))[None].sum(1)),
+    "unknown",
+  ),
+  (
+    "log-sum-exp by an undefined shift",
+    lambda x: jnp.log(jnp.exp(x - jnp.log(x[:, :1])).sum(1)) + jnp.log(x[:, 0]),
+    "unknown",
+  ),
+  (
+    "NaN at a loop's border",
+    lambda x: jax.lax.scan(lambda c, r: (r, c), jnp.full(3, jnp.nan), x)[1],
+    "unknown",
+  ),
+  (
+    "an empty window",
+    lambda x: 0 * jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 1), (1, 1), ((1, 1), (0, 0))),
+    "unknown",
+  ),
+  ("maximum of nothing", lambda x: x + 0 * jnp.max(x[:0], initial=-jnp.inf), "unknown"),
+  ("an infinite factor", lambda x: -(jnp.where(x > 1, 2 * x, x) * -jnp.inf), "unknown"),
+  ("clamped at infinity", lambda x: jax.lax.clamp(jnp.inf, x, jnp.inf), "unknown"),
+  ("a jump that overflows", lambda x: jnp.where(x > 800, jnp.exp(x), 2 * jnp.exp(x)), "unknown"),
+  ("a jump that underflows", lambda x: jnp.where(x > -800, jnp.exp(x), 2 * jnp.exp(x)), "unknown"),
+  ("stack and tile", lambda x: jnp.tile(jnp.stack([nn.relu(x), x]), (1, 2, 1)), "convex"),
+  (
+    "an empty scan",
+    lambda x: jax.lax.scan(lambda c, r: (c + x.sum(), c), 0.0, None, length=0)[0],
+    "unknown",
+  ),
   ("out of bounds", lambda x: x.at[:, jnp.array([0, 7])].get(mode="fill"), "unknown"),
 ]
 
