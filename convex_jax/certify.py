@@ -98,7 +98,7 @@ def certify(
     A certificate, true where all outputs are proved.
 
   Raises:
-    ValueError: an input that is not real, or an output that is not.
+    ValueError: a kind that there is not, or an input that is not floating-point.
   """
   if kind not in KINDS:
     raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
@@ -225,7 +225,7 @@ def summary(content: dict[str, Any]) -> str:
   if content["counterexample"]:
     found = content["counterexample"]
     lines.append(
-      f"two inputs refute it: logit {found['logit']} lies {found['gap']:.3g} too high midway"
+      f"two inputs refute it: logit {found['logit']} misses by {found['gap']:.3g} midway"
       f" ({found['file']})"
     )
   return "\n".join(lines)

@@ -8,7 +8,8 @@ operation P with weights W = W+ - W- sends
     not_convex(P x) = P(not_convex(x), W+) or P(not_concave(x), W-)
 
 and likewise for concave. `RULES` has a function for each primitive; what has none is lost.
-No rule here has a function (log, sqrt, 1 / x) that is not defined everywhere.
+No rule here has a function (sqrt, 1 / x) that is not defined everywhere; log is known of
+sums of exponentials alone.
 """
 
 import dataclasses
@@ -336,7 +337,7 @@ def _exponents(x: Any) -> tuple[Value, tuple[int, ...] | None] | None:
 
 
 def shifted_log_of_sum(e: Equation, a, b) -> Masks | None:
-  """log(sum(exp(u - c))) + c is log(sum(exp(u))), whatever c: how `logsumexp` is computed."""
+  """log(sum(exp(u - c))) + c is log(sum(exp(u))) for finite c: how `logsumexp` is computed."""
   for log, shift in ((a, b), (b, a)):
     if not isinstance(log, Value) or log.made_by is None or log.made_by.primitive != "log":
       continue

@@ -12,7 +12,8 @@ import pytest
 
 import convex_jax
 from configs import base
-from convex_jax import certify, constraints, models, optimizer, refute, step, train
+from convex_jax import certify, models, optimizer, refute, step, train
+from tests import mutants
 from tests.conftest import of
 
 PX = 8
@@ -30,36 +31,9 @@ def trained(name, parts, steps=4, learning_rate=0.3):
   config.model.update(config_of(name, parts))
   config.optimizer.learning_rate = learning_rate
   model = models.build(config.model, classes=5)
-  key = jax.random.key(0)
-  shape = (PX, PX, 3)
-  kinds = constraints.constraints_of(
-    jax.eval_shape(lambda: step.init_variables(model, key, shape))["params"]
-  )
+  _, kinds = mutants.feasible(model)
   tx = optimizer.make_optimizer(config.optimizer, steps, kinds)
-  rng = np.random.default_rng(0)
-
-  @jax.jit
-  def update(state, batch):
-    return step.train_step(
-      state,
-      batch,
-      model=model,
-      tx=tx,
-      augment=lambda keys, image: image,
-      key=key,
-      label_smoothing=0.0,
-      ema_decay=0.0,
-    )
-
-  state = jax.jit(lambda: step.init_state(model, tx, key, shape, average=False))()
-  for i in range(steps):
-    batch = {
-      "image": rng.standard_normal((4, *shape)).astype(np.float32),
-      "label": rng.integers(0, 5, 4),
-      "position": np.arange(4) + 4 * i,
-    }
-    state, _ = update(state, batch)
-  return model, state.weights(), kinds
+  return model, mutants.after_training(model, tx, steps), kinds
 
 
 def certificate_of(model, weights, **kwargs):
