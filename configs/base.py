@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
 
   config.data = ConfigDict()
   config.data.name = "cifar10"  # `python -m convex_jax.data list`
+  config.data.classes = ()  # Names of those to keep, in their order; (): all.
   config.data.dir = ""  # Folder of prepared data; "": TFDS's (~/tensorflow_datasets).
   config.data.image_size = 32  # px; the network's input, resized on the device.
   config.data.flip = False  # Mirror left and right, probability 1/2.
@@ -41,6 +42,7 @@ def get_config() -> ConfigDict:
   config.model.convex_from = "image"  # head: the parts make the head alone, on a free trunk.
   config.model.head_depth = 0  # Hidden layers of the head; 0: linear, as published.
   config.model.head_width = 256  # Units of each.
+  config.model.one_logit = False  # Of two classes: y for the first, 0 for the other.
   config.model.remat = (
     False  # Recompute blocks, where there are, in the backward pass: less memory, more time.
   )

@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from convex_jax import curvature, models, robustness
+from convex_jax import curvature, models, radii_report
 from convex_jax.dcp import Operation, Value
 from convex_jax.errors import Mistake
 from convex_jax.explain import explain
@@ -260,14 +260,14 @@ def main(argv: list[str] | None = None) -> int:
   step = int(args.step) if args.step.isdigit() else args.step
   console = Console()
   try:
-    norms = robustness.norms_of(args.radii)
+    norms = radii_report.norms_of(args.radii)
     run = load(args.workdir, step)
     content = certify_and_write(run, args.kind, args.search_steps)
     console.print(content["of"], _table(content), sep="\n")
     console.print(summary(content), markup=False, highlight=False)
     if norms:
-      measured = robustness.measure(run, norms, args.examples, args.data_dir)
-      console.print(robustness.write_report(run, measured, norms))
+      measured = radii_report.measure(run, norms, args.examples, args.data_dir)
+      console.print(radii_report.write_report(run, measured, norms))
   except Mistake as mistake:
     print(mistake, file=sys.stderr)
     return mistake.code

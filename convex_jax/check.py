@@ -78,6 +78,11 @@ def _wholes(value: tuple) -> bool:
   return bool(value) and all(type(v) is int and v >= 1 for v in value)
 
 
+def _names(value: tuple) -> bool:
+  several = len(value) != 1 and len(set(value)) == len(value)
+  return several and all(isinstance(v, str) for v in value)
+
+
 def field_rule(field: dataclasses.Field) -> Rule:
   """What a field of an architecture may hold, by its type; None takes the size's own."""
   kind: Any = field.type
@@ -105,6 +110,7 @@ RULES = {
   "label_smoothing": below(0, 1),
   "ema_decay": below(0, 1),
   "data.name": one_of(DATASETS),
+  "data.classes": Rule(tuple, "(), or two or more different names, as ('cat', 'dog')", _names),
   "data.dir": TEXT,
   "data.image_size": whole(1),
   "data.flip": SWITCH,
@@ -121,6 +127,7 @@ RULES = {
   "model.convex_from": one_of(CONVEX_FROM),
   "model.head_depth": whole(0),
   "model.head_width": whole(1),
+  "model.one_logit": SWITCH,
   "model.remat": SWITCH,
   "optimizer.name": one_of(OPTIMIZERS),
   "optimizer.learning_rate": number(0, closed=False),
@@ -172,6 +179,12 @@ def _clashes(config: Any) -> Iterator[str]:
     yield (
       "model.head_depth is 0 and model.convex_from is 'head': a linear head is convex in its"
       " features whatever its weights; allowed: whole numbers from 1"
+    )
+  classes = len(config.data.classes) or DATASETS[config.data.name].classes
+  if config.model.one_logit and classes != 2:
+    yield (
+      f"model.one_logit is True with {classes} classes; allowed: two, as by"
+      " data.classes=('cat', 'dog')"
     )
   if config.optimizer.name == "adam" and config.optimizer.weight_decay:
     yield (

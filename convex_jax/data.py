@@ -17,7 +17,7 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +69,13 @@ class Split:
   def subset(self, index: np.ndarray) -> "Split":
     """The examples at `index`, in that order."""
     return Split(self.images[index], self.labels[index])
+
+  def of_classes(self, kept: Sequence[int]) -> "Split":
+    """The examples of these classes alone, labelled by their place among them."""
+    place = np.full(max(self.labels.max(), *kept) + 1, -1, np.int32)
+    place[list(kept)] = np.arange(len(kept))
+    index = np.flatnonzero(place[self.labels] >= 0)
+    return Split(self.images[index], place[self.labels[index]])
 
   def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, for pixels in 0..1, exact."""
@@ -159,12 +166,21 @@ def load(config: Any, seed: int, progress: bool = True) -> Data:
   (`validation_fraction`) and given a random label (`label_noise`): a share of the
   training labels, drawn anew from all classes; validation and test labels never.
 
-  Raises `Mistake` when the data set is not there.
+  Raises `Mistake` when the data set is not there, or has no such `classes`.
   """
   builder = _open(config.name, config.dir)
   entry = DATASETS[config.name]
+  names = tuple(builder.info.features["label"].names)
+  if unknown := [repr(name) for name in config.classes if name not in names]:
+    raise Mistake(
+      f"config.data.classes has {', '.join(unknown)}, no class of {config.name!r};"
+      f" allowed: {', '.join(names)}"
+    )
   train = _decode(builder, entry.train, progress)
   test = _decode(builder, entry.test, progress)
+  if config.classes:
+    kept = [names.index(name) for name in config.classes]
+    names, train, test = config.classes, train.of_classes(kept), test.of_classes(kept)
   rng = np.random.default_rng([seed, 0])
   order = rng.permutation(len(train))
   num_valid = round(config.validation_fraction * len(train))
@@ -183,9 +199,9 @@ def load(config: Any, seed: int, progress: bool = True) -> Data:
     train = train.subset(np.sort(order[num_valid : num_valid + num_train]))
   if config.label_noise:
     train = dataclasses.replace(
-      train, labels=add_label_noise(train.labels, entry.classes, config.label_noise, seed)
+      train, labels=add_label_noise(train.labels, len(names), config.label_noise, seed)
     )
-  return Data(train, valid, test, tuple(builder.info.features["label"].names))
+  return Data(train, valid, test, tuple(names))
 
 
 def add_label_noise(labels: np.ndarray, classes: int, share: float, seed: int) -> np.ndarray:

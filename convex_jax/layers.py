@@ -121,6 +121,7 @@ class Parts:
   classifier: "Parts | None" = None  # Of the head, where it is of another kind.
   head_depth: int = 0  # Hidden layers of the head; 0: linear, as published.
   head_width: int = 256  # Units of each.
+  one_logit: bool = False  # Of two classes: logits (y, 0), with a single output y.
   remat: bool = False  # Recompute a block in the backward pass: less memory, a third more time.
   convolve: Callable[..., jax.Array] = conv_general_dilated  # `lax`'s, in a faster form.
   dtype: Any = jnp.float32  # Of the computation; parameters are float32 always.
@@ -273,13 +274,17 @@ class Parts:
     return self.linear_head(x, classes, name=name, own_init=own_init)
 
   def linear_head(self, x, classes: int, *, name: str, own_init=nn.initializers.lecun_normal()):  # noqa: B008
-    """Logits, float32 at least. `shift` needs two classes; one logit is clamped."""
-    constraint = self.head_constraint
-    if classes == 1 and constraint == "shift":
+    """Logits, float32 at least; with `one_logit` (y, 0).
+
+    Both are convex then, and so is their difference: that of a convex binary classifier.
+    """
+    outputs, constraint = (1 if self.one_logit else classes), self.head_constraint
+    if outputs == 1 and constraint == "shift":  # Needs another class to be moved along.
       constraint = "clamp"
     init = constrained(own_init, constraint)
-    layer = nn.Dense(classes, dtype=self.dtype, kernel_init=init, name=name)
-    return layer(x).astype(jnp.promote_types(self.dtype, jnp.float32))
+    layer = nn.Dense(outputs, dtype=self.dtype, kernel_init=init, name=name)
+    y_BxK = layer(x).astype(jnp.promote_types(self.dtype, jnp.float32))
+    return jnp.pad(y_BxK, ((0, 0), (0, 1))) if self.one_logit else y_BxK
 
   def dropout(self, x, rate: float, train: bool, whole: bool = False):
     """Zeroes a share `rate` of values, divides the others by 1 - rate; in training only.

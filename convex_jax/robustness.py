@@ -1,4 +1,4 @@
-"""What convexity buys: certified radii, and the least value of a logit.
+"""What convexity buys: certified radii.
 
 For an image x of predicted class k and a rival j, convex logits give three things that no
 sampling can: y_k lies above its tangent; y_k's tangent minus y_j is concave, so that over
@@ -8,22 +8,15 @@ hold for every perturbation of the ball, in the box of images or not, and are gi
 pixels in 0..1.
 """
 
-import csv
 import dataclasses
 import functools
-import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
-from ml_collections import ConfigDict
-from rich.progress import track
-from rich.table import Table
 
-from convex_jax import curvature, data, lipschitz
+from convex_jax import curvature, lipschitz
 from convex_jax.dcp import Value
 from convex_jax.errors import Mistake
 from convex_jax.explain import explain
@@ -47,7 +40,7 @@ class Radius:
   radii: dict[str, float]  # Pixels in 0..1.
 
 
-def _proved_logits(run: Run) -> Value:
+def proved_logits(run: Run) -> Value:
   """The logits as a value of the image; raises `Mistake` unless all are proved convex."""
   if run.config.model.convex_from != "image":
     raise Mistake(f"{run.workdir}: radii need logits convex in the image; here the head alone is")
@@ -70,7 +63,7 @@ class Certifier:
   """
 
   def __init__(self, run: Run):
-    output = _proved_logits(run)
+    output = proved_logits(run)
     weights = {"params": run.params, "stats": run.stats}
     with jax.enable_x64(True):
       exact = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), weights)
@@ -204,88 +197,6 @@ def _bounds(logits: Value, run: Run) -> tuple[np.ndarray, np.ndarray]:
     raise Mistake(f"{run.workdir}: its slopes have no bound: {error}") from error
 
 
-def norms_of(text: str) -> tuple[str, ...]:
-  """The tuple of norms in "l1,linf", say; raises `Mistake` for one that there is not."""
-  names = tuple(filter(None, text.split(",")))
-  if not set(names) <= set(NORMS):
-    raise Mistake(f"--radii={text}; allowed: some of {','.join(NORMS)}")
-  return names
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-  """Radii of test images, with their labels."""
-
-  labels: np.ndarray
-  radii: list[Radius]
-
-  def certified_accuracy(self, norm: str, radius: float) -> float:
-    """Share of the images that are classified right, whatever happens within `radius`."""
-    return float(np.mean(self.right & (self.of(norm) >= radius)))
-
-  @property
-  def right(self) -> np.ndarray:
-    """Which images are classified right."""
-    return np.array([r.predicted for r in self.radii]) == self.labels
-
-  def of(self, norm: str) -> np.ndarray:
-    """The radii in one norm."""
-    return np.array([r.radii[norm] for r in self.radii])
-
-
-def measure(run: Run, norms: Sequence[str], examples: int, data_dir: str = "") -> Measured:
-  """Certified radii of the first test images, with a progress bar."""
-  config: Any = ConfigDict(run.config.data.to_dict())
-  config.dir = data_dir or config.dir
-  test = data.load(config, seed=0, progress=False).test
-  certifier, images = Certifier(run), test.images[:examples]
-  radii = [certifier.radius(x, tuple(norms)) for x in track(images, "certified radii")]
-  return Measured(test.labels[:examples], radii)
-
-
-def write_report(run: Run, measured: Measured, norms: Sequence[str]) -> Table:
-  """Writes radii.csv and radii.png into the run's folder; returns a table to print."""
-  with open(os.path.join(run.workdir, "radii.csv"), "w", newline="") as file:
-    rows = csv.writer(file)
-    rows.writerow(["example", "label", "predicted", *norms])
-    for i, (label, r) in enumerate(zip(measured.labels, measured.radii, strict=True)):
-      rows.writerow([i, int(label), r.predicted, *(f"{r.radii[n]:.6g}" for n in norms)])
-  n = len(measured.labels)
-  table = Table("norm", "median radius", *(f"{q} of it" for q in ("1/4", "1/2", "1", "2")))
-  for norm in norms:
-    median = float(np.median(measured.of(norm)))
-    shares = [100 * measured.certified_accuracy(norm, q * median) for q in (0.25, 0.5, 1, 2)]
-    table.add_row(norm, f"{median:.4g}", *(f"{share:.1f} %" for share in shares))
-  accuracy = 100 * measured.certified_accuracy(norms[0], 0.0)
-  table.title = f"Certified accuracy of {n} test images (plain: {accuracy:.1f} %)"
-  table.caption = (
-    "Pixels in 0..1. An image counts as certified at a radius when it is classified right and"
-    " no change of that size, measured in that norm, can alter the class: by proof, not by"
-    " trying attacks."
-  )
-  _draw(run, measured, norms)
-  return table
-
-
-def _draw(run: Run, measured: Measured, norms: Sequence[str]) -> None:
-  """Certified accuracy against radius, a panel a norm."""
-  try:
-    from matplotlib.figure import Figure
-  except ImportError:  # An extra: the table says the same.
-    return
-  figure = Figure(figsize=(3.4 * len(norms), 3), layout="constrained")
-  for axes, norm in zip(figure.subplots(1, len(norms), squeeze=False)[0], norms, strict=True):
-    steps = np.sort([0.0, *measured.of(norm)[measured.right]])
-    shares = [100 * measured.certified_accuracy(norm, radius) for radius in steps]
-    axes.step(steps, shares, where="pre", color="black")
-    axes.set(xlabel=f"{norm} radius (pixels in 0..1)", ylim=(0, 100), xlim=(0, None))
-    axes.grid(alpha=0.3)
-  figure.axes[0].set_ylabel("certified accuracy (%)")
-  model = run.config.model
-  figure.suptitle(f"{model.name} {model.size} {model.parts}, {run.config.data.name}")
-  figure.savefig(os.path.join(run.workdir, "radii.png"), dpi=120)
-
-
 def one_sided_radius(
   logit: Callable[[jax.Array], jax.Array], x: jax.Array, norm: str
 ) -> tuple[float, float]:
@@ -301,84 +212,3 @@ def one_sided_radius(
   if value <= 0:
     return float(value), 0.0
   return float(value), float(value) / size if size else np.inf
-
-
-@dataclasses.dataclass(frozen=True)
-class Minimum:
-  """A logit's least value over a box: attained at `x`, and never below `bound`."""
-
-  x: np.ndarray
-  value: float
-  bound: float
-
-  @property
-  def gap(self) -> float:
-    """How far `value` may be from the global minimum."""
-    return self.value - self.bound
-
-
-def minimise(
-  function: Callable[[jax.Array], jax.Array],
-  low: np.ndarray,
-  high: np.ndarray,
-  start: np.ndarray | None = None,
-  steps: int = 1000,
-) -> Minimum:
-  """The global minimum of a differentiable convex function over the box [low, high].
-
-  Projected quasi-Newton steps (L-BFGS-B). At any x the tangent bounds the function from
-  below everywhere, and its least value over the box,
-
-      f(x) + sum_i min(g_i (low_i - x_i), g_i (high_i - x_i)),
-
-  is a bound on the global minimum: the dual certificate. Best of all iterates.
-
-  Args:
-    function: an array of the box's shape to a scalar. Convexity is not checked here.
-    low: least entries.
-    high: largest entries.
-    start: first point; the middle of the box by default.
-    steps: at most so many iterations.
-  """
-  low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
-  with jax.enable_x64(True):
-    slope = jax.jit(jax.value_and_grad(lambda x: jnp.squeeze(function(x))))
-    best = -np.inf
-
-    def evaluate(flat):
-      nonlocal best
-      value, gradient = slope(jnp.asarray(flat.reshape(low.shape)))
-      g = np.asarray(gradient, np.float64).ravel()
-      below = np.minimum(g * (low.ravel() - flat), g * (high.ravel() - flat)).sum()
-      best = max(best, float(value) + float(below))
-      return float(value), g
-
-    first = (low + high) / 2 if start is None else np.asarray(start, np.float64)
-    found = scipy.optimize.minimize(
-      evaluate,
-      first.ravel(),
-      jac=True,
-      method="L-BFGS-B",
-      bounds=list(zip(low.ravel(), high.ravel(), strict=True)),
-      options={"maxiter": steps, "maxfun": 2 * steps, "ftol": 1e-15, "gtol": 1e-12},
-    )
-    x = np.clip(found.x, low.ravel(), high.ravel())
-    value, _ = evaluate(x)
-  return Minimum(x.reshape(low.shape), value, best)
-
-
-def minimise_logit(
-  run: Run, k: int, box: tuple[Any, Any] = (0.0, PIXEL), steps: int = 1000
-) -> Minimum:
-  """The image in a box (pixels 0..255) of the least logit k, with proof: see `minimise`.
-
-  Raises `Mistake` where the run is not proved.
-  """
-  _proved_logits(run)
-  low, high = (np.broadcast_to(np.asarray(b, np.float64), run.image_shape) for b in box)
-  weights = {"params": run.params, "stats": run.stats}
-  with jax.enable_x64(True):
-    exact = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), weights)
-  return minimise(
-    lambda x: run.apply(exact, x[None], dtype=jnp.float64)[0, k], low, high, steps=steps
-  )

@@ -25,6 +25,7 @@ from convex_jax.errors import Mistake
 from convex_jax.step import apply
 
 FORMAT = 1  # Of a workdir; rises when an older `load` could not read it.
+ADDED = (("data", "classes", []), ("model", "one_logit", False))  # What runs before them mean.
 FREE_TO_CHANGE = ("log.", "data.dir", "data.loader")  # Between two commands of one run.
 
 
@@ -155,7 +156,10 @@ def _read(workdir: str) -> dict[str, Any]:
   if not os.path.exists(path):
     raise Mistake(f"{workdir} holds no run: there is no {path}")
   with open(path) as file:
-    return json.load(file)
+    content = json.load(file)
+  for section, key, meant in ADDED:
+    content["config"][section].setdefault(key, meant)
+  return content
 
 
 def load(workdir: str, step: int | str = "latest", weights: str = "auto") -> Run:

@@ -53,6 +53,17 @@ def test_every_ioc_twin_is_proved_fresh_and_trained(name, steps):
     assert not certificate_of(model, weights, kind="concave")
 
 
+@pytest.mark.parametrize("name", models.names())
+def test_one_logit_and_so_the_difference_of_two_classes_is_proved(name):
+  model = models.build({**config_of(name, "ioc"), "one_logit": True}, classes=2)
+  weights, _ = mutants.feasible(model)
+  assert certificate_of(model, weights).verdicts == ["PROVED"] * 2
+  other_side = certificate_of(model, weights, kind="concave")
+  assert other_side.verdicts == ["UNKNOWN", "PROVED"]  # The second is 0.
+  logits = step.apply(model, weights, np.ones((3, PX, PX, 3), np.float32))
+  assert logits.shape == (3, 2) and (logits[:, 0] != 0).all() and (logits[:, 1] == 0).all()
+
+
 CULPRITS = {  # The first operation that breaks each twin, by primitive and place.
   ("all_cnn", "base"): ("conv_general_dilated|dot_general", "Model/conv_1 .*all_cnn.py"),
   ("cycle_mlp", "base"): ("sub", "Model/stage_0_block_0/norm_0 .*LayerNorm.*cycle_mlp.py"),

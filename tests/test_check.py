@@ -14,6 +14,7 @@ BAD = {  # path: (value, words that the line must hold)
   "label_smoothing": (1.0, "below 1"),
   "ema_decay": (-0.5, "from 0"),
   "data.name": ("cifar", "cifar10"),
+  "data.classes": (("cat",), "two or more different names"),
   "data.label_noise": (1.5, "0 to 1"),
   "data.train_fraction": (0.0, "above 0"),
   "data.loader": ("gpu", "resident"),
@@ -74,6 +75,7 @@ def test_wrong_types_unknown_and_missing_keys():
     (mixer, {"model.patch": 0}, "from 1, or None"),
     (mixer, {"model.pach": 3}, "Did you mean 'model.patch'"),
     (mlp, {"optimizer.weight_decay": 0.1}, "Did you mean optimizer.name='adamw'"),
+    (mlp, {"model.one_logit": True}, "with 10 classes; allowed: two"),
     (mlp, {"steps": 5, "optimizer.warmup_steps": 5}, "below steps"),
   ],
 )

@@ -6,31 +6,35 @@ import pathlib
 import jax
 import pytest
 
+from configs import binary
 from convex_jax import check, models, step
 from convex_jax.data import DATASETS
 
 CONFIGS = sorted(p.stem for p in pathlib.Path("configs").glob("*.py") if p.stem != "base")
+TASKS = [  # The binary ones have their own few data sets.
+  (name, dataset)
+  for name in CONFIGS
+  for dataset in (binary.CLASSES if name.startswith("binary") else DATASETS)
+]
 
 
 def get(name, *dataset):
   return importlib.import_module(f"configs.{name}").get_config(*dataset)
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name,dataset", TASKS)
 def test_every_config_is_right_and_builds(name, dataset):
   config = get(name, dataset)
   config.lock()
   check.check(config)
   assert config.data.name == dataset
   entry = DATASETS[dataset]
-  model = models.build(config.model, entry.classes)
+  model = models.build(config.model, len(config.data.classes) or entry.classes)
   shape = (config.data.image_size, config.data.image_size, entry.image_shape[-1])
   assert jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0), shape))["params"]
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
-@pytest.mark.parametrize("twin", [name for name in CONFIGS if name.endswith("_ioc")])
+@pytest.mark.parametrize("twin,dataset", [t for t in TASKS if t[0].endswith("_ioc")])
 def test_a_twin_differs_in_parts_alone(twin, dataset):
   ours, sibling = (dict(check.flatten(get(name, dataset))) for name in (twin, twin[:-4]))
   differences = {key for key in ours.keys() | sibling.keys() if ours.get(key) != sibling.get(key)}

@@ -72,6 +72,22 @@ def test_held_out_and_kept_shares_are_disjoint_and_fixed_by_the_seed(data_dir, d
   np.testing.assert_array_equal(first.test.labels, digits.test.labels)
 
 
+def test_a_few_classes_are_kept_in_the_order_of_their_names(data_dir, digits):
+  pair = data.load(config_of(data_dir, classes=("8", "3"), label_noise=0.5), 0, progress=False)
+  assert pair.class_names == ("8", "3")
+  for ours, whole in ((pair.train, digits.train), (pair.test, digits.test)):
+    here = np.isin(whole.labels, (3, 8))
+    np.testing.assert_array_equal(ours.images, whole.images[here])
+    right = np.where(whole.labels[here] == 8, 0, 1)
+    assert set(ours.labels) == {0, 1}
+    assert np.mean(ours.labels != right) == pytest.approx(0.25 * (ours is pair.train), abs=0.06)
+
+
+def test_a_class_that_there_is_not_is_told(data_dir):
+  with pytest.raises(Mistake, match=r"data\.classes has 'cat', no class of 'digits'; allowed: 0, 1"):
+    data.load(config_of(data_dir, classes=("cat", "3")), 0, progress=False)
+
+
 @pytest.mark.parametrize("key", ["validation_fraction", "train_fraction"])
 def test_a_share_that_holds_no_example_is_told(data_dir, key):
   with pytest.raises(Mistake, match=f"data.{key} is 1e-06"):

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from configs import base
-from convex_jax import curvature, lipschitz, models, robustness
+from convex_jax import curvature, lipschitz, minima, models, radii_report, robustness
 from convex_jax.errors import Mistake
 from convex_jax.run import Run
 from tests import attacks, mutants
@@ -24,7 +24,8 @@ def make_run(name="mlp", parts="ioc", workdir="nowhere", **changes):
   config = base.get_config()
   config.model.update({"name": name, "size": "tiny", "parts": parts, **changes})
   config.data.image_size = 8
-  model = models.build(config.model, CLASSES)
+  names = "ab" if config.model.one_logit else "abcde"
+  model = models.build(config.model, len(names))
   weights, _ = mutants.feasible(model)
   weights["params"]["head"] = jax.tree.map(lambda w: w / 10, weights["params"]["head"])
   return Run(
@@ -33,7 +34,7 @@ def make_run(name="mlp", parts="ioc", workdir="nowhere", **changes):
     0,
     weights["params"],
     weights["stats"],
-    tuple("abcde"),
+    tuple(names),
     (8, 8, 3),
     (0.5,) * 3,
     (0.25,) * 3,
@@ -148,7 +149,7 @@ def test_what_is_not_proved_is_refused():
   with pytest.raises(Mistake, match=r"proved networks only.*LayerNorm.*parts=ioc"):
     robustness.Certifier(make_run("mixer", "base"))
   with pytest.raises(Mistake, match="proved networks only"):
-    robustness.minimise_logit(make_run("mlp", "base"), 0)
+    minima.minimise_logit(make_run("mlp", "base"), 0)
   with pytest.raises(Mistake, match="head alone"):
     robustness.Certifier(make_run("mlp", convex_from="head", head_depth=1))
 
@@ -159,6 +160,28 @@ def test_the_one_sided_radius_is_exact_for_an_affine_logit():
     y, radius = robustness.one_sided_radius(lambda x: x @ w + 10, jnp.zeros(2), norm)
     assert y == 10 and radius == pytest.approx(10 / size)
   assert robustness.one_sided_radius(lambda x: x @ w - 10, jnp.zeros(2), "l2") == (-10, 0)
+
+
+def test_a_one_logit_network_has_the_closed_form_on_its_side_and_a_radius_on_the_other():
+  run = make_run("all_cnn", one_logit=True)
+  certifier, sides = robustness.Certifier(run), set()
+  with jax.enable_x64(True):
+    f = jax.jit(exact_logits(run))
+    middle = float(np.median(np.asarray(f(images(40).astype(float)))[:, 0]))
+    run.params["head"]["bias"] -= middle  # So that both sides occur.
+    certifier, f = robustness.Certifier(run), jax.jit(exact_logits(run))
+    attacker = attacks.Attacker(f)
+    for x in images(6).astype(float):
+      r, y = certifier.radius(x), float(f(x[None])[0, 0])
+      assert float(f(x[None])[0, 1]) == 0 and r.predicted == (y < 0)
+      for norm in robustness.NORMS:
+        _, closed = robustness.one_sided_radius(lambda x: f(x[None])[0, 0], jnp.asarray(x), norm)
+        if y > 0:
+          assert r.radii[norm] * 255 == pytest.approx(closed, rel=1e-5)
+        assert r.radii[norm] > 0
+        assert not attacker.attack(x, norm, 0.9999 * 255 * r.radii[norm]).changes
+      sides.add(r.predicted)
+  assert sides == {0, 1}
 
 
 @pytest.mark.parametrize("norm", robustness.NORMS)
@@ -184,7 +207,7 @@ def test_the_one_sided_radius_withstands_attacks(norm):
 
 def test_the_minimum_of_a_quadratic_over_a_box_is_known():
   centre = np.array([0.5, 3.0, -2.0])
-  found = robustness.minimise(lambda x: jnp.sum((x - centre) ** 2), -np.ones(3), np.ones(3))
+  found = minima.minimise(lambda x: jnp.sum((x - centre) ** 2), -np.ones(3), np.ones(3))
   np.testing.assert_allclose(found.x, [0.5, 1, -1], atol=1e-6)
   assert found.value == pytest.approx(5) and 0 <= found.gap < 1e-6
 
@@ -201,20 +224,20 @@ def test_the_minimum_of_a_small_network_is_cvxpys():
   hidden = cp.logistic(w2.T @ cp.logistic(w1.T @ x) + v.T @ x - 8)
   problem = cp.Problem(cp.Minimize(w3 @ hidden), [x >= -1, x <= 1])
   problem.solve(solver=cp.CLARABEL)
-  found = robustness.minimise(network, -np.ones(4), np.ones(4))
+  found = minima.minimise(network, -np.ones(4), np.ones(4))
   assert found.value == pytest.approx(problem.value, rel=1e-5)
   assert found.bound <= problem.value + 1e-7 and found.gap < 1e-4 * abs(found.value)
 
 
 def test_a_concave_function_shows_a_gap():
   """The control: the bound is of use for convex functions alone."""
-  found = robustness.minimise(lambda x: -jnp.sum(x**2), -np.ones(2), np.ones(2), start=[0.1, 0.1])
+  found = minima.minimise(lambda x: -jnp.sum(x**2), -np.ones(2), np.ones(2), start=[0.1, 0.1])
   assert found.value == pytest.approx(-2)
 
 
 def test_a_logit_is_minimised_over_all_images():
   run = make_run("mixer")
-  found = robustness.minimise_logit(run, 2)
+  found = minima.minimise_logit(run, 2)
   assert found.x.shape == (8, 8, 3) and found.x.min() >= 0 and found.x.max() <= 255
   assert 0 <= found.gap < 1e-3 * (1 + abs(found.value))
   with jax.enable_x64(True):
@@ -223,16 +246,16 @@ def test_a_logit_is_minimised_over_all_images():
 
 
 def test_norms_are_read_or_refused():
-  assert robustness.norms_of("l1,linf") == ("l1", "linf") and robustness.norms_of("") == ()
+  assert radii_report.norms_of("l1,linf") == ("l1", "linf") and radii_report.norms_of("") == ()
   with pytest.raises(Mistake, match="allowed: some of l1,l2,linf"):
-    robustness.norms_of("l3")
+    radii_report.norms_of("l3")
 
 
 def test_a_report_is_written(tmp_path):
   radii = [robustness.Radius(1, {"l1": r, "l2": r / 2}) for r in (0.1, 0.2, 0.3, 0.4)]
-  measured = robustness.Measured(np.array([1, 1, 0, 1]), radii)
+  measured = radii_report.Measured(np.array([1, 1, 0, 1]), radii)
   assert measured.certified_accuracy("l1", 0.15) == 0.5  # 0.1 too small, 0.3 is wrong.
-  table = robustness.write_report(make_run(workdir=str(tmp_path)), measured, ("l1", "l2"))
+  table = radii_report.write_report(make_run(workdir=str(tmp_path)), measured, ("l1", "l2"))
   assert table.row_count == 2 and "75.0 %" in table.title
   lines = (tmp_path / "radii.csv").read_text().splitlines()
   assert lines[0] == "example,label,predicted,l1,l2" and lines[3] == "2,0,1,0.3,0.15"

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,8 +17,8 @@ from conftest import ROOT, of
 
 import convex_jax
 from convex_jax import data, train, watch
+from convex_jax import run as runs
 from convex_jax.errors import Diverged, Mistake
-from convex_jax.run import FORMAT
 
 TINY = [
   "--config=configs/mixer_ioc.py:digits",
@@ -154,6 +155,18 @@ def test_another_config_in_the_same_workdir_is_refused(finished, data_dir):
   result = run_main(args)
   assert result.returncode == 2
   assert "config.seed: 0 there, 3 now" in result.stderr and "--workdir" in result.stderr
+
+
+def test_a_run_older_than_some_keys_loads_and_is_no_other(finished, data_dir, tmp_path):
+  old = tmp_path / "old"
+  shutil.copytree(finished[0], old)
+  path = old / "config.json"
+  content = json.loads(path.read_text())
+  for section, key, _ in runs.ADDED:
+    del content["config"][section][key]
+  path.write_text(json.dumps(content))
+  assert convex_jax.load(str(old)).config.data.classes == ()
+  assert run_main(command(data_dir, old, "--config.steps=120", *SAVES)).returncode == 0
 
 
 def test_a_fresh_process_predicts_the_same_logits(finished, digits, tmp_path):
@@ -325,7 +338,7 @@ def test_the_config_file_of_a_run_is_plain_data(finished):
   workdir, _ = finished
   with open(workdir / "config.json") as file:
     saved = json.load(file)
-  assert saved["format"] == FORMAT and saved["config"]["model"]["parts"] == "ioc"
+  assert saved["format"] == runs.FORMAT and saved["config"]["model"]["parts"] == "ioc"
   assert saved["data"]["image_shape"] == [8, 8, 1] and "jax" in saved["versions"]
 
 

@@ -15,7 +15,15 @@ import flax.linen as nn
 from convex_jax.layers import Head, Parts, make_parts
 
 # Keys of `config.model` that are not fields of an architecture.
-OF_PARTS = ("constraint", "passthrough", "convex_from", "head_depth", "head_width", "remat")
+OF_PARTS = (
+  "constraint",
+  "passthrough",
+  "convex_from",
+  "head_depth",
+  "head_width",
+  "one_logit",
+  "remat",
+)
 SHARED = ("name", "size", "parts", *OF_PARTS)
 
 

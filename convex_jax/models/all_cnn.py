@@ -100,7 +100,7 @@ class Model(nn.Module):
         x_BxHxWxD = parts.norm(x_BxHxWxD, "batch", train=train, name=f"norm_{i}")
       if halved:
         x_BxHxWxD = parts.dropout(x_BxHxWxD, self.dropout, train)
-    if parts.head_depth:
+    if parts.head_depth or parts.one_logit:  # A class map after an activation is never negative.
       return parts.head(x_BxHxWxD.mean((1, 2)), self.classes, train=train, name="head")
     stride = 1 if published else 2
     x_BxHxWxK = parts.conv(

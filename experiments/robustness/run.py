@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from rich.progress import track
 
 import convex_jax
-from convex_jax import data, robustness
+from convex_jax import data, minima, radii_report, robustness
 from tests import attacks
 
 FOLDER = pathlib.Path(__file__).parent
@@ -38,7 +38,7 @@ def main() -> None:
   parser.add_argument("--data_dir", default="")
   args = parser.parse_args()
   run = convex_jax.load(args.workdir)
-  name = f"{run.config.model.name}_{run.config.data.name}"
+  name = "_".join([run.config.model.name, run.config.data.name, *run.config.data.classes])
   config = ConfigDict(run.config.data.to_dict())
   config.dir = args.data_dir or config.dir
   test = data.load(config, seed=0, progress=False).test
@@ -46,9 +46,10 @@ def main() -> None:
   certifier, start = robustness.Certifier(run), time.perf_counter()
   radii = [certifier.radius(x) for x in track(images, "radii")]
   seconds = (time.perf_counter() - start) / len(images)
-  measured = robustness.Measured(labels, radii)
+  measured = radii_report.Measured(labels, radii)
   attempts, changes, smallest = attack(run, images, radii, args.smallest)
-  write(name, measured, attempts, changes, smallest, minima(run), seconds)
+  sides = run.class_names if run.config.model.one_logit else ()
+  write(name, sides, measured, attempts, changes, smallest, least(run), seconds)
   draw(name, measured, smallest)
 
 
@@ -71,17 +72,17 @@ def attack(run, images, radii, count):
   return attempts, changes, smallest
 
 
-def minima(run):
+def least(run):
   """Of each logit over all images: (value, gap, seconds)."""
   found = []
   for k in track(range(len(run.class_names)), "minima"):
     start = time.perf_counter()
-    minimum = robustness.minimise_logit(run, k)
+    minimum = minima.minimise_logit(run, k)
     found.append((minimum.value, minimum.gap, time.perf_counter() - start))
   return found
 
 
-def write(name, measured, attempts, changes, smallest, minima, seconds) -> None:
+def write(name, sides, measured, attempts, changes, smallest, least, seconds) -> None:
   with open(FOLDER / f"radii_{name}.csv", "w", newline="") as file:
     rows = csv.writer(file)
     rows.writerow(["example", "label", "predicted", *robustness.NORMS])
@@ -96,18 +97,26 @@ def write(name, measured, attempts, changes, smallest, minima, seconds) -> None:
   rows.append(("seconds an image", f"{seconds:.2f}"))
   for norm in robustness.NORMS:
     rows.append((f"{norm} median certified radius", f"{np.median(measured.of(norm)):.4g}"))
+    for k, label in enumerate(sides):
+      rows.append((f"{norm} median, predicted {label}", f"{median_of(measured, norm, k):.4g}"))
     rows.append((f"{norm} attempts inside", attempts[norm]))
     rows.append((f"{norm} changes of class inside", changes[norm]))
     ratio = f"{np.median(smallest[norm]):.3g}"
     rows.append((f"{norm} smallest attack over certified radius, median", ratio))
-  rows.append(("largest gap of a logit's global minimum", f"{max(m[1] for m in minima):.2g}"))
-  rows.append(("largest such value", f"{max(abs(m[0]) for m in minima):.4g}"))
-  rows.append(("seconds a minimum, median", f"{np.median([m[2] for m in minima]):.2f}"))
+  rows.append(("largest gap of a logit's global minimum", f"{max(m[1] for m in least):.2g}"))
+  rows.append(("largest such value", f"{max(abs(m[0]) for m in least):.4g}"))
+  rows.append(("seconds a minimum, median", f"{np.median([m[2] for m in least]):.2f}"))
   with open(path, "w", newline="") as file:
     lines = [["run", "what", "value"], *kept, *([name, *row] for row in rows)]
     csv.writer(file).writerows(lines)
   for what, value in rows:
     print(f"{name}: {what}: {value}")
+
+
+def median_of(measured, norm, k):
+  """Median certified radius of the images that are classified as k."""
+  predicted = np.array([r.predicted for r in measured.radii])
+  return np.median(measured.of(norm)[predicted == k])
 
 
 def draw(name, measured, smallest) -> None:
