@@ -98,14 +98,16 @@ def certify(
     A certificate, true where all outputs are proved.
 
   Raises:
-    ValueError: a kind that there is not, or an input that is not floating-point.
+    ValueError: a kind that there is not, an input that is not floating-point, or no output.
   """
   if kind not in KINDS:
     raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
   if not jnp.issubdtype(example.dtype, jnp.floating):
     raise ValueError(f"the example is {example.dtype}; convexity needs floating-point inputs")
   outputs, _ = curvature.analyse(function, example, weights)
-  missing = [KINDS[kind](v) if isinstance(v, Value) else ~np.isfinite(v.array) for v in outputs]
+  if not outputs:
+    raise ValueError("the function returns nothing")
+  missing = [KINDS[kind](v) if isinstance(v, Value) else _is_no_number(v.array) for v in outputs]
   proved = ~np.concatenate([np.ravel(m) for m in missing])
   if proved.all():
     return Certificate(kind, proved)
@@ -117,6 +119,12 @@ def certify(
       search_function or function, example.shape, weights, ~proved, kind, box, search_steps, seed
     )
   return Certificate(kind, proved, explain(operation, kind), operation, counterexample)
+
+
+def _is_no_number(known: Any) -> np.ndarray:
+  if not isinstance(known, np.ndarray):  # A random key.
+    return np.ones(np.shape(known), bool)
+  return ~np.isfinite(known)
 
 
 @dataclasses.dataclass(frozen=True)

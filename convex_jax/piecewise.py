@@ -4,7 +4,8 @@ ELU is `where(z > 0, z, alpha expm1(where(z > 0, 0, z)))`: neither `expm1` of a 
 the choice has a curvature of its own. On each side of the kink all choices are made, and
 what is left is a composition that has one. The function is convex on the line where it is
 convex on both sides, continuous, and its slope does not fall at the kink. Values and slopes
-there are compared in float64, without a tolerance.
+there are compared as they are over the reals: values must be free of rounding, and slopes,
+which are fractions here, free of it or well apart.
 """
 
 import collections
@@ -21,6 +22,7 @@ COMPARISONS: dict[str, Callable[[int], bool]] = {  # Of two values, by the sign 
   "le": lambda order: order <= 0,
 }
 ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "max", "min", "abs", "exp", "expm1", "select_n"}
+APART = 1e-9  # Relative: more than rounding can do to slopes in which nothing has cancelled.
 LIMIT = 40  # Operations between a value and the earlier one it is a function of.
 
 
@@ -28,12 +30,50 @@ LIMIT = 40  # Operations between a value and the earlier one it is a function of
 class Side:
   """A function on one side of the kink: value and slope there; curvature, monotonicity."""
 
-  value: Any
-  slope: Any
+  value: "Number"
+  slope: "Number"  # Of it the numerator ...
+  over: "Number"  # ... and the denominator, above 0.
   convex: Any
   concave: Any
   rising: Any
   falling: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+  """A float64, or an array of them, and where no rounding has made it."""
+
+  at: Any
+  exact: Any = True
+
+  def __add__(self, other: "Number") -> "Number":
+    total = self.at + other.at
+    exact = np.logical_and(self.exact, other.exact)
+    exact = exact & np.equal(total - self.at, other.at) & np.equal(total - other.at, self.at)
+    if np.any((np.sign(self.at) * np.sign(other.at) < 0) & ~exact):
+      raise _NoRuleError  # What is left when rounded numbers cancel may be anything.
+    return Number(total, exact)
+
+  def __mul__(self, other: "Number") -> "Number":
+    with np.errstate(over="ignore"):
+      short = [np.equal(np.float32(x.at), x.at) for x in (self, other)]
+    simple = short[0] & short[1]  # Products of float32's digits fit into float64.
+    for x in (self, other):
+      simple = simple | np.equal(np.abs(x.at), 1) | np.equal(x.at, 0)
+    exact = np.logical_and(self.exact, other.exact) & simple
+    return Number(self.at * other.at, exact)
+
+  def equals(self, other: "Number") -> Any:
+    """Whether both are known to be the same number."""
+    return np.equal(self.at, other.at) & self.exact & other.exact
+
+  def at_most(self, other: "Number") -> Any:
+    """Whether self <= other is known."""
+    apart = other.at - self.at > APART * (np.abs(self.at) + np.abs(other.at))
+    return apart | (np.less_equal(self.at, other.at) & self.exact & other.exact)
+
+
+ONE, ZERO = Number(1.0), Number(0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +116,18 @@ def properties(value: Any, kind: Any) -> tuple[Any, Shape] | None:
       left, at, right = (_Half(root, kink, side, kind).of(value) for side in (-1, 0, 1))
     except _NoRuleError:
       continue
-    if not all(np.isfinite(x).all() for s in (left, at, right) for x in (s.value, s.slope)):
+    numbers = [x.at for s in (left, at, right) for x in (s.value, s.slope, s.over)]
+    if not all(np.isfinite(x).all() for x in numbers):
       continue
-    joined = np.equal(left.value, right.value) & np.equal(left.value, at.value)
+    joined = left.value.equals(right.value) & left.value.equals(at.value)
+    below, above = left.slope * right.over, right.slope * left.over
     return root, Shape(
-      joined & left.convex & right.convex & np.less_equal(left.slope, right.slope),
-      joined & left.concave & right.concave & np.greater_equal(left.slope, right.slope),
+      joined & left.convex & right.convex & below.at_most(above),
+      joined & left.concave & right.concave & above.at_most(below),
       joined & left.rising & right.rising,
       joined & left.falling & right.falling,
       kink,
-      (left.slope, right.slope),
+      (left.slope.at / left.over.at, right.slope.at / right.over.at),
       joined,
       left.convex & left.concave,
       right.convex & right.concave,
@@ -115,7 +157,7 @@ class _Half:
 
   def __init__(self, root: Any, kink: np.ndarray, side: int, kind: Any):
     self._root, self._kink, self._side, self._kind = root, kink, side, kind
-    self._read: dict[int, Side] = {id(root): Side(kink, 1.0, True, True, True, False)}
+    self._read: dict[int, Side] = {id(root): Side(Number(kink), ONE, ONE, True, True, True, False)}
 
   def of(self, node: Any) -> Side:
     if id(node) not in self._read:
@@ -126,7 +168,7 @@ class _Half:
     if not isinstance(node, self._kind):
       if not np.isfinite(node.array).all():
         raise _NoRuleError
-      return Side(node.array, 0.0, True, True, True, True)
+      return Side(Number(node.array), ZERO, ONE, True, True, True, True)
     if node.made_by is None:
       raise _NoRuleError
     name, inputs = node.made_by.primitive, node.made_by.inputs
@@ -167,7 +209,7 @@ class _Half:
     if isinstance(a, self._kind) and not isinstance(b, self._kind):
       if name == "div" and np.any(b.array == 0):
         raise _NoRuleError
-      return _scaled(self.of(a), b.array if name == "mul" else 1 / b.array)
+      return (_scaled if name == "mul" else _divided)(self.of(a), b.array)
     if name == "mul" and isinstance(b, self._kind) and not isinstance(a, self._kind):
       return _scaled(self.of(b), a.array)
     raise _NoRuleError
@@ -175,11 +217,13 @@ class _Half:
 
 def _exponential(x: Side, offset: float) -> Side:
   """exp(x) + offset; the value by expm1 where that is what is computed."""
-  if np.any(np.abs(x.value) > 700):
+  if np.any(np.abs(x.value.at) > 700):
     raise _NoRuleError  # Over- or underflow would hide a jump.
-  value = np.exp(x.value) if offset == 0 else np.expm1(x.value)
+  exact = np.equal(x.value.at, 0) & x.value.exact
+  power = Number(np.exp(x.value.at), exact)
+  value = power if offset == 0 else Number(np.expm1(x.value.at), exact)
   flat = np.logical_and(x.rising, x.falling)
-  return Side(value, np.exp(x.value) * x.slope, x.convex, flat, x.rising, x.falling)
+  return Side(value, power * x.slope, x.over, x.convex, flat, x.rising, x.falling)
 
 
 def _sum(a: Side, b: Side) -> Side:
@@ -187,19 +231,32 @@ def _sum(a: Side, b: Side) -> Side:
     np.logical_and(getattr(a, name), getattr(b, name))
     for name in ("convex", "concave", "rising", "falling")
   ]
-  return Side(a.value + b.value, a.slope + b.slope, *both)
+  return Side(a.value + b.value, a.slope * b.over + b.slope * a.over, a.over * b.over, *both)
 
 
 def _scaled(x: Side, factor: Any) -> Side:
   """Factor x, the factor a known number of either sign."""
+  return _turned(x, factor, x.value * Number(factor), x.slope * Number(factor), x.over)
+
+
+def _divided(x: Side, divisor: Any) -> Side:
+  """X / divisor, a known number other than 0."""
+  value = Number(x.value.at / divisor, np.equal(x.value.at, 0) & x.value.exact)
+  slope, over = x.slope * Number(np.sign(divisor)), x.over * Number(np.abs(divisor))
+  return _turned(x, divisor, value, slope, over)
+
+
+def _turned(x: Side, factor: Any, value: Number, slope: Number, over: Number) -> Side:
+  """The curvature and monotonicity of x, turned where the factor is negative."""
   up, down = np.greater_equal(factor, 0), np.less_equal(factor, 0)
 
   def turned(same, other):
     return (up & same) | (down & other)
 
   return Side(
-    x.value * factor,
-    x.slope * factor,
+    value,
+    slope,
+    over,
     turned(x.convex, x.concave),
     turned(x.concave, x.convex),
     turned(x.rising, x.falling),

@@ -171,6 +171,27 @@ CURVATURES = [  # (name, function, curvature)
     lambda x: jax.lax.scan(lambda c, r: (c + x.sum(), c), 0.0, None, length=0)[0],
     "unknown",
   ),
+  (
+    "slopes that rounding makes equal",
+    lambda x: jnp.where(x > 0, x * 1e16, x * 1e16 + x) - x * 1e16,
+    "unknown",
+  ),
+  (
+    "a value that is rounded at the kink",
+    lambda x: jnp.where(x > 1, np.e * x, jnp.exp(x)),
+    "unknown",
+  ),
+  ("slopes that are fractions", lambda x: nn.celu(x, 0.3), "convex"),
+  ("a random key", lambda x: jax.random.key(0), "unknown"),
+  (
+    "keys in a loop",
+    lambda x: jax.lax.scan(
+      lambda c, k: (c + nn.relu(x) * jax.random.uniform(k), k),
+      jnp.zeros_like(x),
+      jax.random.split(jax.random.key(1), 2),
+    )[0],
+    "convex",
+  ),
   ("out of bounds", lambda x: x.at[:, jnp.array([0, 7])].get(mode="fill"), "unknown"),
 ]
 
@@ -178,6 +199,11 @@ CURVATURES = [  # (name, function, curvature)
 @pytest.mark.parametrize("name,function,expected", CURVATURES, ids=[c[0] for c in CURVATURES])
 def test_what_is_proved_of_a_function(name, function, expected):
   assert curvature_of(function) == expected
+
+
+def test_a_function_of_no_output_is_refused():
+  with pytest.raises(ValueError, match="returns nothing"):
+    certify(lambda x: (), X)
 
 
 def test_masks_are_kept_element_by_element():

@@ -84,7 +84,9 @@ def test_a_few_classes_are_kept_in_the_order_of_their_names(data_dir, digits):
 
 
 def test_a_class_that_there_is_not_is_told(data_dir):
-  with pytest.raises(Mistake, match=r"data\.classes has 'cat', no class of 'digits'; allowed: 0, 1"):
+  with pytest.raises(
+    Mistake, match=r"data\.classes has 'cat', no class of 'digits'; allowed: 0, 1"
+  ):
     data.load(config_of(data_dir, classes=("cat", "3")), 0, progress=False)
 
 
