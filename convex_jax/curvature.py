@@ -230,7 +230,8 @@ def _row(x: Value | Known, i: int, place: Place) -> Value | Known:
 def _stack(rows: Sequence[Value | Known], place: Place) -> Value | Known:
   if all(isinstance(r, Known) for r in rows):
     arrays: list[Any] = [r.array for r in rows]  # pyright: ignore[reportAttributeAccessIssue]
-    return Known((np if isinstance(arrays[0], np.ndarray) else jnp).stack(arrays))
+    stack: Any = np.stack if isinstance(arrays[0], np.ndarray) else jnp.stack
+    return Known(stack(arrays))
   masks = [r.masks if isinstance(r, Value) else (~np.isfinite(r.array),) * 2 for r in rows]
   not_convex, not_concave = (np.stack(column) for column in zip(*masks, strict=True))
   return _moved(rows, not_convex, not_concave, place)
