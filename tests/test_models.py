@@ -226,6 +226,23 @@ def test_rematerialisation_changes_nothing(name):
     np.testing.assert_allclose(plain, again, rtol=1e-4, atol=3e-6 * scale)
 
 
+def test_densenet_at_inference_does_not_hold_all_its_growing_maps():
+  layers, batch, px = 16, 16, 16
+  config = config_of("densenet", size="BC-100-12", blocks=(layers,))
+  model = models.build(config, 10)
+  weights = jax.eval_shape(lambda: nn.meta.unbox(init(model, (px, px, 3))))
+  images = jax.ShapeDtypeStruct((batch, px, px, 3), jnp.float32)
+
+  def temporaries(function):
+    compiled = jax.jit(function).lower(weights, images).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  maps = sum(24 + 12 * i for i in range(layers)) * batch * px * px * 4  # Bytes of all of them.
+  assert temporaries(network(model)) < maps / 2
+  loss = jax.grad(lambda w, x: network(model)(w, x).sum())
+  assert temporaries(loss) > maps  # The control: a backward pass needs them.
+
+
 def random_feasible(config, seed):
   """A float64 network at inference: free weights of either sign, tagged ones >= 0."""
   model = models.build(config, 5, dtype=jnp.float64)
