@@ -41,8 +41,8 @@ def main() -> None:
   name = "_".join([run.config.model.name, run.config.data.name, *run.config.data.classes])
   config = ConfigDict(run.config.data.to_dict())
   config.dir = args.data_dir or config.dir
-  test = data.load(config, seed=0, progress=False).test
-  images, labels = test.images[: args.examples], test.labels[: args.examples]
+  test = data.load(config, seed=0, progress=False).test.first(args.examples)
+  images, labels = test.images, test.labels
   certifier, start = robustness.Certifier(run), time.perf_counter()
   radii = [certifier.radius(x) for x in track(images, "radii")]
   seconds = (time.perf_counter() - start) / len(images)
