@@ -32,6 +32,9 @@ def get_config(dataset: str = "cifar10"):
   config.data.crop_padding = 4
   config.optimizer.learning_rate = 3e-4
   config.optimizer.warmup_steps = 400
+  if dataset in base.NATURAL:  # As in the 32 px ImageNet of Chrabaszcz et al. 2017.
+    config.data.cache_size = 36
+    config.data.crop_padding = 0
   if dataset == "digits":
     config.data.image_size = 8
     config.data.flip = False

@@ -34,6 +34,16 @@ def get_config(dataset: str = "cifar10"):
   config.optimizer.weight_decay = 0.05
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 100
+  if dataset in base.NATURAL:
+    config.data.image_size = 224
+    config.data.crop_padding = 0
+    config.batch_size = 1024
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 6250  # 5 epochs of ImageNet.
+  if dataset == "imagenette":
+    config.batch_size = 128
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.warmup_steps = 370
   if dataset == "digits":
     config.data.image_size = 8
     config.data.flip = False

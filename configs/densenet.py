@@ -37,6 +37,16 @@ def get_config(dataset: str = "cifar10"):
   config.optimizer.schedule = "step"
   # Decoupled; pulls as an L2 penalty of 1e-4 does through a momentum of 0.9.
   config.optimizer.weight_decay = 1e-3
+  if dataset in base.NATURAL:
+    config.model.size = "121"
+    config.data.image_size = 224
+    config.data.crop_padding = 0
+    config.epochs = 90
+    config.batch_size = 256
+    config.optimizer.decay_at = (1 / 3, 2 / 3)
+  if dataset == "imagenette":
+    config.batch_size = 64
+    config.optimizer.learning_rate = 0.025
   if dataset == "digits":
     config.data.image_size = 8
     config.data.flip = False

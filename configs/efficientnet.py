@@ -34,6 +34,19 @@ def get_config(dataset: str = "cifar10"):
   config.optimizer.weight_decay = 0.05
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 100
+  if dataset in base.NATURAL:
+    config.data.image_size = 224
+    config.data.crop_padding = 0
+    config.model.stem_stride = 2
+    config.epochs = 350
+    config.batch_size = 1024
+    config.ema_decay = 0.9999
+    config.optimizer.warmup_steps = 6250  # 5 epochs of ImageNet.
+  if dataset == "imagenette":
+    config.batch_size = 128
+    config.ema_decay = 0.99
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.warmup_steps = 370
   if dataset == "digits":
     config.data.image_size = 16
     config.data.flip = False

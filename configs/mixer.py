@@ -28,6 +28,8 @@ def get_config(dataset: str = "cifar10"):
   config.batch_size = 512
   config.data.image_size = 72
   config.data.flip = dataset not in ("mnist", "fashion_mnist", "svhn_cropped")
+  if dataset in base.NATURAL:
+    config.data.cache_size = 80
   if dataset == "digits":
     config.data.image_size = 8
     config.data.flip = False

@@ -34,6 +34,9 @@ def get_config(dataset: str = "cifar10"):
     config.data.crop_padding = 12
   if dataset == "svhn_cropped":
     config.data.flip = False
+  if dataset in base.NATURAL:  # As in the 32 px ImageNet of Chrabaszcz et al. 2017.
+    config.data.cache_size = 36
+    config.data.crop_padding = 0
   if dataset == "digits":
     config.data.image_size = 8
     config.data.flip = False

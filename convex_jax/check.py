@@ -78,6 +78,11 @@ def _wholes(value: tuple) -> bool:
   return bool(value) and all(type(v) is int and v >= 1 for v in value)
 
 
+def _area(value: tuple) -> bool:
+  numbers = len(value) == 2 and all(isinstance(v, float) for v in value)
+  return numbers and 0 < value[0] <= value[1] <= 1
+
+
 def _names(value: tuple) -> bool:
   several = len(value) != 1 and len(set(value)) == len(value)
   return several and all(isinstance(v, str) for v in value)
@@ -118,7 +123,12 @@ RULES = {
   "data.label_noise": number(0, 1),
   "data.train_fraction": number(0, 1, closed=False),
   "data.validation_fraction": below(0, 1),
-  "data.loader": one_of(("auto", "resident", "host")),
+  "data.loader": one_of(("auto", "resident", "host", "stream")),
+  "data.cache_size": whole(0),
+  "data.crop_area": Rule(tuple, "two rising shares, above 0 and up to 1", _area),
+  "data.eval_share": number(0, 1, closed=False),
+  "data.workers": whole(-1),
+  "data.max_unreadable": number(0, 1),
   "model.name": one_of(models.names()),
   "model.size": TEXT,  # Depends on the name: see `_clashes`.
   "model.parts": one_of(PARTS),
@@ -179,6 +189,18 @@ def _clashes(config: Any) -> Iterator[str]:
     yield (
       "model.head_depth is 0 and model.convex_from is 'head': a linear head is convex in its"
       " features whatever its weights; allowed: whole numbers from 1"
+    )
+  entry, streams = DATASETS[config.data.name], config.data.loader == "stream"
+  if streams and entry.image_shape[-1] != 3:
+    yield f"data.loader is 'stream' and {config.data.name!r} is grey; allowed: auto, resident, host"
+  if entry.is_natural or streams:
+    for key in ("classes", "label_noise"):
+      if config.data[key]:
+        yield f"data.{key} is {config.data[key]!r}: labels of records are not known beforehand"
+  if config.data.cache_size and config.data.cache_size < config.data.image_size:
+    yield (
+      f"data.cache_size is {config.data.cache_size} and data.image_size is"
+      f" {config.data.image_size}; allowed: 0, or at least as large"
     )
   classes = len(config.data.classes) or DATASETS[config.data.name].classes
   if config.model.one_logit and classes != 2:

@@ -50,10 +50,10 @@ def measure(run: Run, norms: Sequence[str], examples: int, data_dir: str = "") -
   """Certified radii of the first test images, with a progress bar."""
   config: Any = ConfigDict(run.config.data.to_dict())
   config.dir = data_dir or config.dir
-  test = data.load(config, seed=0, progress=False).test
-  certifier, images = Certifier(run), test.images[:examples]
-  radii = [certifier.radius(x, tuple(norms)) for x in track(images, "certified radii")]
-  return Measured(test.labels[:examples], radii)
+  test = data.load(config, seed=0, progress=False).test.first(examples)
+  certifier = Certifier(run)
+  radii = [certifier.radius(x, tuple(norms)) for x in track(test.images, "certified radii")]
+  return Measured(test.labels, radii)
 
 
 def write_report(run: Run, measured: Measured, norms: Sequence[str]) -> Table:

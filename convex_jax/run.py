@@ -25,8 +25,17 @@ from convex_jax.errors import Mistake
 from convex_jax.step import apply
 
 FORMAT = 1  # Of a workdir; rises when an older `load` could not read it.
-ADDED = (("data", "classes", []), ("model", "one_logit", False))  # What runs before them mean.
-FREE_TO_CHANGE = ("log.", "data.dir", "data.loader")  # Between two commands of one run.
+ADDED = (  # Keys younger than some runs, and what those mean.
+  ("data", "classes", []),
+  ("data", "cache_size", 0),
+  ("data", "crop_area", [0.08, 1.0]),
+  ("data", "eval_share", 0.875),
+  ("data", "workers", -1),
+  ("data", "max_unreadable", 0.001),
+  ("model", "one_logit", False),
+)
+# Between two commands of one run.
+FREE_TO_CHANGE = ("log.", "data.dir", "data.loader", "data.workers", "data.max_unreadable")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +61,9 @@ class Run:
   def apply(self, weights: Any, image_BxHxWxC: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """`network` with other weights {"params", "stats"}, or computed in another dtype."""
     model = models.build(self.config.model, classes=len(self.class_names), dtype=dtype)
-    prepare = make_prepare(self.config.data.image_size, self.mean, self.std, dtype)
+    data = self.config.data
+    crop = data.cache_size > 0
+    prepare = make_prepare(data.image_size, self.mean, self.std, dtype, crop=crop)
     return apply(model, weights, prepare(image_BxHxWxC))
 
   @functools.cached_property

@@ -21,6 +21,7 @@ from convex_jax import mesh as meshes
 from convex_jax import run as runs
 from convex_jax.check import check
 from convex_jax.checkpoint import Checkpoints, saved_steps
+from convex_jax.data import feed as feeds
 from convex_jax.errors import Mistake, Stopped
 from convex_jax.watch import Watch, parameter_table
 from convex_jax.weights import load_public
@@ -47,8 +48,8 @@ def run(config: Any, workdir: str) -> dict[str, float]:
     path = os.path.expanduser(config.init_from)
     public = load_public(job.model, path, job.image_shape, config.seed)
   if lead:
-    shape, statistics = examples.train.images.shape[1:], examples.train.statistics()
-    runs.describe(config, workdir, examples.class_names, shape, statistics)
+    shape, names = examples.train.image_shape, examples.class_names
+    runs.describe(config, workdir, names, shape, examples.statistics)
   checkpoints = Checkpoints(folder, config.checkpoint.keep)
   state = job.init()
   resumed = checkpoints.latest_step()
@@ -68,6 +69,7 @@ def run(config: Any, workdir: str) -> dict[str, float]:
     figures = job.evaluate(state, final=True)
     watch.evaluated("final", int(state.step), figures)
   finally:
+    job.close()
     watch.close()
     checkpoints.close()
   watch.show(report(config, figures))
@@ -82,7 +84,7 @@ def run(config: Any, workdir: str) -> dict[str, float]:
 def finished(config: Any, workdir: str, examples: data.Data, state: step.State) -> runs.Run:
   """The run as `load` would give it, without the reading, in which all hosts would take part."""
   weights = jax.tree.map(np.asarray, state.weights())
-  mean, std = examples.train.statistics()
+  mean, std = examples.statistics
   return runs.Run(
     workdir,
     FrozenConfigDict(config),
@@ -90,7 +92,7 @@ def finished(config: Any, workdir: str, examples: data.Data, state: step.State) 
     weights["params"],
     weights["stats"],
     examples.class_names,
-    examples.train.images.shape[1:],
+    examples.train.image_shape,
     mean,
     std,
   )
@@ -110,7 +112,9 @@ def train(
   with Stopping() as stopping:
     for steps in job.calls(int(state.step)):
       watch.profile(steps)
-      state, measured = job.train_call(state, steps)
+      with watch.waiting():
+        plan = job.batches(steps)
+      state, measured = job.train_call(state, plan)
       in_flight.append((steps.stop, measured))
       take_in(MAX_IN_FLIGHT)
       evaluates, saves = job.evaluates_at(steps.stop), job.saves_at(steps.stop)
@@ -133,7 +137,7 @@ class Job:
 
   def __init__(self, config: Any, examples: data.Data, mesh: jax.sharding.Mesh):
     self.config, self.examples, self.mesh = config, examples, mesh
-    shape = examples.train.images.shape[1:]
+    shape = examples.train.image_shape
     self.image_shape = (config.data.image_size, config.data.image_size, shape[-1])
     self.total_steps = config.steps or self._whole_calls(config.epochs)
     self._eval_every = self._whole_calls(config.eval.every_epochs)
@@ -148,8 +152,7 @@ class Job:
     self.constraints = constraints.constraints_of(boxed["params"])
     self.tx = optimizer.make_optimizer(config.optimizer, self.total_steps, self.constraints)
     self._feeds = {
-      name: data.Feed(split, mesh, data.is_resident(config.data.loader, split))
-      for name, split in examples.splits().items()
+      name: feeds.feed_of(split, mesh, config.data) for name, split in examples.splits().items()
     }
     self._compile()
 
@@ -161,7 +164,8 @@ class Job:
 
   def _compile(self) -> None:
     config, everywhere = self.config, meshes.replicated(self.mesh)
-    prepare = augment.make_prepare(config.data.image_size, *self.examples.train.statistics())
+    size, crop = config.data.image_size, config.data.cache_size > 0
+    prepare = augment.make_prepare(size, *self.examples.statistics, crop=crop)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     one_step = functools.partial(
       step.train_step,
@@ -175,7 +179,7 @@ class Job:
 
     def train_call(state, arrays, plan):
       def body(state, plan):
-        return one_step(state, data.take(arrays, plan))
+        return one_step(state, feeds.take(arrays, plan))
 
       if len(plan["position"]) > 1:
         return jax.lax.scan(body, state, plan)
@@ -183,7 +187,7 @@ class Job:
       return body(state, jax.tree.map(lambda column: column[0], plan))
 
     def eval_call(weights, arrays, plan, total):
-      batch = data.take(arrays, plan)
+      batch = feeds.take(arrays, plan)
       return total.merge(step.eval_step(weights, batch, model=self.model, prepare=prepare))
 
     def init():
@@ -220,11 +224,13 @@ class Job:
     every = self.config.checkpoint.every_steps
     return every > 0 and at % every == 0
 
-  def train_call(self, state: step.State, steps: range) -> tuple[step.State, dict[str, jax.Array]]:
+  def batches(self, steps: range) -> Any:
+    """What the batches of these steps are made of, on the devices."""
+    return self._feeds["train"].train_plan(steps, self.config.batch_size, self.config.seed)
+
+  def train_call(self, state: step.State, plan: Any) -> tuple[step.State, dict[str, jax.Array]]:
     """Several updates in one dispatch; metrics are stacked over the steps."""
-    feed = self._feeds["train"]
-    plan = feed.train_plan(steps, self.config.batch_size, self.config.seed)
-    return self._train_call(state, feed.arrays, plan)
+    return self._train_call(state, self._feeds["train"].arrays, plan)
 
   def evaluate(self, state: step.State, final: bool) -> dict[str, float]:
     """Every split at inference, images not augmented; all training images if `final`."""
@@ -239,6 +245,11 @@ class Job:
       row |= {f"{name}_{key}": float(value) for key, value in self._mean(total).items()}
     row["gap"] = row["train_accuracy"] - row["test_accuracy"]
     return row | {key: float(v) for key, v in self._summary(weights["params"]).items()}
+
+  def close(self) -> None:
+    """Ends what reads data beside the run."""
+    for feed in self._feeds.values():
+      feed.close()
 
 
 class Stopping:

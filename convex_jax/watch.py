@@ -5,13 +5,14 @@ before), "eval" (inference mode, images not augmented) or "final" (the same, on 
 example). After a resume it holds every step once.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,6 +23,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from convex_jax.errors import Diverged
+
+ADVISE_AT = 50  # Steps, after which the first row tells whether the input is too slow.
+WAITS_LONG = 0.2  # Share of the time.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Watch:
     self._last: dict[str, Any] = {}
     self._train: list[tuple[int, dict[str, np.ndarray]]] = []
     self._logged = start
-    self._clock = time.monotonic()
+    self._clock, self._waited, self._advised = time.monotonic(), 0.0, False
     self._workdir, self._tracing = workdir, False
     if not active:
       return
@@ -112,7 +116,14 @@ class Watch:
 
   def restart_clock(self) -> None:
     """Leaves what happened since the last row (an evaluation, say) out of images/s."""
-    self._clock = time.monotonic()
+    self._clock, self._waited = time.monotonic(), 0.0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Within, the loop waits for images: `input_wait_frac` is the share of such time."""
+    start = time.monotonic()
+    yield
+    self._waited += time.monotonic() - start
 
   def profile(self, steps: range) -> None:
     """Traces the calls that hold the steps of `log.profile_steps` into workdir/profile."""
@@ -158,9 +169,19 @@ class Watch:
     }
     now = time.monotonic()
     images = (step - self._logged) * self._config.batch_size
-    row = {**means, "images_per_second": images / max(now - self._clock, 1e-9)}
-    self._train, self._logged, self._clock = [], step, now
+    seconds = max(now - self._clock, 1e-9)
+    share = min(self._waited / seconds, 1.0)
+    row = {**means, "images_per_second": images / seconds, "input_wait_frac": share}
+    self._train, self._logged, self._clock, self._waited = [], step, now, 0.0
     self._write("train", step, row)
+    if step >= ADVISE_AT and not self._advised:
+      self._advised = True
+      if share > WAITS_LONG:
+        self.say(
+          f"the devices wait {100 * share:.0f} % of the time for images: give more cores"
+          " (config.data.workers), or decode once (python -m convex_jax.data cache) and read"
+          " them with config.data.loader=resident"
+        )
 
   def evaluated(self, kind: str, step: int, row: dict[str, float]) -> None:
     """Writes what an evaluation ("eval", "final") found."""
@@ -191,6 +212,8 @@ class Watch:
         words.append(f"{split} {100 * last[f'{split}_accuracy']:.2f} %")
     if "images_per_second" in last:
       words.append(f"{last['images_per_second']:,.0f} images/s")
+      if last["input_wait_frac"] >= 0.01:
+        words.append(f"{100 * last['input_wait_frac']:.0f} % waiting for them")
     return "  ".join(words)
 
   def close(self) -> None:

@@ -17,7 +17,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
   """A folder with the embedded digits, prepared."""
-  from convex_jax import prepare
+  from convex_jax.data import prepare
 
   folder = str(tmp_path_factory.mktemp("data"))
   prepare.prepare("digits", folder)
@@ -66,7 +66,7 @@ def digits(data_dir):
 @pytest.fixture(scope="session")
 def few_digits(digits):
   """100 training digits, 50 test digits."""
-  from convex_jax.data import Split
+  from convex_jax.data.splits import Split
 
   train, test = digits.train, digits.test
   return dataclasses.replace(

@@ -48,9 +48,22 @@ def test_pad_and_crop_is_a_shift_with_black_and_every_shift_occurs():
   assert {windows[np.asarray(image).tobytes()] for image in got} == set(windows.values())
 
 
+def test_crops_of_cached_images_lie_anywhere_inside_in_training_and_at_the_centre_after():
+  x = np.arange(49, dtype=np.uint8).reshape(7, 7, 1)
+  windows = {x[i : i + 5, j : j + 5].tobytes(): (i, j) for i in range(3) for j in range(3)}
+  config = types.SimpleNamespace(flip=False, crop_padding=0, cache_size=7, image_size=5)
+  prepare = augment.make_prepare(5, (0.0,), (1.0,), crop=True)
+  keys = jax.random.split(jax.random.key(1), 100)
+  many = jnp.broadcast_to(x, (100, *x.shape))
+  got = np.asarray(augment.make_augment(config, prepare)(keys, many)) * 255
+  found = {windows[image.round().astype(np.uint8).tobytes()] for image in got}
+  assert found == set(windows.values())
+  np.testing.assert_allclose(prepare(many[:1])[0] * 255, x[1:6, 1:6], rtol=1e-6)
+
+
 @pytest.mark.parametrize("flip,padding", [(True, 2), (False, 0)])
 def test_an_examples_augmentation_depends_on_its_key_alone(flip, padding):
-  config = types.SimpleNamespace(flip=flip, crop_padding=padding)
+  config = types.SimpleNamespace(flip=flip, crop_padding=padding, cache_size=0)
   f = augment.make_augment(config, augment.make_prepare(8, (0.0,), (1.0,)))
   x, keys = jnp.asarray(images((6, 8, 8, 1))), jax.random.split(jax.random.key(0), 6)
   together = f(keys, x)

@@ -14,7 +14,8 @@ import pytest
 from conftest import ROOT, SHARED_DATA, of
 
 from configs import base
-from convex_jax import data, mesh, prepare
+from convex_jax import data, mesh
+from convex_jax.data import feed, order, prepare, splits
 from convex_jax.errors import Mistake
 
 
@@ -23,14 +24,15 @@ def test_every_example_comes_once_an_epoch(batch_size):
   n = 100
   position = np.arange(3 * n)
   batches = [
-    data.examples_at(position[i : i + batch_size], seed=5, n=n) for i in range(0, 3 * n, batch_size)
+    order.examples_at(position[i : i + batch_size], seed=5, n=n)
+    for i in range(0, 3 * n, batch_size)
   ]
   sequence = np.concatenate(batches)
   for epoch in range(3):
     assert sorted(sequence[epoch * n : (epoch + 1) * n]) == list(range(n))
   assert (sequence[:n] != sequence[n : 2 * n]).any()  # Shuffled anew.
-  np.testing.assert_array_equal(sequence, data.examples_at(position, seed=5, n=n))
-  assert (sequence != data.examples_at(position, seed=6, n=n)).any()
+  np.testing.assert_array_equal(sequence, order.examples_at(position, seed=5, n=n))
+  assert (sequence != order.examples_at(position, seed=6, n=n)).any()
 
 
 def test_digits_are_the_scans_of_scikit_learn(digits):
@@ -50,7 +52,7 @@ def test_statistics_are_exact(digits):
   mean, std = digits.train.statistics()
   x = digits.train.images / 255.0
   np.testing.assert_allclose([mean[0], std[0]], [x.mean(), x.std()], rtol=1e-12)
-  still = data.Split(np.zeros((3, 2, 2, 1), np.uint8), np.zeros(3, np.int32))
+  still = splits.Split(np.zeros((3, 2, 2, 1), np.uint8), np.zeros(3, np.int32))
   assert still.statistics() == ((0.0,), (1.0,))
 
 
@@ -112,11 +114,11 @@ def test_resident_and_sent_batches_are_the_same_on_any_number_of_devices(digits,
   over = mesh.make_mesh(jax.devices()[:devices])
   batches = []
   for resident in (True, False):
-    feed = data.Feed(digits.train, over, resident)
-    plan = feed.train_plan(range(88, 91), 16, seed=3)  # Across the end of an epoch.
-    batches.append(jax.jit(data.take)(feed.arrays, plan))
+    fed = feed.Feed(digits.train, over, resident)
+    plan = fed.train_plan(range(88, 91), 16, seed=3)  # Across the end of an epoch.
+    batches.append(jax.jit(feed.take)(fed.arrays, plan))
     assert batches[-1]["image"].shape == (3, 16, 8, 8, 1)
-  index = data.examples_at(np.arange(88 * 16, 91 * 16), 3, len(digits.train)).reshape(3, 16)
+  index = order.examples_at(np.arange(88 * 16, 91 * 16), 3, len(digits.train)).reshape(3, 16)
   for batch in batches:
     np.testing.assert_array_equal(batch["image"], digits.train.images[index])
     np.testing.assert_array_equal(batch["label"], digits.train.labels[index])
@@ -125,20 +127,18 @@ def test_resident_and_sent_batches_are_the_same_on_any_number_of_devices(digits,
 
 @pytest.mark.parametrize("limit,want", [(0, 50), (20, 20), (500, 50)])
 def test_evaluation_reads_each_example_once(few_digits, limit, want):
-  feed = data.Feed(few_digits.test, mesh.make_mesh(), resident=False)
-  seen = [
-    np.asarray(plan["image"])[np.asarray(plan["mask"])] for plan in feed.eval_plans(16, limit)
-  ]
+  fed = feed.Feed(few_digits.test, mesh.make_mesh(), resident=False)
+  seen = [np.asarray(plan["image"])[np.asarray(plan["mask"])] for plan in fed.eval_plans(16, limit)]
   np.testing.assert_array_equal(np.concatenate(seen), few_digits.test.images[:want])
 
 
 def test_what_fits_is_resident():
-  split = data.Split(np.zeros((2, 8, 8, 1), np.uint8), np.zeros(2, np.int32))
-  assert data.is_resident("auto", split) and data.is_resident("resident", split)
-  assert not data.is_resident("host", split)
+  split = splits.Split(np.zeros((2, 8, 8, 1), np.uint8), np.zeros(2, np.int32))
+  assert feed.is_resident("auto", split) and feed.is_resident("resident", split)
+  assert not feed.is_resident("host", split)
   shape = (2**45, 8, 8, 1)  # Never allocated: a broadcast of one byte.
-  huge = data.Split(np.broadcast_to(np.uint8(0), shape), split.labels)
-  assert not data.is_resident("auto", huge)
+  huge = splits.Split(np.broadcast_to(np.uint8(0), shape), split.labels)
+  assert not feed.is_resident("auto", huge)
 
 
 def run_data(*args):

@@ -9,7 +9,7 @@ import pytest
 from conftest import of
 
 from convex_jax import augment, constraints, mesh, models, optimizer, step, train
-from convex_jax.data import Feed
+from convex_jax.data.feed import Feed
 
 
 def leaves_close(got, want, atol):
@@ -22,7 +22,7 @@ def run_steps(config, examples, devices, calls):
   job = train.Job(config, examples, mesh.make_mesh(jax.devices()[:devices]))
   state, losses = job.init(), []
   for steps in calls:
-    state, metrics = job.train_call(state, steps)
+    state, metrics = job.train_call(state, job.batches(steps))
     losses += np.atleast_1d(metrics["loss"]).tolist()
   return job, state, losses
 
@@ -118,7 +118,7 @@ def test_averaged_weights_follow_their_formula(tiny_config, few_digits):
   state = job.init()
   average = jax.device_get(state.params)
   for i in range(3):
-    state, _ = job.train_call(state, range(i, i + 1))
+    state, _ = job.train_call(state, job.batches(range(i, i + 1)))
     decay = min(0.5, (1 + i) / (10 + i))
     new = jax.device_get(state.params)
     average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, average, new)

@@ -2,14 +2,19 @@
 
 TFDS reads array_record data and encodes PIL images without TensorFlow, but the official
 CIFAR, MNIST, SVHN and STL-10 builders yield numpy images, which it encodes with
-`tf.image`, and open their files with `tf.io.gfile`. The builders stay the official
-ones; only what they yield and how they open a local file is replaced here.
+`tf.image`, and all open their files with `tf.io.gfile`. The builders stay the official
+ones; only what they yield and how they open a local file is replaced here. ImageNet's 23
+files that are no RGB JPEG are kept as they are, where TensorFlow would encode them anew:
+`decode` reads them.
 """
 
 import contextlib
+import glob
+import hashlib
 import importlib.util
 import io
 import os
+import shutil
 import sys
 import types
 from collections.abc import Iterator
@@ -17,10 +22,12 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import rich.progress
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 from tensorflow_datasets.core.download import extractor
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
 
 from convex_jax.errors import Mistake
 
@@ -62,12 +69,12 @@ with registered.skip_registration():  # `builder_of` finds it, not `tfds.load`.
           yield i, {"image": PIL.Image.fromarray(grey), "label": int(label)}
 
 
-def builder_of(name: str, data_dir: str) -> Any:
-  """TFDS's builder of a data set in `data_dir`; "" is TFDS's default folder."""
+def builder_of(name: str, data_dir: str, config: str = "") -> Any:
+  """TFDS's builder of a data set (and its variant) in `data_dir`; "": TFDS's own folder."""
   folder = os.path.expanduser(data_dir) or None
   if name == "digits":
     return Digits(data_dir=folder, file_format="array_record")
-  return tfds.builder(name, data_dir=folder)
+  return tfds.builder(f"{name}/{config}" if config else name, data_dir=folder)
 
 
 def _as_pil(image: np.ndarray) -> PIL.Image.Image:
@@ -84,13 +91,19 @@ def _without_tensorflow(builder: Any) -> Iterator[None]:
 
   def generate_pil(*args, **kwargs):
     for key, example in generate(*args, **kwargs):
-      yield key, {**example, "image": _as_pil(example["image"])}
+      image = example["image"]
+      yield key, {**example, "image": _as_pil(image) if isinstance(image, np.ndarray) else image}
 
-  gfile = types.SimpleNamespace(GFile=open, exists=os.path.exists)
+  gfile = types.SimpleNamespace(
+    GFile=open, exists=os.path.exists, listdir=os.listdir, glob=glob.glob
+  )
   plain = types.SimpleNamespace(
     io=types.SimpleNamespace(gfile=gfile), compat=types.SimpleNamespace(as_text=str)
   )
   modules: list[Any] = [sys.modules[type(builder).__module__], extractor]
+  if builder.name == "imagenet2012":
+    modules.append(imagenet_common)
+    builder._fix_image = lambda _, image: image
   lazy = [module.tf for module in modules]
   builder._generate_examples = generate_pil
   for module in modules:
@@ -103,7 +116,56 @@ def _without_tensorflow(builder: Any) -> Iterator[None]:
     del builder._generate_examples
 
 
-def prepare(name: str, data_dir: str, manual_dir: str = "") -> str:
+def official_archives(builder: Any) -> dict[str, tuple[int, str]]:
+  """Name: (bytes, SHA-256) of the archives that a user has to fetch by hand, as TFDS knows them."""
+  if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+    return {}
+  known = builder.url_infos or {}
+  return {os.path.basename(url): (info.size, info.checksum) for url, info in known.items()}
+
+
+def check_archives(builder: Any, manual_dir: str) -> None:
+  """Raises `Mistake` unless every archive that is fetched by hand is there, and whole.
+
+  Before hours of work: sizes first, then checksums, then room for what is made of them.
+  """
+  archives = official_archives(builder)
+  if not archives:
+    return
+  total = sum(size for size, _ in archives.values())
+  listed = ", ".join(f"{name} ({size / 1e9:.1f} GB)" for name, (size, _) in archives.items())
+  if not manual_dir:
+    raise Mistake(
+      f"data set {builder.name!r} is given only to those who register, at {builder.info.homepage};"
+      f" fetch {listed}, lay them into one folder, and give --manual_dir=<that folder>"
+    )
+  lines = []
+  for name, (size, _) in archives.items():
+    path = os.path.join(manual_dir, name)
+    if not os.path.exists(path):
+      lines.append(f"{path} is not there ({size:,} bytes)")
+    elif os.path.getsize(path) != size:
+      found = os.path.getsize(path)
+      lines.append(f"{path} has {found:,} of {size:,} bytes: fetch it again, or go on fetching it")
+  for name, (_, checksum) in archives.items() if not lines else ():
+    path = os.path.join(manual_dir, name)
+    with rich.progress.open(path, "rb", description=f"checking {name}", transient=True) as file:
+      if hashlib.file_digest(file, "sha256").hexdigest() != checksum:  # pyright: ignore
+        lines.append(f"{path} is not the official file: its SHA-256 differs; fetch it again")
+  folder = os.path.abspath(str(builder.data_dir))
+  while not os.path.exists(folder):
+    folder = os.path.dirname(folder)
+  free = shutil.disk_usage(folder).free
+  if not lines and free < 2 * total:  # The records, and what TFDS shuffles beside them.
+    lines.append(
+      f"{builder.data_dir} has {free / 1e9:.0f} GB free and needs {2 * total / 1e9:.0f} GB, half of"
+      " them for the time of the work; give another --data_dir"
+    )
+  if lines:
+    raise Mistake("\n".join([f"data set {builder.name!r} cannot be prepared:", *lines]))
+
+
+def prepare(name: str, data_dir: str, manual_dir: str = "", variant: str = "") -> str:
   """Downloads and prepares a data set in array_record form; returns its folder.
 
   `manual_dir` may hold the official archives, for a machine without a network.
@@ -114,7 +176,9 @@ def prepare(name: str, data_dir: str, manual_dir: str = "") -> str:
     manual_dir=os.path.abspath(os.path.expanduser(manual_dir)) if manual_dir else None,
     try_download_gcs=False,
   )
-  builder = builder_of(name, data_dir)
+  builder = builder_of(name, data_dir, variant)
+  if not builder.is_prepared():
+    check_archives(builder, os.path.expanduser(manual_dir))
   if name == "digits":  # A second's work, on first use: no progress bars in a training log.
     tfds.disable_progress_bar()
   try:

@@ -94,7 +94,7 @@ def main() -> None:
     for name in names[i % len(names) :] + names[: i % len(names)]:  # Each follows each other.
       job, start = jobs[name], time.perf_counter()
       for step in range(i * STEPS, (i + 1) * STEPS):
-        states[name], metrics = job.train_call(states[name], range(step, step + 1))
+        states[name], metrics = job.train_call(states[name], job.batches(range(step, step + 1)))
       jax.block_until_ready(metrics)
       seconds[name].append((time.perf_counter() - start) / STEPS)
   with open(pathlib.Path(__file__).parent / "results.csv", "w", newline="") as file:

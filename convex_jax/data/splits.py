@@ -1,0 +1,104 @@
+"""Examples of a split: decoded in one array, or still records on disk."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from convex_jax.data.decode import Unreadable, central_crop
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Decoded examples: images (N, H, W, C) uint8, labels (N,) int32."""
+
+  images: np.ndarray
+  labels: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, C), px."""
+    return self.images.shape[1:]
+
+  def subset(self, index: np.ndarray) -> "Split":
+    """The examples at `index`, in that order."""
+    return Split(self.images[index], self.labels[index])
+
+  def first(self, n: int) -> "Split":
+    """The first `n` examples, or all."""
+    return Split(self.images[:n], self.labels[:n])
+
+  def of_classes(self, kept: Sequence[int]) -> "Split":
+    """The examples of these classes alone, labelled by their place among them."""
+    place = np.full(max(self.labels.max(), *kept) + 1, -1, np.int32)
+    place[list(kept)] = np.arange(len(kept))
+    index = np.flatnonzero(place[self.labels] >= 0)
+    return Split(self.images[index], place[self.labels[index]])
+
+  def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, for pixels in 0..1, exact."""
+    levels = np.arange(256) / 255
+    counts = [np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(self.images, -1, 0)]
+    means = [float(np.average(levels, weights=n)) for n in counts]
+    variances = [
+      np.average((levels - m) ** 2, weights=n) for m, n in zip(means, counts, strict=True)
+    ]
+    # A channel that never changes is left as it is, not divided by zero.
+    return tuple(means), tuple(float(np.sqrt(v)) or 1.0 for v in variances)
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """Encoded photographs of any size, decoded to (size, size, 3) when they are read."""
+
+  folder: str  # Of a prepared TFDS data set.
+  split: str
+  index: np.ndarray  # Which of the split's records, in this order.
+  size: int  # px
+  crop_area: tuple[float, float]  # Share of a photograph that a training crop shows.
+  eval_share: float  # Of the shorter side that the central crop of evaluation shows.
+
+  def __len__(self) -> int:
+    return len(self.index)
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of what is made of a record, px."""
+    return (self.size, self.size, 3)
+
+  def subset(self, index: np.ndarray) -> "Records":
+    """The examples at `index`, in that order."""
+    return dataclasses.replace(self, index=self.index[index])
+
+  def first(self, n: int) -> Split:
+    """Central crops of the first `n` examples, or of all that can be read."""
+    found = []
+    for i in range(min(n, len(self))):
+      example = self.read(i)
+      with contextlib.suppress(Unreadable):
+        image, _ = central_crop(example["image"], self.size, self.eval_share)
+        found.append((image, example["label"]))
+    images, labels = zip(*found, strict=True)
+    return Split(np.stack(images), np.array(labels, np.int32))
+
+  def read(self, i: int) -> dict[str, Any]:
+    """Example i: "image" bytes, "label", and what else the data set tells of it."""
+    return source_of(self.folder, self.split)[int(self.index[i])]
+
+
+@functools.lru_cache(maxsize=4)
+def source_of(folder: str, split: str) -> Any:
+  """TFDS's random access to the undecoded records of a split, opened once a process."""
+  import tensorflow_datasets as tfds
+
+  builder: Any = tfds.builder_from_directory(folder)
+  return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+Examples = Split | Records
