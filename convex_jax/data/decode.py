@@ -90,12 +90,14 @@ def _resized(data, shape, box, size, reduce) -> tuple[np.ndarray, int]:
     shrink *= 2
   image, state = _decode(data, -(-height // shrink), -(-width // shrink), fast=reduce)
   down, right = image.shape[0] / height, image.shape[1] / width
-  y, x = int(top * down), int(left * right)
-  part = image[y : max(y + 1, round((top + h) * down)), x : max(x + 1, round((left + w) * right))]
+  y0, x0, y1, x1 = top * down, left * right, (top + h) * down, (left + w) * right
+  y, x = int(y0), int(x0)  # Pillow copies what it is given: the crop alone, and its edges within.
+  part = np.ascontiguousarray(image[y : int(np.ceil(y1)), x : int(np.ceil(x1))])
+  edges = (x0 - x, y0 - y, min(x1 - x, part.shape[1]), min(y1 - y, part.shape[0]))
   # The mean over what falls together is faster than a triangle filter, and as good in training.
-  box_filter = reduce and min(part.shape[:2]) > size
-  kind = PIL.Image.Resampling.BOX if box_filter else PIL.Image.Resampling.BILINEAR
-  resized = PIL.Image.fromarray(np.ascontiguousarray(part)).resize((size, size), kind)
+  mean = reduce and min(y1 - y0, x1 - x0) > size
+  kind = PIL.Image.Resampling.BOX if mean else PIL.Image.Resampling.BILINEAR
+  resized = PIL.Image.fromarray(part).resize((size, size), kind, box=edges)
   return np.asarray(resized), state
 
 

@@ -1,0 +1,61 @@
+"""A small ImageNet in its official archives: photographs of many sizes and forms."""
+
+import io
+import tarfile
+
+import numpy as np
+import PIL.Image
+
+CLASSES = ("n01440764", "n01443537")  # The first two of ImageNet.
+
+
+def encoded(image: PIL.Image.Image, form: str = "JPEG", **options) -> bytes:
+  file = io.BytesIO()
+  image.save(file, form, **options)
+  return file.getvalue()
+
+
+def photo(rng, height: int, width: int) -> PIL.Image.Image:
+  """Smooth colours, so that every resampling agrees on them."""
+  coarse = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+  return PIL.Image.fromarray(coarse).resize((width, height), PIL.Image.Resampling.BICUBIC)
+
+
+def odd(rng) -> dict[str, bytes]:
+  """What is no ordinary photograph, by what it is."""
+  image = photo(rng, 60, 80)
+  whole = encoded(image, quality=95)
+  return {
+    "grey": encoded(image.convert("L")),
+    "cmyk": encoded(image.convert("CMYK")),
+    "png": encoded(image, "PNG"),
+    "tiny": encoded(image.resize((1, 1))),
+    "progressive": encoded(image, progressive=True),
+    "cut": whole[: len(whole) // 2],
+    "garbage": b"no image at all",
+    "empty": b"",
+    "header": whole[:20],
+  }
+
+
+def write_archives(folder, train: int, val: int, broken: int = 0) -> None:
+  """Both tars of ImageNet 2012, with some photographs; `broken` of the training ones are not."""
+  rng = np.random.default_rng(0)
+
+  def add(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+  with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
+    for k, label in enumerate(CLASSES):
+      inner = io.BytesIO()
+      with tarfile.open(fileobj=inner, mode="w") as tar:
+        for i in range(k, train, 2):
+          content = encoded(photo(rng, *rng.integers(20, 120, 2)))
+          add(tar, f"{label}_{i}.JPEG", b"broken" if i < broken else content)
+      add(outer, f"{label}.tar", inner.getvalue())
+  with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
+    for i in range(val):
+      content = encoded(photo(rng, *rng.integers(20, 120, 2)))
+      add(tar, f"ILSVRC2012_val_{i + 1:08}.JPEG", content)
