@@ -226,10 +226,10 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
   monkeypatch.setattr(data, "load", lambda *_, **__: few_digits)
   real = train.Job.train_call
 
-  def poisoned(self, state, steps):
-    if steps.start >= 4:
+  def poisoned(self, state, plan):
+    if int(state.step) >= 4:
       state = state.replace(params=jax.tree.map(lambda p: p * np.nan, state.params))
-    return real(self, state, steps)
+    return real(self, state, plan)
 
   monkeypatch.setattr(train.Job, "train_call", poisoned)
   with pytest.raises(Diverged, match="loss of step 5 is nan") as caught:
