@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
   )
   config.dtype = "float32"  # Of the computation: float32, bfloat16. Parameters stay float32.
   config.label_smoothing = 0.0  # s in targets (1 - s) y + s / classes.
+  config.mixup = 0.0  # Alpha of the share that an image keeps; 0: none.
+  config.cutmix = 0.0  # The same for rectangles; with both, either at random.
   config.init_from = ""  # Public weights to start from: .npz, .safetensors, .pth; "": random.
   config.ema_decay = 0.0  # Above 0: weights are averaged, and the average is evaluated.
 
@@ -30,6 +32,8 @@ def get_config() -> ConfigDict:
   config.data.image_size = 32  # px; the network's input, resized on the device.
   config.data.flip = False  # Mirror left and right, probability 1/2.
   config.data.crop_padding = 0  # px; pad with black and crop at random.
+  config.data.jitter = 0.0  # Brightness, contrast, saturation by up to this share.
+  config.data.erasing = 0.0  # Probability that a rectangle becomes noise.
   config.data.label_noise = 0.0  # Share of training labels drawn anew at random.
   config.data.train_fraction = 1.0  # Share of the training split that is used.
   config.data.validation_fraction = 0.0  # Share of it held out, evaluated as "valid".

@@ -6,7 +6,8 @@ The authors' recipe without its heavier augmentation: AdamW, weight decay 0.05, 
 smoothing 0.1, 300 epochs; the rate of 5e-4 is theirs for 512 images. The report's figures on CIFAR-10:
 99.7 % train and 82.9 % test accuracy for the base, 81.4 % and 72.3 % for its twin with
 LayerNorm and the softmax gate kept, which is not convex (`model.parts=paper`).
-`--config.data.image_size=224` is the published size, 49 times the work.
+`:imagenet2012` is the published size and recipe (224 px, batch 1024, mixup, CutMix, random
+erasing) but for its RandAugment and repeated augmentation: 78.9 % for the base.
 """
 
 from ml_collections.config_dict import placeholder
@@ -40,6 +41,9 @@ def get_config(dataset: str = "cifar10"):
     config.batch_size = 1024
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 6250  # 5 epochs of ImageNet.
+    config.mixup = 0.8
+    config.cutmix = 1.0
+    config.data.erasing = 0.25
   if dataset == "imagenette":
     config.batch_size = 128
     config.optimizer.learning_rate = 5e-4

@@ -31,6 +31,100 @@ def random_crop(key: jax.Array, image_HxWxC: jax.Array, size: int) -> jax.Array:
   return jax.lax.dynamic_slice(image_HxWxC, (top, left, 0), (size, size, channels))
 
 
+def jitter(key: jax.Array, image_HxWxC: jax.Array, strength: float) -> jax.Array:
+  """Brightness, contrast, saturation, each by a factor uniform in 1 - s .. 1 + s; 0..255.
+
+  In this order; what is no colour image has no saturation.
+  """
+  factors = jax.random.uniform(key, (3,), minval=max(0.0, 1 - strength), maxval=1 + strength)
+  x = brightness(image_HxWxC.astype(jnp.float32), factors[0])
+  return saturation(contrast(x, factors[1]), factors[2])
+
+
+_LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in torchvision and Pillow.
+
+
+def _grey(image_HxWxC: jax.Array) -> jax.Array:
+  if image_HxWxC.shape[-1] != 3:
+    return image_HxWxC
+  return (image_HxWxC @ jnp.array(_LUMA))[..., None]
+
+
+def brightness(image_HxWxC: jax.Array, factor: Any) -> jax.Array:
+  """Towards black (factor below 1) or away from it; cut to 0..255."""
+  return jnp.clip(factor * image_HxWxC, 0, 255)
+
+
+def contrast(image_HxWxC: jax.Array, factor: Any) -> jax.Array:
+  """Towards the image's mean grey, or away from it; cut to 0..255."""
+  mean = _grey(image_HxWxC).mean()
+  return jnp.clip(mean + factor * (image_HxWxC - mean), 0, 255)
+
+
+def saturation(image_HxWxC: jax.Array, factor: Any) -> jax.Array:
+  """Towards the grey image, or away from it; cut to 0..255."""
+  grey = _grey(image_HxWxC)
+  return jnp.clip(grey + factor * (image_HxWxC - grey), 0, 255)
+
+
+def erase(key: jax.Array, image_HxWxC: jax.Array, probability: float) -> jax.Array:
+  """A rectangle of a normalised image becomes noise N(0, 1) (Zhong et al. 2020), sometimes.
+
+  A share of the area uniform in 0.02 .. 1/3, a log-uniform aspect ratio in 0.3 .. 1/0.3, cut
+  to what fits, anywhere inside: timm's `RandomErasing` in its mode "pixel".
+  """
+  height, width, _ = image_HxWxC.shape
+  keys = jax.random.split(key, 6)
+  area = jax.random.uniform(keys[0], minval=0.02, maxval=1 / 3) * height * width
+  ratio = jnp.exp(jax.random.uniform(keys[1], minval=jnp.log(0.3), maxval=-jnp.log(0.3)))
+  h = jnp.minimum(jnp.round(jnp.sqrt(area * ratio)), height)
+  w = jnp.minimum(jnp.round(jnp.sqrt(area / ratio)), width)
+  top = jnp.floor(jax.random.uniform(keys[2]) * (height - h + 1))
+  left = jnp.floor(jax.random.uniform(keys[3]) * (width - w + 1))
+  y, x = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+  inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
+  inside &= jax.random.bernoulli(keys[4], probability)
+  noise = jax.random.normal(keys[5], image_HxWxC.shape, image_HxWxC.dtype)
+  return jnp.where(inside, noise, image_HxWxC)
+
+
+def make_mix(
+  mixup: float, cutmix: float
+) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None:
+  """Mixup or CutMix of a batch, each with its alpha; of both, either with probability 1/2.
+
+  (key, images (B, H, W, C), targets (B, K)) to mixed ones. Each image is mixed with the next
+  of the batch, by one share lambda ~ Beta(alpha, alpha) a batch (Zhang et al. 2018; Yun et al.
+  2019, where a rectangle of 1 - lambda of the area is taken over). None where both are 0.
+  """
+  if not mixup and not cutmix:
+    return None
+
+  def mix(key, image_BxHxWxC, target_BxK):
+    which, share, place = jax.random.split(key, 3)
+    both = mixup > 0 and cutmix > 0
+    cuts = jax.random.bernoulli(which) if both else jnp.bool_(cutmix > 0)
+    alpha = jnp.where(cuts, cutmix, mixup)
+    kept = jax.random.beta(share, alpha, alpha)
+    inside = _rectangle(place, image_BxHxWxC.shape[1:3], 1 - kept)
+    kept = jnp.where(cuts, 1 - inside.mean(), kept)
+    other = jnp.roll(image_BxHxWxC, -1, axis=0)
+    weight_HxWx1 = jnp.where(cuts, 1.0 - inside[..., None], kept).astype(image_BxHxWxC.dtype)
+    image_BxHxWxC = other + weight_HxWx1 * (image_BxHxWxC - other)
+    return image_BxHxWxC, kept * target_BxK + (1 - kept) * jnp.roll(target_BxK, -1, axis=0)
+
+  return mix
+
+
+def _rectangle(key: jax.Array, shape: tuple[int, ...], area: jax.Array) -> jax.Array:
+  """Where a rectangle of this share of the area lies, its centre anywhere, cut at the border."""
+  sides = jnp.floor(jnp.sqrt(area) * jnp.array(shape))
+  centre = jnp.floor(jax.random.uniform(key, (2,)) * jnp.array(shape))
+  low, high = centre - sides // 2, centre - sides // 2 + sides
+  y, x = jnp.arange(shape[0])[:, None], jnp.arange(shape[1])[None]
+  return (y >= low[0]) & (y < high[0]) & (x >= low[1]) & (x < high[1])
+
+
 def make_prepare(
   image_size: int,
   mean: tuple[float, ...],
@@ -63,7 +157,7 @@ def make_prepare(
 def make_augment(
   config: Any, prepare: Callable[[jax.Array], jax.Array]
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """What training images meet: a flip, a crop, as `config` says; then `prepare`."""
+  """What training images meet: flip, crop, jitter, `prepare`, erasing, as `config` says."""
 
   def one(key, image_HxWxC):
     flip_key, crop_key = jax.random.split(key)
@@ -73,6 +167,15 @@ def make_augment(
       image_HxWxC = random_crop(crop_key, image_HxWxC, config.image_size)
     if config.crop_padding:
       image_HxWxC = pad_and_crop(crop_key, image_HxWxC, config.crop_padding)
+    if config.jitter:
+      image_HxWxC = jitter(jax.random.fold_in(key, 2), image_HxWxC, config.jitter)
     return image_HxWxC
 
-  return lambda keys_B, image_BxHxWxC: prepare(jax.vmap(one)(keys_B, image_BxHxWxC))
+  def last(key, x_HxWxC):
+    return erase(jax.random.fold_in(key, 3), x_HxWxC, config.erasing)
+
+  def augment(keys_B, image_BxHxWxC):
+    x_BxHxWxC = prepare(jax.vmap(one)(keys_B, image_BxHxWxC))
+    return jax.vmap(last)(keys_B, x_BxHxWxC) if config.erasing else x_BxHxWxC
+
+  return augment

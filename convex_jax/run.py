@@ -27,6 +27,10 @@ from convex_jax.step import apply
 FORMAT = 1  # Of a workdir; rises when an older `load` could not read it.
 ADDED = (  # Keys younger than some runs, and what those mean.
   ("data", "classes", []),
+  ("", "mixup", 0.0),
+  ("", "cutmix", 0.0),
+  ("data", "jitter", 0.0),
+  ("data", "erasing", 0.0),
   ("data", "cache_size", 0),
   ("data", "crop_area", [0.08, 1.0]),
   ("data", "eval_share", 0.875),
@@ -169,7 +173,8 @@ def _read(workdir: str) -> dict[str, Any]:
   with open(path) as file:
     content = json.load(file)
   for section, key, meant in ADDED:
-    content["config"][section].setdefault(key, meant)
+    config = content["config"]
+    (config[section] if section else config).setdefault(key, meant)
   return content
 
 

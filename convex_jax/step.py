@@ -17,8 +17,9 @@ from flax import struct
 from convex_jax.metrics import Evaluation
 
 Batch = dict[str, jax.Array]
-_DROPOUT = 2**32 - 1  # No example's position in a run.
+_DROPOUT, _MIX = 2**32 - 1, 2**32 - 2  # No example's position in a run.
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
+Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class State(struct.PyTreeNode):
@@ -71,9 +72,14 @@ def start_from(state: State, weights: dict[str, Any]) -> State:
   return state.replace(params=weights["params"], stats=weights["stats"], ema=ema)
 
 
+def targets(label_B: jax.Array, classes: int, smoothing: float) -> jax.Array:
+  """(1 - s) y + s / K, y one of K."""
+  return optax.smooth_labels(jax.nn.one_hot(label_B, classes), smoothing)
+
+
 def cross_entropy(logits_BxK: jax.Array, label_B: jax.Array, smoothing: float = 0.0) -> jax.Array:
   """Softmax cross-entropy of each example, in nats; targets (1 - s) y + s / K."""
-  target_BxK = optax.smooth_labels(jax.nn.one_hot(label_B, logits_BxK.shape[-1]), smoothing)
+  target_BxK = targets(label_B, logits_BxK.shape[-1], smoothing)
   return optax.softmax_cross_entropy(logits_BxK, target_BxK)
 
 
@@ -87,16 +93,21 @@ def train_step(
   key: jax.Array,
   label_smoothing: float,
   ema_decay: float,
+  mix: Mix | None = None,
   axis_name: str | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
   """One update on a batch {image_BxHxWxC uint8, label_B, position_B}.
 
   Augmentation is a function of `key` and of an example's position in the run, dropout of
-  `key` and the step: neither depends on an interruption nor, but for dropout under
-  `jax.pmap`, on the number of devices.
+  `key` and the step, `mix` (of images and targets) too: none depends on an interruption nor,
+  but for the latter two under `jax.pmap`, on the number of devices.
   """
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["position"])
   image_BxHxWxC = augment(keys_B, batch["image"])
+  target_BxK = targets(batch["label"], model.classes, label_smoothing)
+  if mix is not None:
+    mix_key = jax.random.fold_in(jax.random.fold_in(key, _MIX), state.step)
+    image_BxHxWxC, target_BxK = mix(mix_key, image_BxHxWxC, target_BxK)
   dropout_key = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), state.step)
   if axis_name is not None:  # Each device has its own part of the batch, so its own masks.
     dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
@@ -109,7 +120,7 @@ def train_step(
       mutable=["batch_stats"],
       rngs={"dropout": dropout_key},
     )
-    loss = cross_entropy(logits_BxK, batch["label"], label_smoothing).mean()
+    loss = optax.softmax_cross_entropy(logits_BxK, target_BxK).mean()
     return loss, (logits_BxK, mutated.get("batch_stats", {}))
 
   (loss, (logits_BxK, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

@@ -172,6 +172,7 @@ class Job:
       model=self.model,
       tx=self.tx,
       augment=augment.make_augment(config.data, prepare),
+      mix=augment.make_mix(config.mixup, config.cutmix),
       key=train_key,
       label_smoothing=config.label_smoothing,
       ema_decay=config.ema_decay,

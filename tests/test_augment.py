@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
+import PIL.ImageEnhance
 import pytest
 
 from convex_jax import augment
@@ -51,7 +52,9 @@ def test_pad_and_crop_is_a_shift_with_black_and_every_shift_occurs():
 def test_crops_of_cached_images_lie_anywhere_inside_in_training_and_at_the_centre_after():
   x = np.arange(49, dtype=np.uint8).reshape(7, 7, 1)
   windows = {x[i : i + 5, j : j + 5].tobytes(): (i, j) for i in range(3) for j in range(3)}
-  config = types.SimpleNamespace(flip=False, crop_padding=0, cache_size=7, image_size=5)
+  config = types.SimpleNamespace(
+    flip=False, crop_padding=0, cache_size=7, image_size=5, jitter=0.0, erasing=0.0
+  )
   prepare = augment.make_prepare(5, (0.0,), (1.0,), crop=True)
   keys = jax.random.split(jax.random.key(1), 100)
   many = jnp.broadcast_to(x, (100, *x.shape))
@@ -63,10 +66,78 @@ def test_crops_of_cached_images_lie_anywhere_inside_in_training_and_at_the_centr
 
 @pytest.mark.parametrize("flip,padding", [(True, 2), (False, 0)])
 def test_an_examples_augmentation_depends_on_its_key_alone(flip, padding):
-  config = types.SimpleNamespace(flip=flip, crop_padding=padding, cache_size=0)
+  config = types.SimpleNamespace(
+    flip=flip, crop_padding=padding, cache_size=0, jitter=0.0, erasing=0.0
+  )
   f = augment.make_augment(config, augment.make_prepare(8, (0.0,), (1.0,)))
   x, keys = jnp.asarray(images((6, 8, 8, 1))), jax.random.split(jax.random.key(0), 6)
   together = f(keys, x)
   alone = jnp.concatenate([f(keys[i : i + 1], x[i : i + 1]) for i in range(6)])
   np.testing.assert_array_equal(together, alone)
   assert bool((together != f(keys[::-1], x)).any()) == flip  # Control: other keys, other images.
+
+
+def test_colours_are_blended_as_pillow_does():
+  x = images((9, 7, 3))
+  for ours, theirs in (
+    (augment.brightness, PIL.ImageEnhance.Brightness),
+    (augment.contrast, PIL.ImageEnhance.Contrast),
+    (augment.saturation, PIL.ImageEnhance.Color),
+  ):
+    for factor in (0.3, 1.0, 1.7):
+      want = np.asarray(theirs(PIL.Image.fromarray(x)).enhance(factor), float)
+      got = ours(jnp.asarray(x, jnp.float32), factor)
+      np.testing.assert_allclose(got, want, atol=2.1)  # Pillow rounds grey, mean and result.
+
+
+def test_jitter_stays_within_its_strength_and_leaves_nothing_out():
+  x = np.full((2000, 1, 2, 3), 100, np.uint8)  # Grey of one value: brightness alone is seen.
+  keys = jax.random.split(jax.random.key(0), 2000)
+  got = np.asarray(jax.vmap(lambda k, i: augment.jitter(k, i, 0.4))(keys, jnp.asarray(x)))
+  assert 60 <= got.min() < 62 and 138 < got.max() <= 140.01
+  colour = jnp.asarray(images((1, 4, 4, 3)))
+  many = np.asarray(jax.vmap(lambda k: augment.jitter(k, colour[0], 0.4))(keys[:50]))
+  assert len({image.tobytes() for image in many}) == 50
+  np.testing.assert_array_equal(augment.jitter(keys[0], colour[0], 0.0), colour[0])
+
+
+def test_erased_rectangles_have_the_shares_asked_for():
+  keys = jax.random.split(jax.random.key(0), 600)
+  x = jnp.full((40, 50, 3), 7.0)
+  got = np.asarray(jax.vmap(lambda k: augment.erase(k, x, 0.25))(keys))
+  erased = (got != 7).any(-1)
+  hit = erased.any((1, 2))
+  assert abs(hit.mean() - 0.25) < 0.06
+  for mask in erased[hit]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    block = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    assert block.all() and 0.01 < mask.mean() < 0.36
+  noise = got[erased]
+  assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
+def test_mixup_and_cutmix_share_targets_as_they_share_pixels():
+  """Images that are all 0 but one, all 1: what an image shows is its target's share."""
+  x = jnp.zeros((4, 8, 10, 1)).at[2].set(1.0)
+  target = jax.nn.one_hot(jnp.arange(4), 4)
+  for mixup, cutmix in ((0.8, 0.0), (0.0, 1.0), (0.8, 1.0)):
+    mix = jax.jit(augment.make_mix(mixup, cutmix))
+    blended = 0
+    for seed in range(40):
+      images, targets = mix(jax.random.key(seed), x, target)
+      np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-6)
+      np.testing.assert_allclose(images.mean((1, 2, 3)), targets[:, 2], atol=1e-6)
+      np.testing.assert_allclose(images[0], 0)  # Its partner is the next, and that is 0 too.
+      blended += bool(((images[2] > 0) & (images[2] < 1)).any())
+    share = {(0.8, 0.0): (38, 40), (0.0, 1.0): (0, 0), (0.8, 1.0): (8, 32)}[mixup, cutmix]
+    assert share[0] <= blended <= share[1]
+  assert augment.make_mix(0.0, 0.0) is None
+
+
+def test_the_share_of_cutmix_is_uniform_for_alpha_1():
+  mix = jax.jit(augment.make_mix(0.0, 1.0))
+  x = jnp.zeros((2, 32, 32, 1)).at[1].set(1.0)
+  kept = [float(mix(jax.random.key(i), x, jnp.eye(2))[1][0, 0]) for i in range(300)]
+  # Rectangles are cut at the border, so that more is kept than Beta(1, 1) says: the mean of
+  # 1 - area (clipped) is 0.5 + what lies outside.
+  assert 0.5 < np.mean(kept) < 0.75 and min(kept) < 0.2 and max(kept) > 0.95

@@ -27,10 +27,13 @@ def run_steps(config, examples, devices, calls):
   return job, state, losses
 
 
-@pytest.mark.parametrize("parts", ["ioc", "base"])
-def test_world_sizes_agree(tiny_config, few_digits, parts):
-  """BatchNorm sees the global batch; order and augmentation know no devices."""
-  config = of(tiny_config, model__parts=parts, optimizer__name="sgd")
+RECIPE = {"mixup": 0.8, "cutmix": 1.0, "data__erasing": 0.5, "data__jitter": 0.4}
+
+
+@pytest.mark.parametrize("changes", [{}, {"model__parts": "base"}, RECIPE], ids=str)
+def test_world_sizes_agree(tiny_config, few_digits, changes):
+  """BatchNorm sees the global batch; order, augmentation and mixing know no devices."""
+  config = of(tiny_config, optimizer__name="sgd", **changes)
   calls = [range(i, i + 1) for i in range(4)]
   _, want, losses = run_steps(config, few_digits, 1, calls)
   for devices in (2, 8):
