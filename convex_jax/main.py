@@ -8,6 +8,7 @@ saved.
 import os
 import re
 import sys
+import threading
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -19,6 +20,7 @@ flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"], "Start jax.distr
 flags.DEFINE_string("coordinator", None, "host:port of process 0, where no cluster tells it.")
 flags.DEFINE_integer("num_processes", None, "Processes, where no cluster tells it.")
 flags.DEFINE_integer("process_id", None, "This process, where no cluster tells it.")
+flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the other processes.", 1)
 
 # Set by schedulers whose clusters `jax.distributed.initialize()` knows by itself.
 CLUSTERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
@@ -93,13 +95,40 @@ def main(argv: list[str]) -> None:
       raise errors.Mistake("\n".join(lines))  # A file that cannot be read: absl waits with it.
     check(FLAGS.config)
     if FLAGS.distributed == "on" or (FLAGS.distributed == "auto" and _in_cluster()):
-      import jax
-
-      jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+      _join()
     train.run(FLAGS.config, FLAGS.workdir or _default_workdir())
   except errors.Ended as end:
     print(end, file=sys.stderr)
     sys.exit(end.code)
+
+
+def _join() -> None:
+  """Starts `jax.distributed`; ends the process by exit code 2 where others do not come."""
+  import jax
+
+  def alone():
+    count = FLAGS.num_processes or "the cluster's"
+    print(
+      f"not all of {count} processes joined within --join_timeout={FLAGS.join_timeout} s\n"
+      "  start the rest: the same command on every host (gcloud ... ssh --worker=all, srun, or"
+      " by hand with its own --process_id, from 0)\n"
+      f"  or they cannot reach {FLAGS.coordinator or 'host 0'}: open its port, or give another"
+      " --coordinator",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(2)  # JAX would abort the process, with a stack trace, a while later.
+
+  patience = threading.Timer(FLAGS.join_timeout, alone)
+  patience.daemon = True
+  patience.start()
+  jax.distributed.initialize(
+    FLAGS.coordinator,
+    FLAGS.num_processes,
+    FLAGS.process_id,
+    initialization_timeout=FLAGS.join_timeout + 60,
+  )
+  patience.cancel()
 
 
 def _default_workdir() -> str:
