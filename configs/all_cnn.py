@@ -33,6 +33,7 @@ def get_config(dataset: str = "cifar10"):
   config.optimizer.learning_rate = 3e-4
   config.optimizer.warmup_steps = 400
   if dataset in base.NATURAL:  # As in the 32 px ImageNet of Chrabaszcz et al. 2017.
+    config.data.loader = "stream"
     config.data.cache_size = 36
     config.data.crop_padding = 0
   if dataset == "digits":

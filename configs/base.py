@@ -37,10 +37,12 @@ def get_config() -> ConfigDict:
   config.data.label_noise = 0.0  # Share of training labels drawn anew at random.
   config.data.train_fraction = 1.0  # Share of the training split that is used.
   config.data.validation_fraction = 0.0  # Share of it held out, evaluated as "valid".
-  # resident: on the devices; host: sent by batch; stream: decoded by workers as it is needed;
-  # auto: resident where it fits, and of natural size decoded once where `data cache` has been.
+  # resident: on the devices; host: sent by batch; auto: resident where it fits. Photographs of
+  # natural size: stream, decoded by workers as they are needed; resident, host: from `data cache`.
   config.data.loader = "auto"
-  config.data.cache_size = 0  # px of images cropped to image_size from `data cache`; 0: as large.
+  config.data.cache_size = (
+    0  # px of the images of `data cache`, cropped to image_size; 0: as large.
+  )
   config.data.crop_area = (0.08, 1.0)  # Share of a streamed image that a training crop shows.
   config.data.eval_share = 0.875  # Of a streamed image's shorter side, at its centre.
   config.data.workers = -1  # Processes that decode; 0: threads; -1: one a core, a host.

@@ -36,6 +36,7 @@ def get_config(dataset: str = "cifar10"):
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 100
   if dataset in base.NATURAL:
+    config.data.loader = "stream"
     config.data.image_size = 224
     config.data.crop_padding = 0
     config.batch_size = 1024

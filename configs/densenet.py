@@ -38,6 +38,7 @@ def get_config(dataset: str = "cifar10"):
   # Decoupled; pulls as an L2 penalty of 1e-4 does through a momentum of 0.9.
   config.optimizer.weight_decay = 1e-3
   if dataset in base.NATURAL:
+    config.data.loader = "stream"
     config.model.size = "121"
     config.data.image_size = 224
     config.data.crop_padding = 0

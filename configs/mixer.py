@@ -30,6 +30,7 @@ def get_config(dataset: str = "cifar10"):
   config.data.image_size = 72
   config.data.flip = dataset not in ("mnist", "fashion_mnist", "svhn_cropped")
   if dataset in base.NATURAL:
+    config.data.loader = "stream"
     config.data.cache_size = 80
   if dataset == "digits":
     config.data.image_size = 8

@@ -35,6 +35,7 @@ def get_config(dataset: str = "cifar10"):
   if dataset == "svhn_cropped":
     config.data.flip = False
   if dataset in base.NATURAL:  # As in the 32 px ImageNet of Chrabaszcz et al. 2017.
+    config.data.loader = "stream"
     config.data.cache_size = 36
     config.data.crop_padding = 0
   if dataset == "digits":

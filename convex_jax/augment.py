@@ -143,6 +143,7 @@ def make_prepare(
   def prepare(image_BxHxWxC):
     if crop:
       top, left = ((n - image_size) // 2 for n in image_BxHxWxC.shape[1:3])
+      assert top >= 0 and left >= 0, "a crop larger than the image"
       image_BxHxWxC = image_BxHxWxC[:, top : top + image_size, left : left + image_size]
     mean_C, std_C = jnp.asarray(mean, dtype), jnp.asarray(std, dtype)
     x_BxHxWxC = (image_BxHxWxC.astype(dtype) / 255 - mean_C) / std_C
@@ -164,7 +165,7 @@ def make_augment(
     if config.flip:
       image_HxWxC = flip(flip_key, image_HxWxC)
     if config.cache_size:
-      image_HxWxC = random_crop(crop_key, image_HxWxC, config.image_size)
+      image_HxWxC = random_crop(jax.random.fold_in(key, 4), image_HxWxC, config.image_size)
     if config.crop_padding:
       image_HxWxC = pad_and_crop(crop_key, image_HxWxC, config.crop_padding)
     if config.jitter:

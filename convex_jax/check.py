@@ -114,8 +114,8 @@ RULES = {
   "init_from": TEXT,
   "label_smoothing": below(0, 1),
   "ema_decay": below(0, 1),
-  "mixup": number(0),
-  "cutmix": number(0),
+  "mixup": number(0, 100),
+  "cutmix": number(0, 100),
   "data.name": one_of(DATASETS),
   "data.classes": Rule(tuple, "(), or two or more different names, as ('cat', 'dog')", _names),
   "data.dir": TEXT,
@@ -182,6 +182,31 @@ def _rules(values: dict[str, Any]) -> dict[str, Rule]:
   return RULES | {f"model.{name}": field_rule(field) for name, field in fields.items()}
 
 
+def _clashes_of_data(data: Any) -> Iterator[str]:
+  natural = DATASETS[data.name].is_natural
+  if natural and data.loader == "auto":
+    yield (
+      f"data.loader is 'auto' and the images of {data.name!r} have sizes of their own; allowed:"
+      " stream, or resident and host, from a cache"
+    )
+  if not natural and data.loader == "stream":
+    yield (
+      f"data.loader is 'stream' and the images of {data.name!r} are decoded at once; allowed:"
+      " auto, resident, host"
+    )
+  if natural:
+    for key in ("classes", "label_noise"):
+      if data[key]:
+        yield f"data.{key} is {data[key]!r} and {data.name!r} is read as it is needed; allowed: none"
+  if data.cache_size and not natural:
+    yield f"data.cache_size is {data.cache_size} and {data.name!r} has no cache; allowed: 0"
+  elif data.cache_size and data.cache_size < data.image_size:
+    yield (
+      f"data.cache_size is {data.cache_size} and data.image_size is {data.image_size}; allowed: 0,"
+      " or at least as large"
+    )
+
+
 def _clashes(config: Any) -> Iterator[str]:
   """Values that are fine alone and wrong together."""
   module = models.module_of(config.model.name)
@@ -194,18 +219,7 @@ def _clashes(config: Any) -> Iterator[str]:
       "model.head_depth is 0 and model.convex_from is 'head': a linear head is convex in its"
       " features whatever its weights; allowed: whole numbers from 1"
     )
-  entry, streams = DATASETS[config.data.name], config.data.loader == "stream"
-  if streams and entry.image_shape[-1] != 3:
-    yield f"data.loader is 'stream' and {config.data.name!r} is grey; allowed: auto, resident, host"
-  if entry.is_natural or streams:
-    for key in ("classes", "label_noise"):
-      if config.data[key]:
-        yield f"data.{key} is {config.data[key]!r}: labels of records are not known beforehand"
-  if config.data.cache_size and config.data.cache_size < config.data.image_size:
-    yield (
-      f"data.cache_size is {config.data.cache_size} and data.image_size is"
-      f" {config.data.image_size}; allowed: 0, or at least as large"
-    )
+  yield from _clashes_of_data(config.data)
   classes = len(config.data.classes) or DATASETS[config.data.name].classes
   if config.model.one_logit and classes != 2:
     yield (

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,13 +109,18 @@ def train(
     while len(in_flight) > limit or (in_flight and in_flight[0][1]["loss"].is_ready()):
       watch.train(*in_flight.popleft())
 
+  first = int(state.step)
   watch.restart_clock()
   with Stopping() as stopping:
-    for steps in job.calls(int(state.step)):
+    for steps in job.calls(first):
       watch.profile(steps)
-      with watch.waiting():
-        plan = job.batches(steps)
+      began = time.monotonic()
+      plan = job.batches(steps)
+      if in_flight and in_flight[-1][1]["loss"].is_ready():
+        watch.waited(time.monotonic() - began)
       state, measured = job.train_call(state, plan)
+      if not in_flight and steps.start == first:  # Compiling, and starting workers, is no rate.
+        watch.restart_clock()
       in_flight.append((steps.stop, measured))
       take_in(MAX_IN_FLIGHT)
       evaluates, saves = job.evaluates_at(steps.stop), job.saves_at(steps.stop)

@@ -5,14 +5,13 @@ before), "eval" (inference mode, images not augmented) or "final" (the same, on 
 example). After a resume it holds every step once.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -118,12 +117,9 @@ class Watch:
     """Leaves what happened since the last row (an evaluation, say) out of images/s."""
     self._clock, self._waited = time.monotonic(), 0.0
 
-  @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
-    """Within, the loop waits for images: `input_wait_frac` is the share of such time."""
-    start = time.monotonic()
-    yield
-    self._waited += time.monotonic() - start
+  def waited(self, seconds: float) -> None:
+    """The loop waited for images, and in the end the devices had nothing to do."""
+    self._waited += seconds
 
   def profile(self, steps: range) -> None:
     """Traces the calls that hold the steps of `log.profile_steps` into workdir/profile."""
@@ -177,11 +173,14 @@ class Watch:
     if step >= ADVISE_AT and not self._advised:
       self._advised = True
       if share > WAITS_LONG:
-        self.say(
-          f"the devices wait {100 * share:.0f} % of the time for images: give more cores"
-          " (config.data.workers), or decode once (python -m convex_jax.data cache) and read"
-          " them with config.data.loader=resident"
+        streamed = self._config.data.loader == "stream"
+        cure = (
+          "give more cores (config.data.workers), or decode once (python -m convex_jax.data cache)"
+          " and read that (config.data.loader=resident)"
+          if streamed
+          else "keep them on the devices (config.data.loader=resident)"
         )
+        self.say(f"the devices wait for images {100 * share:.0f} % of the time: {cure}")
 
   def evaluated(self, kind: str, step: int, row: dict[str, float]) -> None:
     """Writes what an evaluation ("eval", "final") found."""

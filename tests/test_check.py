@@ -67,6 +67,9 @@ def test_wrong_types_unknown_and_missing_keys():
   assert "data.flip is missing" in lines
 
 
+STREAMED = {"data.name": "imagenet2012", "data.loader": "stream"}
+
+
 @pytest.mark.parametrize(
   "config,changes,words",
   [
@@ -75,6 +78,11 @@ def test_wrong_types_unknown_and_missing_keys():
     (mixer, {"model.patch": 0}, "from 1, or None"),
     (mixer, {"model.pach": 3}, "Did you mean 'model.patch'"),
     (mlp, {"optimizer.weight_decay": 0.1}, "Did you mean optimizer.name='adamw'"),
+    (mlp, {"data.loader": "stream"}, "decoded at once; allowed: auto"),
+    (mlp, {"data.cache_size": 40}, "has no cache; allowed: 0"),
+    (mlp, {"data.name": "imagenet2012"}, "allowed: stream, or resident"),
+    (mlp, {**STREAMED, "data.label_noise": 0.5}, "data.label_noise is 0.5"),
+    (mlp, {**STREAMED, "data.cache_size": 20}, "at least as large"),
     (mlp, {"model.one_logit": True}, "with 10 classes; allowed: two"),
     (mlp, {"steps": 5, "optimizer.warmup_steps": 5}, "below steps"),
   ],

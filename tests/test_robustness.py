@@ -163,15 +163,14 @@ def test_the_one_sided_radius_is_exact_for_an_affine_logit():
 
 
 def test_a_one_logit_network_has_the_closed_form_on_its_side_and_a_radius_on_the_other():
-  run = make_run("all_cnn", one_logit=True)
-  certifier, sides = robustness.Certifier(run), set()
+  run, sides = make_run("mlp", one_logit=True), set()
   with jax.enable_x64(True):
     f = jax.jit(exact_logits(run))
     middle = float(np.median(np.asarray(f(images(40).astype(float)))[:, 0]))
     run.params["head"]["bias"] -= middle  # So that both sides occur.
     certifier, f = robustness.Certifier(run), jax.jit(exact_logits(run))
     attacker = attacks.Attacker(f)
-    for x in images(6).astype(float):
+    for x in images(5).astype(float):
       r, y = certifier.radius(x), float(f(x[None])[0, 0])
       assert float(f(x[None])[0, 1]) == 0 and r.predicted == (y < 0)
       for norm in robustness.NORMS:

@@ -12,7 +12,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import io
-import os
 from typing import Any
 
 import numpy as np
@@ -199,20 +198,15 @@ def _examples(config: Any, builder: Any, split: str, progress: bool) -> Any:
   """A split as `config.loader` asks for it."""
   from convex_jax.data import cache
 
-  if not DATASETS[config.name].is_natural and config.loader != "stream":
+  if not DATASETS[config.name].is_natural:
     return decode_split(builder, split, progress)
-  cached = cache.path_of(builder.data_dir, split, config.cache_size or config.image_size)
-  if config.loader == "stream" or (config.loader == "auto" and not os.path.exists(cached)):
-    count = builder.info.splits[split].num_examples
-    return Records(
-      str(builder.data_dir),
-      split,
-      np.arange(count),
-      config.image_size,
-      tuple(config.crop_area),
-      config.eval_share,
-    )
-  return cache.read(config.name, builder.data_dir, split, config.cache_size or config.image_size)
+  if config.loader == "stream":
+    every = np.arange(builder.info.splits[split].num_examples)
+    area = tuple(config.crop_area)
+    folder = str(builder.data_dir)
+    return Records(folder, split, every, config.image_size, area, config.eval_share)
+  size = config.cache_size or config.image_size
+  return cache.read(config.name, builder.data_dir, split, size, config.max_unreadable, progress)
 
 
 def add_label_noise(labels: np.ndarray, classes: int, share: float, seed: int) -> np.ndarray:

@@ -7,7 +7,6 @@ python -m convex_jax.data check NAME [--data_dir=...] [--image_size=80]
 """
 
 import argparse
-import os
 import sys
 
 import numpy as np
@@ -51,8 +50,10 @@ def _cache(args: argparse.Namespace) -> None:
     raise Mistake(f"{args.name} is decoded in seconds at the start of a run; allowed: {natural}")
   if args.image_size < 1:
     raise Mistake(f"--image_size={args.image_size}; allowed: whole numbers from 1, px")
+  from convex_jax.data.stream import cores
+
   builder = data.open_prepared(args.name, args.data_dir)
-  workers = args.workers if args.workers >= 0 else os.cpu_count() or 1
+  workers = args.workers if args.workers >= 0 else cores()
   for split in (entry.train, entry.test):
     count = builder.info.splits[split].num_examples
     folder = str(builder.data_dir)
@@ -66,7 +67,7 @@ def _check(args: argparse.Namespace) -> None:
     if entry.is_natural and not args.image_size:
       raise Mistake(f"{args.name} has images of natural size; give the --image_size of its cache")
     if entry.is_natural:
-      decoded = cache.read(args.name, builder.data_dir, split, args.image_size)
+      decoded = cache.read(args.name, builder.data_dir, split, args.image_size, max_unreadable=1.0)
     else:
       decoded = data.decode_split(builder, split, progress=True)
     if len(decoded) != expected:

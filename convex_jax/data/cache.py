@@ -6,10 +6,13 @@ network costs, where decoding costs a core half an hour. Written in parallel by 
 """
 
 import concurrent.futures
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,41 +43,65 @@ def write(name: str, folder: str, split: str, count: int, size: int, workers: in
 
   Raises `Mistake` where there is no room.
   """
-  from convex_jax.data.stream import chunks  # Grain: only whoever decodes need wait for it.
-
   path = path_of(folder, split, size)
   if os.path.exists(path):
     return f"{name} {split}: {path} is there already"
   os.makedirs(os.path.dirname(path), exist_ok=True)
+  with _alone(path):
+    return _write(name, folder, split, count, size, workers)
+
+
+@contextlib.contextmanager
+def _alone(path: str) -> Iterator[None]:
+  """Raises `Mistake` while another command writes this cache; a dead one holds nothing."""
+  with open(path + ".lock", "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise Mistake(f"{path} is being written by another command; wait for it") from error
+    yield
+
+
+def _write(name: str, folder: str, split: str, count: int, size: int, workers: int) -> str:
+  from convex_jax.data.stream import chunks  # Grain: only whoever decodes need wait for it.
+
+  path = path_of(folder, split, size)
   images, labels, about = _begin(path, count, size)
   records = Records(folder, split, np.arange(count), size, crop_area=(1.0, 1.0), eval_share=1.0)
   rows = reader.Evaluation(records, np.arange(BLOCK), BLOCK, count, BLOCK)
   blocks, first = -(-count // BLOCK), len(about["crc32"])
   made = chunks(rows, first, blocks, workers)
-  label = f"decoding {name} {split}"
-  for i in track(range(first, blocks), label, console=Console(stderr=True), transient=True):
-    part, start = next(made), i * BLOCK
-    stop = min(start + BLOCK, count)
-    images[start:stop], labels[start:stop] = (part[k][: stop - start] for k in ("image", "label"))
-    about["crc32"].append(_checksum(images, labels, start))
-    about["replaced"] += int((part["state"][: stop - start] == reader.UNREADABLE).sum())
-    if i % SAVE_EVERY == SAVE_EVERY - 1 or i == blocks - 1:
-      images.flush()
-      labels.flush()
-      _save(path + ".partial", about)
+  label, console = f"decoding {name} {split}", Console(stderr=True)
+  try:
+    for i in track(range(first, blocks), label, console=console, transient=True):
+      part, start = next(made), i * BLOCK
+      stop = min(start + BLOCK, count)
+      images[start:stop], labels[start:stop] = (part[k][: stop - start] for k in ("image", "label"))
+      about["crc32"].append(_checksum(images, labels, start))
+      unreadable = part["state"][: stop - start] == reader.UNREADABLE
+      about["replaced"] += (start + np.flatnonzero(unreadable)).tolist()
+      if i % SAVE_EVERY == SAVE_EVERY - 1 or i == blocks - 1:
+        images.flush()
+        labels.flush()
+        _save(path + ".partial", about)
+  finally:
+    made.close()
   os.replace(path + ".partial", path)
-  return f"{name} {split}: {count:,} images of {size} px in {path}, {about['replaced']} replaced"
+  return (
+    f"{name} {split}: {count:,} images of {size} px in {path}, {len(about['replaced'])} unreadable"
+  )
 
 
 def _begin(path: str, count: int, size: int) -> tuple[np.memmap, np.memmap, dict[str, Any]]:
   """The arrays to fill, and what is known of those filled so far."""
   files = _arrays(path)
   if os.path.exists(path + ".partial"):
-    with open(path + ".partial") as file:
-      about = json.load(file)
-    if about["examples"] == count and all(map(os.path.exists, files)):
-      images, labels = (np.lib.format.open_memmap(f, "r+") for f in files)
-      return images, labels, about
+    about = _read_json(path + ".partial")
+    if about.get("format") == FORMAT and about["examples"] == count:
+      with contextlib.suppress(OSError, ValueError):  # Not whole: begin again.
+        images, labels = (np.lib.format.open_memmap(f, "r+") for f in files)
+        if (images.shape, labels.shape) == ((count, size, size, 3), (count,)):
+          return images, labels, about
   need, free = count * size * size * 3, shutil.disk_usage(os.path.dirname(path)).free
   if need > free:
     raise Mistake(
@@ -85,7 +112,7 @@ def _begin(path: str, count: int, size: int) -> tuple[np.memmap, np.memmap, dict
   labels = np.lib.format.open_memmap(files[1], "w+", np.int32, (count,))
   with open(files[0], "r+b") as file:  # A full disk is an error now, not a dead process later.
     os.posix_fallocate(file.fileno(), 0, os.path.getsize(files[0]))
-  about = {"format": FORMAT, "examples": count, "image_size": size, "replaced": 0, "crc32": []}
+  about = {"format": FORMAT, "examples": count, "image_size": size, "replaced": [], "crc32": []}
   return images, labels, about
 
 
@@ -102,8 +129,23 @@ def _save(path: str, about: dict[str, Any]) -> None:
   os.replace(path + ".tmp", path)
 
 
-def read(name: str, folder: Any, split: str, size: int, progress: bool = True) -> Split:
-  """The decoded split, mapped into memory; raises `Mistake` where it is absent or damaged."""
+def _read_json(path: str) -> dict[str, Any]:
+  """What a description says; nothing where it is none."""
+  try:
+    with open(path) as file:
+      content = json.load(file)
+  except ValueError:
+    return {}
+  return content if isinstance(content, dict) else {}
+
+
+def read(
+  name: str, folder: Any, split: str, size: int, max_unreadable: float, progress: bool = True
+) -> Split:
+  """The decoded split, mapped into memory, without what could not be read.
+
+  Raises `Mistake` where it is absent or damaged, or too much of it could not be read.
+  """
   path = path_of(folder, split, size)
   cure = f"python -m convex_jax.data cache {name} --image_size={size}"
   if not os.path.exists(path):
@@ -111,25 +153,40 @@ def read(name: str, folder: Any, split: str, size: int, progress: bool = True) -
       f"data set {name!r} is not decoded at {size} px: there is no {path}\n  decode it once: {cure}"
       f" --data_dir=...\n  or decode as it is needed: --config.data.loader=stream"
     )
-  with open(path) as file:
-    about = json.load(file)
-  images, labels = (np.load(f, mmap_mode="r") for f in _arrays(path))
-  shape = (about["examples"], size, size, 3)
-  if images.shape != shape or labels.shape != shape[:1]:
-    raise Mistake(
-      f"{path}: images are {images.shape}, told {shape}; delete the folder, then {cure}"
-    )
-  starts = range(0, len(labels), BLOCK)
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    sums = pool.map(lambda start: _checksum(images, labels, start), starts)
-    text, console = f"checking {name} {split}", Console(stderr=True)
-    shown = track(sums, text, len(starts), transient=True, disable=not progress, console=console)
-    bad = [
-      i for i, (now, then) in enumerate(zip(shown, about["crc32"], strict=True)) if now != then
-    ]
+  try:
+    about = _read_json(path)
+    images, labels = (np.load(f, mmap_mode="r") for f in _arrays(path))
+    bad = _damaged(images, labels, about, size, f"checking {name} {split}", progress)
+  except (OSError, ValueError, KeyError) as error:
+    raise Mistake(f"{path} is damaged: {error}; delete the folder, then {cure}") from error
   if bad:
     raise Mistake(
       f"{path}: images {bad[0] * BLOCK} to {bad[0] * BLOCK + BLOCK - 1} are damaged"
-      f" ({len(bad)} blocks of {len(starts)}); delete the folder, then {cure}"
+      f" ({len(bad)} blocks of {len(about['crc32'])}); delete the folder, then {cure}"
     )
-  return Split(images, np.array(labels))
+  replaced = about["replaced"]
+  if len(replaced) > max_unreadable * len(labels):
+    raise Mistake(
+      f"{len(replaced)} of the {len(labels):,} images of {path} could not be read; allowed: a share"
+      f" of {max_unreadable:g}, config.data.max_unreadable. Prepare the data set again"
+    )
+  whole = Split(images, np.array(labels))
+  return whole.subset(np.delete(np.arange(len(labels)), replaced)) if replaced else whole
+
+
+def _damaged(images, labels, about, size, text: str, progress: bool) -> list[int]:
+  """Blocks whose checksums differ; raises `ValueError` for files of another kind."""
+  if about.get("format") != FORMAT:
+    raise ValueError(f"its format is {about.get('format')}; allowed: {FORMAT}")
+  shapes = (about["examples"], size, size, 3), (about["examples"],)
+  if (images.shape, labels.shape) != shapes:
+    raise ValueError(f"arrays of {images.shape} and {labels.shape} instead of {shapes}")
+  starts, console = range(0, len(labels), BLOCK), Console(stderr=True)
+  if len(about["crc32"]) != len(starts):
+    raise ValueError(f"{len(about['crc32'])} checksums for {len(starts)} blocks")
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    sums = pool.map(lambda start: _checksum(images, labels, start), starts)
+    shown = track(sums, text, len(starts), transient=True, disable=not progress, console=console)
+    return [
+      i for i, (now, then) in enumerate(zip(shown, about["crc32"], strict=True)) if now != then
+    ]

@@ -17,6 +17,7 @@ RATIO = (3 / 4, 4 / 3)  # Width over height of a crop, before it is resized.
 ATTEMPTS = 10  # To draw a crop that lies inside the image.
 # What the decoders raise about bytes; simplejpeg a KeyError where a header ends too soon.
 _ABOUT_BYTES = (ValueError, KeyError, OSError, SyntaxError, PIL.Image.DecompressionBombError)
+FORMATS = ("JPEG", "PNG")  # Of Pillow's many readers, of which one starts a program.
 FINE, DAMAGED, UNREADABLE = 0, 1, 2  # As announced; recovered in part; replaced by another.
 
 
@@ -73,7 +74,7 @@ def shape_of(data: bytes) -> tuple[int, int]:
     if data[:2] == b"\xff\xd8":
       height, width = map(int, simplejpeg.decode_jpeg_header(data, strict=False)[:2])
     else:
-      with PIL.Image.open(io.BytesIO(data)) as image:
+      with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
   except _ABOUT_BYTES as error:
     raise Unreadable(str(error)) from error
@@ -109,8 +110,8 @@ def _decode(data: bytes, height: int, width: int, fast: bool) -> tuple[np.ndarra
   except _ABOUT_BYTES:  # CMYK, PNG under another name, or damaged.
     pass
   try:
-    with PIL.Image.open(io.BytesIO(data)) as image:
-      if image.format != "JPEG" or image.mode == "CMYK":
+    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+      if image.format == "PNG" or image.mode == "CMYK":
         return np.asarray(image.convert("RGB")), FINE
   except _ABOUT_BYTES:
     pass

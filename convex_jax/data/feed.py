@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from convex_jax import mesh as meshes
-from convex_jax.data.order import examples_at
+from convex_jax.data.order import examples_at, positions
 from convex_jax.data.splits import Examples, Split
 
 
@@ -22,9 +22,10 @@ class Feed:
 
   def __init__(self, split: Split, mesh: Mesh, resident: bool):
     self.split, self.mesh = split, mesh
-    self.arrays = (
-      meshes.replicate(mesh, {"image": split.images, "label": split.labels}) if resident else None
-    )
+    self.arrays = None
+    if resident:
+      everything = split.take(slice(None))
+      self.arrays = meshes.replicate(mesh, {"image": everything, "label": split.labels})
 
   def plan(self, index: np.ndarray, **columns: np.ndarray) -> dict[str, jax.Array]:
     """Examples at `index`, shape (..., B), with further columns; B over the devices.
@@ -39,16 +40,16 @@ class Feed:
     plan = {name: column(values.__getitem__) for name, values in columns.items()}
     if self.arrays is not None:
       return {**plan, "index": column(index.astype(np.int32).__getitem__)}
-    images, labels = self.split.images, self.split.labels
-    plan["image"] = column(lambda at: images[index[at[: index.ndim]]], images.shape[1:])
+    take, labels = self.split.take, self.split.labels
+    plan["image"] = column(lambda at: take(index[at[: index.ndim]]), self.split.image_shape)
     plan["label"] = column(lambda at: labels[index[at]])
     return plan
 
   def train_plan(self, steps: range, batch_size: int, seed: int) -> dict[str, jax.Array]:
     """The batches of several steps, stacked: columns of shape (steps, B)."""
-    position = np.arange(steps.start * batch_size, steps.stop * batch_size)
-    index = examples_at(position, seed, len(self.split)).reshape(len(steps), batch_size)
-    return self.plan(index, position=position.reshape(index.shape).astype(np.uint32))
+    position = positions(steps, batch_size)
+    index = examples_at(position, seed, len(self.split))
+    return self.plan(index, position=position.astype(np.uint32))
 
   def close(self) -> None:
     """Nothing runs beside it."""
@@ -84,7 +85,7 @@ def feed_of(examples: Examples, mesh: Mesh, config: Any) -> Any:
   """The feed of a split, as `config.loader` and what the split is ask for."""
   if isinstance(examples, Split):
     return Feed(examples, mesh, is_resident(config.loader, examples))
-  from convex_jax.data.stream import Stream  # Grain: only whoever streams need wait for it.
+  from convex_jax.data.stream import Stream, cores  # Grain: only whoever streams need wait.
 
-  workers = config.workers if config.workers >= 0 else os.cpu_count() or 1
+  workers = config.workers if config.workers >= 0 else cores()
   return Stream(examples, mesh, workers, config.max_unreadable)

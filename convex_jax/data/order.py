@@ -24,3 +24,8 @@ def examples_at(position_B: np.ndarray, seed: int, n: int) -> np.ndarray:
     here = epochs == epoch
     index[here] = order(seed, int(epoch), n)[offsets[here]]
   return index
+
+
+def positions(steps: range, batch_size: int) -> np.ndarray:
+  """Those of the batches of several steps, (steps, B)."""
+  return np.arange(steps.start * batch_size, steps.stop * batch_size).reshape(len(steps), -1)

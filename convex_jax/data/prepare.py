@@ -114,6 +114,8 @@ def _without_tensorflow(builder: Any) -> Iterator[None]:
     for module, tf in zip(modules, lazy, strict=True):
       module.tf = tf
     del builder._generate_examples
+    if builder.name == "imagenet2012":
+      del builder._fix_image
 
 
 def official_archives(builder: Any) -> dict[str, tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""What a worker process does: rows of a run, from records to arrays. Imports no JAX."""
+"""What a worker process does: rows of a run, from records to arrays. No device work."""
 
 import dataclasses
 from typing import Any

@@ -13,10 +13,11 @@ from convex_jax.data.decode import Unreadable, central_crop
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Decoded examples: images (N, H, W, C) uint8, labels (N,) int32."""
+  """Decoded examples: images (N, H, W, C) uint8, labels (n,) int32; n = N without `index`."""
 
   images: np.ndarray
   labels: np.ndarray
+  index: np.ndarray | None = None  # Which images are meant: of a file too large to copy.
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -26,25 +27,35 @@ class Split:
     """(H, W, C), px."""
     return self.images.shape[1:]
 
+  def take(self, at: Any) -> np.ndarray:
+    """The images of the examples at `at`, an array of any shape or a slice."""
+    return self.images[at if self.index is None else self.index[at]]
+
   def subset(self, index: np.ndarray) -> "Split":
-    """The examples at `index`, in that order."""
+    """The examples at `index`, in that order; images in a file stay there."""
+    if isinstance(self.images, np.memmap):
+      within = index if self.index is None else self.index[index]
+      return Split(self.images, self.labels[index], within)
     return Split(self.images[index], self.labels[index])
 
   def first(self, n: int) -> "Split":
     """The first `n` examples, or all."""
-    return Split(self.images[:n], self.labels[:n])
+    return Split(self.take(slice(n)), self.labels[:n])
 
   def of_classes(self, kept: Sequence[int]) -> "Split":
     """The examples of these classes alone, labelled by their place among them."""
     place = np.full(max(self.labels.max(), *kept) + 1, -1, np.int32)
     place[list(kept)] = np.arange(len(kept))
-    index = np.flatnonzero(place[self.labels] >= 0)
-    return Split(self.images[index], place[self.labels[index]])
+    chosen = self.subset(np.flatnonzero(place[self.labels] >= 0))
+    return dataclasses.replace(chosen, labels=place[chosen.labels])
 
   def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, for pixels in 0..1, exact."""
     levels = np.arange(256) / 255
-    counts = [np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(self.images, -1, 0)]
+    counts = np.zeros((self.image_shape[-1], 256), np.int64)
+    for start in range(0, len(self), 1000):  # Counting takes eight bytes a pixel.
+      for c, channel in enumerate(np.moveaxis(self.take(slice(start, start + 1000)), -1, 0)):
+        counts[c] += np.bincount(channel.ravel(), minlength=256)
     means = [float(np.average(levels, weights=n)) for n in counts]
     variances = [
       np.average((levels - m) ** 2, weights=n) for m, n in zip(means, counts, strict=True)

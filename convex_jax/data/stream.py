@@ -6,7 +6,10 @@ step after step. So order, crops and labels are a function of (seed, step), for 
 workers, hosts and devices, and a resumed run begins at its chunk with no state to restore.
 """
 
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +21,7 @@ from jax.sharding import Mesh
 
 from convex_jax import mesh as meshes
 from convex_jax.data import reader
+from convex_jax.data.order import positions
 from convex_jax.data.splits import Records
 from convex_jax.errors import Mistake
 
@@ -27,18 +31,43 @@ AHEAD = 4  # Chunks a worker is ahead of the training loop.
 NAMED = 20  # Photographs that are told by name.
 
 
+def cores() -> int:
+  """Those that this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def _follow_parent(*_: int) -> None:
+  """A worker ends with its trainer, however that ends, and leaves signals to it.
+
+  Ctrl-C and schedulers signal every process of a group: the trainer must live to save, and
+  so must what it waits for.
+  """
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+
+  def follow():
+    assert parent is not None
+    parent.join()
+    os._exit(0)
+
+  threading.Thread(target=follow, daemon=True).start()
+
+
 def chunks(rows: Any, first: int, stop: int, workers: int) -> Any:
   """An iterator over chunks first .. stop - 1 of `rows`, in order, made ahead by workers."""
   if not flags.FLAGS.is_parsed():  # Grain reads flags; notebooks and tests parse none.
     flags.FLAGS.mark_as_parsed()
   source = grain.MapDataset.range(first, stop).map(rows)
   if not workers:  # The codecs let go of the interpreter: threads do.
-    cores = os.cpu_count() or 1
-    options = grain.ReadOptions(num_threads=cores, prefetch_buffer_size=AHEAD * cores)
+    threads = cores()
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD * threads)
     return iter(source.to_iter_dataset(options))
   own = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   several = grain.MultiprocessingOptions(workers, per_worker_buffer_size=AHEAD)
-  return iter(source.to_iter_dataset(own).mp_prefetch(several))
+  return iter(source.to_iter_dataset(own).mp_prefetch(several, _follow_parent))
 
 
 class Stream:
@@ -68,12 +97,17 @@ class Stream:
       first = steps.start * place.chunks
       self._training = (expected, chunks(rows, first, ENDLESS, self._workers))
     _, made = self._training
-    parts = [next(made) for _ in range(len(steps) * place.chunks)]
+    try:
+      parts = [next(made) for _ in range(len(steps) * place.chunks)]
+    except RuntimeError as error:  # Grain's, of a worker that is no more.
+      raise Mistake(
+        f"a process that decodes images died: {error}\n  if memory ran out: fewer"
+        " config.data.workers; the same command goes on from the newest checkpoint"
+      ) from error
     self._training = ((steps.stop, batch_size, seed), made)
-    self._look_at(parts)
-    position = np.arange(steps.start * batch_size, steps.stop * batch_size, dtype=np.uint32)
+    self._look_at(parts, len(place.rows) / batch_size)
     columns = {name: _joined(parts, name, len(steps)) for name in ("image", "label")}
-    columns["position"] = position.reshape(len(steps), batch_size)[:, place.rows]
+    columns["position"] = positions(steps, batch_size)[:, place.rows].astype(np.uint32)
     return {name: place.on_devices(column) for name, column in columns.items()}
 
   def eval_plans(self, batch_size: int, limit: int) -> Iterator[dict[str, jax.Array]]:
@@ -81,11 +115,11 @@ class Stream:
     n = min(limit, len(self)) if limit else len(self)
     place, batches = _Places(self._mesh, batch_size), -(-n // batch_size)
     rows = reader.Evaluation(self._records, place.rows, batch_size, n, place.chunk)
-    made = chunks(rows, 0, batches * place.chunks, self._workers)
+    made = chunks(rows, 0, batches * place.chunks, workers=0)  # No processes to start each time.
     try:
       for start in range(0, n, batch_size):
         parts = [next(made) for _ in range(place.chunks)]
-        self._look_at(parts)
+        self._look_at(parts, len(place.rows) / batch_size)
         columns = {name: _joined(parts, name, 1)[0] for name in ("image", "label")}
         readable = np.concatenate([part["state"] for part in parts]) != reader.UNREADABLE
         columns["mask"] = (start + place.rows < n) & readable
@@ -93,8 +127,11 @@ class Stream:
     finally:
       made.close()
 
-  def _look_at(self, parts: list[dict[str, np.ndarray]]) -> None:
-    """Counts and names what could not be read as it should; stops where it is too much."""
+  def _look_at(self, parts: list[dict[str, np.ndarray]], share: float) -> None:
+    """Counts and names what could not be read as it should; stops where it is too much.
+
+    `share` of the examples of an epoch come to this process.
+    """
     for part in parts:
       for i in np.flatnonzero(part["state"]):
         record, state = int(part["record"][i]), int(part["state"][i])
@@ -105,7 +142,7 @@ class Stream:
           what = "replaced by the next" if state == reader.UNREADABLE else "decoded in part"
           logging.error("%s, damaged: %s", self.name_of(record), what)
     unreadable = [r for r, state in self.damaged.items() if state == reader.UNREADABLE]
-    if len(unreadable) > self._max_unreadable * len(self):
+    if len(unreadable) > self._max_unreadable * len(self) * share:
       names = ", ".join(map(self.name_of, unreadable[:3]))
       raise Mistake(
         f"{len(unreadable)} of {len(self):,} images in {self._records.folder} cannot be read"
