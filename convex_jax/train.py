@@ -116,10 +116,10 @@ def train(
       watch.profile(steps)
       began = time.monotonic()
       plan = job.batches(steps)
-      if in_flight and in_flight[-1][1]["loss"].is_ready():
+      if not in_flight or in_flight[-1][1]["loss"].is_ready():
         watch.waited(time.monotonic() - began)
       state, measured = job.train_call(state, plan)
-      if not in_flight and steps.start == first:  # Compiling, and starting workers, is no rate.
+      if steps.start == first:  # Compiling, and starting workers, is no rate.
         watch.restart_clock()
       in_flight.append((steps.stop, measured))
       take_in(MAX_IN_FLIGHT)

@@ -219,6 +219,28 @@ def test_averages_are_saved_and_loaded(tiny_config, few_digits, tmp_path, monkey
   assert all((kernel >= 0).all() for kernel in kernels)
 
 
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_run_that_waits_for_its_images_says_so(
+  slow, tiny_config, few_digits, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(data, "load", lambda *_, **__: few_digits)
+  monkeypatch.setattr(watch, "ADVISE_AT", 4)
+  real = train.Job.batches
+
+  def batches(self, steps):
+    if slow:
+      time.sleep(0.2)
+    return real(self, steps)
+
+  monkeypatch.setattr(train.Job, "batches", batches)
+  workdir = str(tmp_path / "run")
+  train.run(of(tiny_config, log__every_steps=2, eval__every_epochs=5.0), workdir)
+  shares = [row["input_wait_frac"] for row in convex_jax.load(workdir).metrics("train")]
+  assert len(shares) == 3 and all((share > 0.5) == slow for share in shares[:2])
+  told = "the devices wait for images" in capsys.readouterr().out
+  assert told == slow
+
+
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
   tiny_config, few_digits, tmp_path, monkeypatch
 ):
