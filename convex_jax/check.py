@@ -194,10 +194,10 @@ def _clashes_of_data(data: Any) -> Iterator[str]:
       f"data.loader is 'stream' and the images of {data.name!r} are decoded at once; allowed:"
       " auto, resident, host"
     )
-  if natural:
+  if data.loader == "stream":
     for key in ("classes", "label_noise"):
       if data[key]:
-        yield f"data.{key} is {data[key]!r} and {data.name!r} is read as it is needed; allowed: none"
+        yield f"data.{key} is {data[key]!r} and data.loader 'stream', where it must be none"
   if data.cache_size and not natural:
     yield f"data.cache_size is {data.cache_size} and {data.name!r} has no cache; allowed: 0"
   elif data.cache_size and data.cache_size < data.image_size:

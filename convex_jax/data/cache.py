@@ -110,8 +110,9 @@ def _begin(path: str, count: int, size: int) -> tuple[np.memmap, np.memmap, dict
     )
   images = np.lib.format.open_memmap(files[0], "w+", np.uint8, (count, size, size, 3))
   labels = np.lib.format.open_memmap(files[1], "w+", np.int32, (count,))
-  with open(files[0], "r+b") as file:  # A full disk is an error now, not a dead process later.
-    os.posix_fallocate(file.fileno(), 0, os.path.getsize(files[0]))
+  if hasattr(os, "posix_fallocate"):  # A full disk is an error now, not a dead process later.
+    with open(files[0], "r+b") as file:
+      os.posix_fallocate(file.fileno(), 0, os.path.getsize(files[0]))
   about = {"format": FORMAT, "examples": count, "image_size": size, "replaced": [], "crc32": []}
   return images, labels, about
 
