@@ -14,8 +14,6 @@ import numpy as np
 import PIL.Image
 import simplejpeg
 
-cv2.setNumThreads(0)  # A worker has one core.
-
 MAX_PIXELS = 2**27  # 400 MB decoded: no photograph of a data set, but an attack on memory.
 RATIO = (3 / 4, 4 / 3)  # Width over height of a crop, before it is resized.
 ATTEMPTS = 10  # To draw a crop that lies inside the image.

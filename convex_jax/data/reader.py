@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import cv2
 import numpy as np
 
 from convex_jax.data.decode import FINE, UNREADABLE, Unreadable, central_crop, random_crop
@@ -11,6 +12,7 @@ from convex_jax.data.splits import Records, source_of
 from convex_jax.errors import Mistake
 
 __all__ = ["FINE", "UNREADABLE", "Evaluation", "Training", "source_of"]
+cv2.setNumThreads(0)  # Workers share the cores already; whoever only imports us keeps theirs.
 TRIES = 100  # Records in a row that may be unreadable.
 
 
