@@ -45,7 +45,8 @@ def get_config() -> ConfigDict:
   )
   config.data.crop_area = (0.08, 1.0)  # Share of a streamed image that a training crop shows.
   config.data.eval_share = 0.875  # Of a streamed image's shorter side, at its centre.
-  config.data.workers = -1  # Processes that decode; 0: threads; -1: one a core, a host.
+  # Processes that decode on each host; 0: threads; -1: one a core, threads up to 4 cores.
+  config.data.workers = -1
   config.data.max_unreadable = 0.001  # Share of images; above it the run stops.
 
   config.model = ConfigDict()

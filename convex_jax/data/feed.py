@@ -85,7 +85,7 @@ def feed_of(examples: Examples, mesh: Mesh, config: Any) -> Any:
   """The feed of a split, as `config.loader` and what the split is ask for."""
   if isinstance(examples, Split):
     return Feed(examples, mesh, is_resident(config.loader, examples))
-  from convex_jax.data.stream import Stream, cores  # Grain: only whoever streams need wait.
+  from convex_jax.data.stream import Stream, default_workers  # Grain: only whoever streams need wait.
 
-  workers = config.workers if config.workers >= 0 else cores()
+  workers = config.workers if config.workers >= 0 else default_workers()
   return Stream(examples, mesh, workers, config.max_unreadable)

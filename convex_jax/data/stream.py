@@ -29,6 +29,7 @@ ENDLESS = 2**40  # Chunks.
 CHUNK = 32  # Rows at most: what a worker makes at a time, and how much is in shared memory.
 AHEAD = 4  # Chunks a worker is ahead of the training loop.
 NAMED = 20  # Photographs that are told by name.
+FEW = 4  # Cores that threads alone keep busy: past the codecs Python takes a tenth of the time.
 
 
 def cores() -> int:
@@ -36,6 +37,11 @@ def cores() -> int:
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
+
+
+def default_workers() -> int:
+  """A process a core, or threads on few cores, where passing images on costs more."""
+  return cores() if cores() > FEW else 0
 
 
 def _follow_parent(*_: int) -> None:
