@@ -33,6 +33,8 @@ def get_config() -> ConfigDict:
   config.data.flip = False  # Mirror left and right, probability 1/2.
   config.data.crop_padding = 0  # px; pad with black and crop at random.
   config.data.jitter = 0.0  # Brightness, contrast, saturation by up to this share.
+  config.data.randaugment = (0, 9.0)  # Operations an image, and their magnitude, 0 to 10.
+  config.data.repeats = 1  # Times that an example comes in a row, each augmented anew.
   config.data.erasing = 0.0  # Probability that a rectangle becomes noise.
   config.data.label_noise = 0.0  # Share of training labels drawn anew at random.
   config.data.train_fraction = 1.0  # Share of the training split that is used.
@@ -64,17 +66,17 @@ def get_config() -> ConfigDict:
   )
 
   config.optimizer = ConfigDict()
-  config.optimizer.name = "adam"  # adam, adamw, sgd (Nesterov momentum), lion.
+  config.optimizer.name = "adam"  # adam, adamw, sgd (Nesterov), lion, rmsprop (TF's).
   config.optimizer.learning_rate = 1e-3
-  config.optimizer.schedule = "constant"  # constant, cosine, step.
+  config.optimizer.schedule = "constant"  # constant, linear, cosine, exponential, step.
   config.optimizer.warmup_steps = 0  # Updates of linear warm-up from 0.
   config.optimizer.decay_at = (0.5, 0.75)  # step: at these shares of the run ...
-  config.optimizer.decay_factor = 0.1  # ... the rate is multiplied by this.
+  config.optimizer.decay_factor = 0.1  # ... times this; exponential: in all.
   config.optimizer.weight_decay = 0.0  # Decoupled, times the rate; no biases, no norms.
   config.optimizer.clip_norm = 0.0  # Global gradient norm; 0: no clipping.
   config.optimizer.b1 = 0.9  # Adam's and Lion's.
-  config.optimizer.b2 = 0.999
-  config.optimizer.momentum = 0.9  # SGD's.
+  config.optimizer.b2 = 0.999  # And RMSProp's.
+  config.optimizer.momentum = 0.9  # SGD's and RMSProp's.
   config.optimizer.accumulate = 1  # Batches whose mean gradient makes one update.
 
   config.eval = ConfigDict()

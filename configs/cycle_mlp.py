@@ -2,12 +2,12 @@ r"""CycleMLP-B1 (report, sections 4.3 and 5.3) on images of 32 px.
 
     python -m convex_jax.main --config=configs/cycle_mlp.py
 
-The authors' recipe without its heavier augmentation: AdamW, weight decay 0.05, cosine, label
+The authors' recipe, at 32 px without its heavier augmentation: AdamW, weight decay 0.05, cosine, label
 smoothing 0.1, 300 epochs; the rate of 5e-4 is theirs for 512 images. The report's figures on CIFAR-10:
 99.7 % train and 82.9 % test accuracy for the base, 81.4 % and 72.3 % for its twin with
 LayerNorm and the softmax gate kept, which is not convex (`model.parts=paper`).
-`:imagenet2012` is the published size and recipe (224 px, batch 1024, mixup, CutMix, random
-erasing) but for its RandAugment and repeated augmentation: 78.9 % for the base.
+`:imagenet2012` is the published size and recipe (224 px, batch 1024, mixup, CutMix, RandAugment,
+random erasing, each image three times in a row): 78.9 % for the base.
 """
 
 from ml_collections.config_dict import placeholder
@@ -44,6 +44,8 @@ def get_config(dataset: str = "cifar10"):
     config.optimizer.warmup_steps = 6250  # 5 epochs of ImageNet.
     config.mixup = 0.8
     config.cutmix = 1.0
+    config.data.randaugment = (2, 9.0)
+    config.data.repeats = 3
     config.data.erasing = 0.25
   if dataset == "imagenette":
     config.batch_size = 128

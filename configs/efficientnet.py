@@ -2,9 +2,10 @@ r"""EfficientNet-B0 (Tan and Le 2019; the report's further work) on images of 32
 
     python -m convex_jax.main --config=configs/efficientnet.py
 
-The stem does not halve, so that the last map is 2 px; AdamW with a cosine in place of the
-authors' RMSProp. `:imagenet2012` is the published size, 224 px and 350 epochs, with which they
-found 77.1 % (by AutoAugment too).
+The stem does not halve, so that the last map is 2 px; AdamW with a cosine. `:imagenet2012` is
+the published size and recipe: 224 px, 350 epochs, RMSProp, the rate of 0.016 for 256 images
+falling to 1.2 % of it (smoothly, where the authors multiply by 0.97 every 2.4 epochs),
+averaged weights; timm's RandAugment and erasing stand for AutoAugment. 77.1 % for the base.
 """
 
 from ml_collections.config_dict import placeholder
@@ -43,10 +44,20 @@ def get_config(dataset: str = "cifar10"):
     config.batch_size = 1024
     config.ema_decay = 0.9999
     config.optimizer.warmup_steps = 6250  # 5 epochs of ImageNet.
+    config.optimizer.name = "rmsprop"
+    config.optimizer.b2 = 0.9
+    config.optimizer.learning_rate = 0.064
+    config.optimizer.schedule = "exponential"
+    config.optimizer.decay_factor = 0.0118  # 0.97 to the power 350 / 2.4.
+    # The authors' 1e-5 is a term of the gradient, which RMSProp divides by 0.03 (the root of its
+    # epsilon) where gradients are small and momentum multiplies by 10: this much of the rate.
+    config.optimizer.weight_decay = 3e-3
+    config.data.randaugment = (2, 9.0)
+    config.data.erasing = 0.2
   if dataset == "imagenette":
     config.batch_size = 128
     config.ema_decay = 0.99
-    config.optimizer.learning_rate = 2e-4
+    config.optimizer.learning_rate = 0.008
     config.optimizer.warmup_steps = 370
   if dataset == "digits":
     config.data.image_size = 16

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from convex_jax.randaugment import randaugment
+
 
 def flip(key: jax.Array, image_HxWxC: jax.Array) -> jax.Array:
   """Mirrors left and right, with probability 1/2."""
@@ -89,12 +91,12 @@ def erase(key: jax.Array, image_HxWxC: jax.Array, probability: float) -> jax.Arr
 
 
 def make_mix(
-  mixup: float, cutmix: float
+  mixup: float, cutmix: float, partner: int = 1
 ) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None:
   """Mixup or CutMix of a batch, each with its alpha; of both, either with probability 1/2.
 
-  (key, images (B, H, W, C), targets (B, K)) to mixed ones. Each image is mixed with the next
-  of the batch, by one share lambda ~ Beta(alpha, alpha) a batch (Zhang et al. 2018; Yun et al.
+  (key, images (B, H, W, C), targets (B, K)) to mixed ones. Each image is mixed with the
+  one `partner` places on in the batch (past its own repetitions), by one share lambda ~ Beta(alpha, alpha) a batch (Zhang et al. 2018; Yun et al.
   2019, where a rectangle of 1 - lambda of the area is taken over). None where both are 0.
   """
   if not mixup and not cutmix:
@@ -108,10 +110,10 @@ def make_mix(
     kept = jax.random.beta(share, alpha, alpha)
     inside = _rectangle(place, image_BxHxWxC.shape[1:3], 1 - kept)
     kept = jnp.where(cuts, 1 - inside.mean(), kept)
-    other = jnp.roll(image_BxHxWxC, -1, axis=0)
+    other = jnp.roll(image_BxHxWxC, -partner, axis=0)
     weight_HxWx1 = jnp.where(cuts, 1.0 - inside[..., None], kept).astype(image_BxHxWxC.dtype)
     image_BxHxWxC = other + weight_HxWx1 * (image_BxHxWxC - other)
-    return image_BxHxWxC, kept * target_BxK + (1 - kept) * jnp.roll(target_BxK, -1, axis=0)
+    return image_BxHxWxC, kept * target_BxK + (1 - kept) * jnp.roll(target_BxK, -partner, axis=0)
 
   return mix
 
@@ -158,7 +160,8 @@ def make_prepare(
 def make_augment(
   config: Any, prepare: Callable[[jax.Array], jax.Array]
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """What training images meet: flip, crop, jitter, `prepare`, erasing, as `config` says."""
+  """What training images meet, as `config` says: all that stands in this module, in order."""
+  operations, magnitude = config.randaugment
 
   def one(key, image_HxWxC):
     flip_key, crop_key = jax.random.split(key)
@@ -168,6 +171,8 @@ def make_augment(
       image_HxWxC = random_crop(jax.random.fold_in(key, 4), image_HxWxC, config.image_size)
     if config.crop_padding:
       image_HxWxC = pad_and_crop(crop_key, image_HxWxC, config.crop_padding)
+    if operations:
+      image_HxWxC = randaugment(jax.random.fold_in(key, 5), image_HxWxC, operations, magnitude)
     if config.jitter:
       image_HxWxC = jitter(jax.random.fold_in(key, 2), image_HxWxC, config.jitter)
     return image_HxWxC

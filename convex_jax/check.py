@@ -83,6 +83,12 @@ def _area(value: tuple) -> bool:
   return numbers and 0 < value[0] <= value[1] <= 1
 
 
+def _operations(value: tuple) -> bool:
+  if len(value) != 2 or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value):
+    return False
+  return isinstance(value[0], int) and value[0] >= 0 and 0 <= value[1] <= 10
+
+
 def _names(value: tuple) -> bool:
   several = len(value) != 1 and len(set(value)) == len(value)
   return several and all(isinstance(v, str) for v in value)
@@ -123,6 +129,10 @@ RULES = {
   "data.flip": SWITCH,
   "data.crop_padding": whole(0),
   "data.jitter": number(0, 1),
+  "data.randaugment": Rule(
+    tuple, "(operations, magnitude): a whole number from 0, a number from 0 to 10", _operations
+  ),
+  "data.repeats": whole(1),
   "data.erasing": number(0, 1),
   "data.label_noise": number(0, 1),
   "data.train_fraction": number(0, 1, closed=False),

@@ -31,6 +31,8 @@ ADDED = (  # Keys younger than some runs, and what those mean.
   ("", "cutmix", 0.0),
   ("data", "jitter", 0.0),
   ("data", "erasing", 0.0),
+  ("data", "randaugment", [0, 9.0]),
+  ("data", "repeats", 1),
   ("data", "cache_size", 0),
   ("data", "crop_area", [0.08, 1.0]),
   ("data", "eval_share", 0.875),

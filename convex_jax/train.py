@@ -178,7 +178,7 @@ class Job:
       model=self.model,
       tx=self.tx,
       augment=augment.make_augment(config.data, prepare),
-      mix=augment.make_mix(config.mixup, config.cutmix),
+      mix=augment.make_mix(config.mixup, config.cutmix, config.data.repeats),
       key=train_key,
       label_smoothing=config.label_smoothing,
       ema_decay=config.ema_decay,

@@ -11,6 +11,15 @@ import pytest
 
 from convex_jax import augment
 
+OFF = {
+  "flip": False,
+  "crop_padding": 0,
+  "cache_size": 0,
+  "randaugment": (0, 9.0),
+  "jitter": 0.0,
+  "erasing": 0.0,
+}
+
 
 def images(shape, seed=0):
   return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
@@ -52,9 +61,7 @@ def test_pad_and_crop_is_a_shift_with_black_and_every_shift_occurs():
 def test_crops_of_cached_images_lie_anywhere_inside_in_training_and_at_the_centre_after():
   x = np.arange(49, dtype=np.uint8).reshape(7, 7, 1)
   windows = {x[i : i + 5, j : j + 5].tobytes(): (i, j) for i in range(3) for j in range(3)}
-  config = types.SimpleNamespace(
-    flip=False, crop_padding=0, cache_size=7, image_size=5, jitter=0.0, erasing=0.0
-  )
+  config = types.SimpleNamespace(**OFF | {"cache_size": 7, "image_size": 5})
   prepare = augment.make_prepare(5, (0.0,), (1.0,), crop=True)
   keys = jax.random.split(jax.random.key(1), 100)
   many = jnp.broadcast_to(x, (100, *x.shape))
@@ -64,10 +71,12 @@ def test_crops_of_cached_images_lie_anywhere_inside_in_training_and_at_the_centr
   np.testing.assert_allclose(prepare(many[:1])[0] * 255, x[1:6, 1:6], rtol=1e-6)
 
 
-@pytest.mark.parametrize("flip,padding", [(True, 2), (False, 0)])
-def test_an_examples_augmentation_depends_on_its_key_alone(flip, padding):
+@pytest.mark.parametrize(
+  "flip,padding,operations", [(True, 2, (0, 9.0)), (False, 0, (0, 9.0)), (True, 0, (2, 9.0))]
+)
+def test_an_examples_augmentation_depends_on_its_key_alone(flip, padding, operations):
   config = types.SimpleNamespace(
-    flip=flip, crop_padding=padding, cache_size=0, jitter=0.0, erasing=0.0
+    **OFF | {"flip": flip, "crop_padding": padding, "randaugment": operations}
   )
   f = augment.make_augment(config, augment.make_prepare(8, (0.0,), (1.0,)))
   x, keys = jnp.asarray(images((6, 8, 8, 1))), jax.random.split(jax.random.key(0), 6)
@@ -132,6 +141,12 @@ def test_mixup_and_cutmix_share_targets_as_they_share_pixels():
     share = {(0.8, 0.0): (38, 40), (0.0, 1.0): (0, 0), (0.8, 1.0): (8, 32)}[mixup, cutmix]
     assert share[0] <= blended <= share[1]
   assert augment.make_mix(0.0, 0.0) is None
+
+
+def test_repetitions_of_an_image_are_mixed_with_another_image():
+  x = jnp.repeat(jnp.eye(3), 2, axis=0).reshape(6, 1, 1, 3)  # Each of three twice in a row.
+  _, targets = augment.make_mix(1.0, 0.0, 2)(jax.random.key(0), x, jnp.repeat(jnp.eye(3), 2, 0))
+  assert ((targets > 0).sum(1) == 2).all()
 
 
 def test_the_share_of_cutmix_is_uniform_for_alpha_1():

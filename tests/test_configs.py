@@ -16,6 +16,7 @@ TASKS = [  # The binary ones have their own few data sets.
   for name in CONFIGS
   for dataset in (binary.CLASSES if name.startswith("binary") else DATASETS)
 ]
+TASKS += [(name, f"imagenet2012,{s}") for name in ("mixer", "mixer_ioc") for s in ("S/16", "B/16")]
 
 
 def get(name, *dataset):
@@ -27,6 +28,7 @@ def test_every_config_is_right_and_builds(name, dataset):
   config = get(name, dataset)
   config.lock()
   check.check(config)
+  dataset = dataset.partition(",")[0]
   assert config.data.name == dataset
   entry = DATASETS[dataset]
   model = models.build(config.model, len(config.data.classes) or entry.classes)

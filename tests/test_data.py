@@ -35,6 +35,14 @@ def test_every_example_comes_once_an_epoch(batch_size):
   assert (sequence != order.examples_at(position, seed=6, n=n)).any()
 
 
+def test_repeats_show_each_example_several_times_in_a_row():
+  position = np.arange(3 * 20)
+  once = order.examples_at(np.arange(20), seed=5, n=10)
+  np.testing.assert_array_equal(
+    order.examples_at(position, seed=5, n=10, repeats=3), np.repeat(once, 3)
+  )
+
+
 def test_digits_are_the_scans_of_scikit_learn(digits):
   from sklearn.datasets import load_digits
 

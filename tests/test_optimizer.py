@@ -42,6 +42,10 @@ def run(tx, steps=5):
       optax.lion(1e-3, weight_decay=0.01, mask=dict(kernel=True, bias=False)),
     ),
     (
+      dict(name="rmsprop", b2=0.95),
+      optax.rmsprop(1e-3, decay=0.95, eps=1e-3, initial_scale=1.0, momentum=0.9),
+    ),
+    (
       dict(name="adam", clip_norm=0.1),
       optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-3)),
     ),
@@ -73,6 +77,15 @@ def test_schedules_follow_their_formulas():
   stepped = optimizer.make_schedule(
     config_of(learning_rate=0.5, schedule="step", warmup_steps=10), 100
   )
+  for schedule, want in (
+    ("linear", lambda share: 0.5 * (1 - share)),
+    ("exponential", lambda share: 0.5 * 0.1**share),
+  ):
+    falling = optimizer.make_schedule(
+      config_of(learning_rate=0.5, schedule=schedule, warmup_steps=20), 100
+    )
+    got = [falling(s) for s in steps[20:]]
+    np.testing.assert_allclose(got, want((steps[20:] - 20) / 80), atol=1e-6)
   for at, want in ((0, 0.0), (10, 0.5), (49, 0.5), (51, 0.05), (74, 0.05), (76, 0.005)):
     assert float(stepped(at)) == pytest.approx(want, rel=1e-5), at
 

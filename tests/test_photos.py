@@ -405,7 +405,7 @@ def natural_config(photo_dir, **changes):
 
 @pytest.mark.parametrize("loader", ["stream", "resident"])
 def test_a_run_on_photographs_trains_resumes_and_reloads(photo_dir, tmp_path, loader):
-  changes = {"data__loader": loader, "data__cache_size": 20}
+  changes = {"data__loader": loader, "data__cache_size": 20, "data__repeats": 3}
   if loader == "resident":
     folder = f"--data_dir={photo_dir}"
     command.main(["cache", "imagenet2012", "--image_size=20", folder, "--workers=0"])

@@ -27,7 +27,14 @@ def run_steps(config, examples, devices, calls):
   return job, state, losses
 
 
-RECIPE = {"mixup": 0.8, "cutmix": 1.0, "data__erasing": 0.5, "data__jitter": 0.4}
+RECIPE = {
+  "mixup": 0.8,
+  "cutmix": 1.0,
+  "data__erasing": 0.5,
+  "data__jitter": 0.4,
+  "data__randaugment": (2, 9.0),
+  "data__repeats": 2,
+}
 
 
 @pytest.mark.parametrize("changes", [{}, {"model__parts": "base"}, RECIPE], ids=str)

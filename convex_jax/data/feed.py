@@ -20,8 +20,8 @@ class Feed:
   batch of them: by a gather from the resident split, or as it came.
   """
 
-  def __init__(self, split: Split, mesh: Mesh, resident: bool):
-    self.split, self.mesh = split, mesh
+  def __init__(self, split: Split, mesh: Mesh, resident: bool, repeats: int = 1):
+    self.split, self.mesh, self._repeats = split, mesh, repeats
     self.arrays = None
     if resident:
       everything = split.take(slice(None))
@@ -48,7 +48,7 @@ class Feed:
   def train_plan(self, steps: range, batch_size: int, seed: int) -> dict[str, jax.Array]:
     """The batches of several steps, stacked: columns of shape (steps, B)."""
     position = positions(steps, batch_size)
-    index = examples_at(position, seed, len(self.split))
+    index = examples_at(position, seed, len(self.split), self._repeats)
     return self.plan(index, position=position.astype(np.uint32))
 
   def close(self) -> None:
@@ -84,8 +84,8 @@ def is_resident(loader: str, split: Split) -> bool:
 def feed_of(examples: Examples, mesh: Mesh, config: Any) -> Any:
   """The feed of a split, as `config.loader` and what the split is ask for."""
   if isinstance(examples, Split):
-    return Feed(examples, mesh, is_resident(config.loader, examples))
-  from convex_jax.data.stream import Stream, default_workers  # Grain: only whoever streams need wait.
+    return Feed(examples, mesh, is_resident(config.loader, examples), config.repeats)
+  from convex_jax.data import stream  # Grain: only whoever streams need wait for it.
 
-  workers = config.workers if config.workers >= 0 else default_workers()
-  return Stream(examples, mesh, workers, config.max_unreadable)
+  workers = config.workers if config.workers >= 0 else stream.default_workers()
+  return stream.Stream(examples, mesh, workers, config.max_unreadable, config.repeats)

@@ -2,7 +2,9 @@
 
 Position p of the endless sequence of shuffled epochs holds example `order(seed, p // n)[p % n]`,
 and step t reads positions t B .. (t + 1) B - 1. So every example comes once an epoch, on any
-number of devices and hosts, and a resumed run has nothing to restore but its step.
+number of devices and hosts, and a resumed run has nothing to restore but its step. With r
+repeats p // r stands for p: each example r times in a row (Hoffer et al. 2020), to be augmented
+by its position.
 """
 
 import functools
@@ -16,9 +18,9 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray:
   return np.random.default_rng([seed, 2, epoch]).permutation(n)
 
 
-def examples_at(position_B: np.ndarray, seed: int, n: int) -> np.ndarray:
+def examples_at(position_B: np.ndarray, seed: int, n: int, repeats: int = 1) -> np.ndarray:
   """Which of n examples stand at these positions of the endless training sequence."""
-  epochs, offsets = np.divmod(position_B, n)
+  epochs, offsets = np.divmod(position_B // repeats, n)
   index = np.empty_like(position_B)
   for epoch in np.unique(epochs):
     here = epochs == epoch

@@ -36,10 +36,11 @@ class Training(_Rows):
 
   seed: int
   chunk: int
+  repeats: int = 1
 
   def __call__(self, number: int) -> dict[str, np.ndarray]:
     position = self.positions(number, self.chunk)
-    examples = examples_at(position, self.seed, len(self.records))
+    examples = examples_at(position, self.seed, len(self.records), self.repeats)
 
     def crop(i, data):
       rng = np.random.default_rng([self.seed, 3, int(position[i])])

@@ -104,7 +104,9 @@ class Records:
     TFDS's own reading of a record takes longer than the crop's resizing, and holds the
     interpreter meanwhile; this is a `tf.train.Example` with two features of interest.
     """
-    from tensorflow_datasets.proto import tf_example_generated_pb2 as proto
+    from tensorflow_datasets.proto import tf_example_generated_pb2
+
+    proto: Any = tf_example_generated_pb2
 
     record = source_of(self.folder, self.split).data_source[int(self.index[i])]
     feature = proto.Example.FromString(record).features.feature

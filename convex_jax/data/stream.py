@@ -84,9 +84,11 @@ class Stream:
 
   arrays = None  # Nothing resides on the devices.
 
-  def __init__(self, records: Records, mesh: Mesh, workers: int, max_unreadable: float):
+  def __init__(
+    self, records: Records, mesh: Mesh, workers: int, max_unreadable: float, repeats: int = 1
+  ):
     self._records, self._mesh, self._workers = records, mesh, workers
-    self._max_unreadable = max_unreadable
+    self._max_unreadable, self._repeats = max_unreadable, repeats
     self._training: tuple[Any, Any] | None = None  # What comes next, and the chunks.
     self.damaged: dict[int, int] = {}  # Record: how it was read (`decode`).
 
@@ -99,7 +101,9 @@ class Stream:
     expected = (steps.start, batch_size, seed)
     if self._training is None or self._training[0] != expected:
       self.close()
-      rows = reader.Training(self._records, place.rows, batch_size, seed, place.chunk)
+      rows = reader.Training(
+        self._records, place.rows, batch_size, seed, place.chunk, self._repeats
+      )
       first = steps.start * place.chunks
       self._training = (expected, chunks(rows, first, ENDLESS, self._workers))
     _, made = self._training

@@ -1,0 +1,152 @@
+"""RandAugment (Cubuk et al. 2020) on the device, batched, in timm's "increasing" form.
+
+Under `vmap` every image draws its own operation, so all must be computed for each. Fifteen
+results would be dear; but an operation is a warp (an affine map of coordinates), a table (256
+levels to 256, by channel) or a blend (of the image with a grey or a smoothed one), and each
+kind is computed once, doing nothing where another was drawn.
+
+Images are (H, W, C) with pixel values 0..255, magnitudes 0..10. Parameters and conventions are
+Pillow's, which timm calls: a warped pixel is read at its centre, from outside comes grey.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
+
+WARPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+TABLES = (
+  "autocontrast",
+  "equalize",
+  "invert",
+  "posterize",
+  "solarize",
+  "solarize_add",
+  "contrast",
+  "brightness",
+)
+BLENDS = ("colour", "sharpness")
+OPERATIONS = (*WARPS, *TABLES, *BLENDS)
+NOTHING = len(OPERATIONS)
+FILL = 128.0  # What a warp brings in: timm's grey.
+SPREAD = 0.5  # Standard deviation of a magnitude: `mstd0.5`.
+PROBABILITY = 0.5  # That a drawn operation is applied.
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, Pillow's.
+
+
+def randaugment(key: jax.Array, image_HxWxC: jax.Array, count: int, magnitude: float) -> jax.Array:
+  """`count` operations in turn, each drawn from all and applied with probability 1/2; float32.
+
+  Count 2 and magnitude 9 are DeiT's `rand-m9-mstd0.5-inc1` (Touvron et al. 2021, table 9).
+  """
+  x = image_HxWxC.astype(jnp.float32)
+  for one in jax.random.split(key, count):
+    which, applied, strength, sign = jax.random.split(one, 4)
+    number = jax.random.randint(which, (), 0, len(OPERATIONS))
+    number = jnp.where(jax.random.bernoulli(applied, PROBABILITY), number, NOTHING)
+    level = jnp.clip(magnitude + SPREAD * jax.random.normal(strength), 0, 10)
+    x = operate(x, number, level, jnp.where(jax.random.bernoulli(sign), 1, -1))
+  return x
+
+
+def operate(x_HxWxC: jax.Array, number: Any, magnitude: Any, sign: Any) -> jax.Array:
+  """Operation `number` of `OPERATIONS`, or `NOTHING`; `sign` is its direction, if it has one."""
+  m = magnitude / 10
+  height, width, channels = x_HxWxC.shape
+  x_HxWxC = _warp(x_HxWxC, _matrices(sign * m, height, width), number)
+  levels_HxWxC = jnp.round(x_HxWxC).astype(jnp.uint8)
+  factor = jnp.maximum(0.1, 1 + 0.9 * sign * m)
+  mean = jnp.floor(_grey(levels_HxWxC).mean() + 0.5)
+  rows = []
+  for c in range(channels):
+    all_tables = _tables(levels_HxWxC[..., c], m, factor, mean)
+    table = _chosen(number, TABLES, all_tables, all_tables["nothing"])
+    rows.append(table[levels_HxWxC[..., c]])
+  x_HxWxC = jnp.stack(rows, -1)
+  others = {
+    "colour": jnp.broadcast_to(_grey(x_HxWxC), x_HxWxC.shape),
+    "sharpness": _smooth(x_HxWxC),
+  }
+  other_HxWxC = _chosen(number, BLENDS, others, x_HxWxC)
+  return jnp.clip(other_HxWxC + factor * (x_HxWxC - other_HxWxC), 0, 255)
+
+
+def _chosen(number: Any, kind: tuple[str, ...], values: dict[str, Any], nothing: Any) -> jax.Array:
+  """The value of the operation drawn, if it is of this kind."""
+  drawn = [jnp.asarray(number) == OPERATIONS.index(name) for name in kind]
+  return jnp.select(drawn, [values[name] for name in kind], nothing)
+
+
+def _matrices(v: Any, height: int, width: int) -> dict[str, jax.Array]:
+  """(a, b, c, d, e, f) of each warp: output pixel (x, y) is read at (ax + by + c, dx + ey + f)."""
+  angle = jnp.deg2rad(-30 * v)
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  x, y = width / 2, height / 2
+  rows = {
+    "rotate": (cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y),
+    "shear_x": (1, 0.3 * v, 0, 0, 1, 0),
+    "shear_y": (1, 0, 0, 0.3 * v, 1, 0),
+    "translate_x": (1, 0, 0.45 * v * width, 0, 1, 0),
+    "translate_y": (1, 0, 0, 0, 1, 0.45 * v * height),
+    "nothing": (1, 0, 0, 0, 1, 0),
+  }
+  return {name: jnp.array(row, jnp.float32) for name, row in rows.items()}
+
+
+def _warp(x_HxWxC: jax.Array, matrices: dict[str, jax.Array], number: Any) -> jax.Array:
+  """Bilinear, like Pillow's `Image.transform(..., AFFINE)`."""
+  height, width, _ = x_HxWxC.shape
+  a, b, c, d, e, f = _chosen(number, WARPS, matrices, matrices["nothing"])
+  i, j = jnp.arange(height)[:, None] + 0.5, jnp.arange(width)[None] + 0.5
+  x, y = a * j + b * i + c, d * j + e * i + f
+  inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+  at = [y - 0.5, x - 0.5]
+  read = jax.vmap(lambda plane: map_coordinates(plane, at, 1, mode="nearest"), -1, -1)
+  return jnp.where(inside[..., None], read(x_HxWxC), FILL)
+
+
+def _tables(levels_HxW: jax.Array, m: Any, factor: Any, mean: Any) -> dict[str, jax.Array]:
+  """What each table makes of the levels 0..255 of one channel."""
+  i = jnp.arange(256)
+  low, high = levels_HxW.min().astype(jnp.float32), levels_HxW.max().astype(jnp.float32)
+  stretched = jnp.floor((i - low) * 255 / jnp.maximum(high - low, 1))
+  step = 2.0 ** (4 + jnp.floor(4 * m))
+  threshold = 256 - jnp.floor(256 * m)
+  tables = {
+    "autocontrast": jnp.where(high > low, stretched, i),
+    "equalize": _equalized(levels_HxW),
+    "invert": 255 - i,
+    "posterize": i - i % step,
+    "solarize": jnp.where(i < threshold, i, 255 - i),
+    "solarize_add": jnp.where(i < 128, i + jnp.floor(110 * m), i),
+    "contrast": jnp.floor(mean + factor * (i - mean)),
+    "brightness": jnp.floor(factor * i),
+    "nothing": i,
+  }
+  return {name: jnp.clip(table, 0, 255).astype(jnp.float32) for name, table in tables.items()}
+
+
+def _equalized(levels_HxW: jax.Array) -> jax.Array:
+  """Levels by rank: all come about equally often (Pillow's `ImageOps.equalize`, in integers)."""
+  count = jnp.bincount(levels_HxW.ravel(), length=256)
+  last = count[255 - jnp.argmax(count[::-1] > 0)]  # Of the highest level that occurs.
+  step = (levels_HxW.size - last) // 255
+  before = jnp.cumsum(count) - count
+  return jnp.where(step > 0, (step // 2 + before) // jnp.maximum(step, 1), jnp.arange(256))
+
+
+def _grey(x_HxWxC: jax.Array) -> jax.Array:
+  if x_HxWxC.shape[-1] != 3:
+    return x_HxWxC.astype(jnp.float32)
+  return jnp.round(x_HxWxC.astype(jnp.float32) @ jnp.array(_LUMA))[..., None]
+
+
+def _smooth(x_HxWxC: jax.Array) -> jax.Array:
+  """A 3 x 3 mean in which the centre counts five times; the border stays as it is."""
+  height, width, _ = x_HxWxC.shape
+  if min(height, width) < 3:
+    return x_HxWxC
+  windows = [x_HxWxC[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)]
+  inner = jnp.round((sum(windows) + 4 * windows[4]) / 13)
+  return x_HxWxC.at[1:-1, 1:-1].set(inner)
