@@ -19,6 +19,8 @@ def get_config() -> ConfigDict:
     1  # Steps a dispatch (`lax.scan`); above 1 where the device waits for the host.
   )
   config.dtype = "float32"  # Of the computation: float32, bfloat16. Parameters stay float32.
+  config.fsdp = 1  # Devices over which each large weight is split; 1: all hold all.
+  config.batch_norm = "global"  # Over the whole batch; device: over each device's part of it.
   config.label_smoothing = 0.0  # s in targets (1 - s) y + s / classes.
   config.mixup = 0.0  # Alpha of the share that an image keeps; 0: none.
   config.cutmix = 0.0  # The same for rectangles; with both, either at random.

@@ -117,6 +117,8 @@ RULES = {
   "batch_size": whole(1),
   "steps_per_call": whole(1),
   "dtype": one_of(("float32", "bfloat16")),
+  "fsdp": whole(1),
+  "batch_norm": one_of(("global", "device")),
   "init_from": TEXT,
   "label_smoothing": below(0, 1),
   "ema_decay": below(0, 1),
@@ -229,6 +231,8 @@ def _clashes(config: Any) -> Iterator[str]:
       "model.head_depth is 0 and model.convex_from is 'head': a linear head is convex in its"
       " features whatever its weights; allowed: whole numbers from 1"
     )
+  if config.batch_norm == "device" and config.fsdp > 1:
+    yield f"batch_norm is 'device' and fsdp is {config.fsdp}; allowed: 1, or batch_norm='global'"
   yield from _clashes_of_data(config.data)
   classes = len(config.data.classes) or DATASETS[config.data.name].classes
   if config.model.one_logit and classes != 2:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 from orbax.checkpoint import v1 as ocp
 
 from convex_jax.errors import Mistake
@@ -62,10 +61,10 @@ class Checkpoints:
         metrics=None if accuracy is None else {"accuracy": accuracy},
       )
 
-  def restore(self, like: State, sharding: NamedSharding) -> State:
-    """The newest checkpoint, as a state of the shapes of `like` laid out by `sharding`."""
+  def restore(self, like: State) -> State:
+    """The newest checkpoint, as a state of the shapes and the layout of `like`."""
     abstract = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), _items(like)
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _items(like)
     )
     items = self._checkpointer.load_checkpointables(self.latest_step(), abstract)
     return State(

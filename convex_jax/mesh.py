@@ -1,8 +1,12 @@
-"""The devices of a run: one axis, "batch". States are replicated, batches sharded.
+"""The devices of a run: a mesh of two axes, "batch" and "fsdp".
 
-The same program runs on one CPU, one GPU or every chip of a pod; only the mesh differs.
+A batch is split over both. A state is the same on every device along "batch"; along "fsdp"
+its large arrays are split (fully sharded data parallelism, Rajbhandari et al. 2020: ZeRO stage
+3), and the compiler gathers a weight where it is used. With fsdp = 1, the default, every
+device holds all. The same program runs on one CPU, one GPU or every chip of a pod.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,15 +15,19 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+AXES = ("batch", "fsdp")
+LEAST = 2**14  # Elements of an array that is worth splitting.
 
-def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-  """`devices`, or all devices of all processes, in one axis.
+
+def make_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1) -> Mesh:
+  """`devices`, or all devices of all processes; neighbours share the parts of a weight.
 
   Auto: the compiler places the collectives. `make_mesh` has defaulted to Explicit
   axes since jax 0.9, under which ordinary model code does not trace.
   """
   count = jax.device_count() if devices is None else len(devices)
-  return jax.make_mesh((count,), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
+  kinds = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh((count // fsdp, fsdp), AXES, axis_types=kinds, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -28,13 +36,29 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def sharded(mesh: Mesh, axis: int) -> NamedSharding:
-  """Axis number `axis` of an array is split over the devices."""
-  return NamedSharding(mesh, P(*[None] * axis, "batch"))
+  """Axis number `axis` of an array is split over all devices."""
+  return NamedSharding(mesh, P(*[None] * axis, AXES))
 
 
-def place(
-  sharding: NamedSharding, shape: tuple[int, ...], part: Callable[[Any], np.ndarray]
-) -> jax.Array:
+def layout(mesh: Mesh, tree: Any) -> Any:
+  """How a state lies on the mesh: shardings, for arrays or their shapes.
+
+  A large array is split over "fsdp" along the longest of its axes that divides, so that
+  a weight, its averages and its moments, which have one shape, are split alike.
+  """
+
+  def one(leaf):
+    parts = mesh.shape["fsdp"]
+    axes = [i for i, n in enumerate(leaf.shape) if n % parts == 0]
+    if parts == 1 or not axes or math.prod(leaf.shape) < LEAST:
+      return replicated(mesh)
+    longest = max(axes, key=lambda i: leaf.shape[i])
+    return NamedSharding(mesh, P(*[None] * longest, "fsdp"))
+
+  return jax.tree.map(one, tree)
+
+
+def place(sharding: Any, shape: tuple[int, ...], part: Callable[[Any], np.ndarray]) -> jax.Array:
   """A global array of which each process computes only the parts it holds.
 
   `part(index)` returns the block at `index`, a tuple of slices into `shape`.
@@ -42,8 +66,8 @@ def place(
   return jax.make_array_from_callback(shape, sharding, part)
 
 
-def replicate(mesh: Mesh, tree: Any) -> Any:
-  """Host arrays, equal in every process, on every device."""
+def place_like(like: Any, tree: Any) -> Any:
+  """Host arrays, equal in every process, laid out as the arrays of `like`."""
   return jax.tree.map(
-    lambda a: place(replicated(mesh), np.shape(a), lambda index: np.asarray(a)[index]), tree
+    lambda old, new: place(old.sharding, np.shape(new), lambda at: np.asarray(new)[at]), like, tree
   )

@@ -27,6 +27,8 @@ from convex_jax.step import apply
 FORMAT = 1  # Of a workdir; rises when an older `load` could not read it.
 ADDED = (  # Keys younger than some runs, and what those mean.
   ("data", "classes", []),
+  ("", "fsdp", 1),
+  ("", "batch_norm", "global"),
   ("", "mixup", 0.0),
   ("", "cutmix", 0.0),
   ("data", "jitter", 0.0),
@@ -41,7 +43,7 @@ ADDED = (  # Keys younger than some runs, and what those mean.
   ("model", "one_logit", False),
 )
 # Between two commands of one run.
-FREE_TO_CHANGE = ("log.", "data.dir", "data.workers", "data.max_unreadable")
+FREE_TO_CHANGE = ("log.", "fsdp", "data.dir", "data.workers", "data.max_unreadable")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Under `jax.jit` over a mesh the batch is one global array, so that a mean runs over
 every device and BatchNorm sees the global batch: no collective is written here. Under
-`jax.pmap` give the mapped axis as `axis_name` (and to `layers.Parts`): the same update.
+`jax.pmap` or `jax.shard_map` give the mapped axis as `axis_name`, and to `layers.Parts` for
+the same update; without the latter BatchNorm sees each device's part of the batch.
 """
 
 from collections.abc import Callable
@@ -94,13 +95,13 @@ def train_step(
   label_smoothing: float,
   ema_decay: float,
   mix: Mix | None = None,
-  axis_name: str | None = None,
+  axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
   """One update on a batch {image_BxHxWxC uint8, label_B, position_B}.
 
   Augmentation is a function of `key` and of an example's position in the run, dropout of
   `key` and the step, `mix` (of images and targets) too: none depends on an interruption nor,
-  but for the latter two under `jax.pmap`, on the number of devices.
+  but for the latter two under a mapped axis, on the number of devices.
   """
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["position"])
   image_BxHxWxC = augment(keys_B, batch["image"])
@@ -126,7 +127,7 @@ def train_step(
   (loss, (logits_BxK, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
   accuracy = jnp.mean(logits_BxK.argmax(-1) == batch["label"])
   if axis_name is not None:
-    grads, loss, accuracy = jax.lax.pmean((grads, loss, accuracy), axis_name)
+    grads, loss, accuracy, stats = jax.lax.pmean((grads, loss, accuracy, stats), axis_name)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   ema = state.ema

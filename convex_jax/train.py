@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
 from ml_collections import FrozenConfigDict
 from rich.table import Table
 
@@ -40,8 +41,8 @@ def run(config: Any, workdir: str) -> dict[str, float]:
   runs.claim(config, workdir)
   lead = jax.process_index() == 0
   examples = data.load(config.data, config.seed, progress=lead)
-  mesh = meshes.make_mesh()
-  refuse_uneven_batch(config, mesh.size)
+  refuse_uneven(config, jax.device_count())
+  mesh = meshes.make_mesh(fsdp=config.fsdp)
   job = Job(config, examples, mesh)
   folder = os.path.join(workdir, "checkpoints")
   public = None
@@ -55,9 +56,10 @@ def run(config: Any, workdir: str) -> dict[str, float]:
   state = job.init()
   resumed = checkpoints.latest_step()
   if resumed is not None:
-    state = checkpoints.restore(state, meshes.replicated(mesh))
+    state = checkpoints.restore(state)
   elif public is not None:
-    state = step.start_from(state, meshes.replicate(mesh, public.weights))
+    weights = {"params": state.params, "stats": state.stats}
+    state = step.start_from(state, meshes.place_like(weights, public.weights))
   watch = Watch(workdir, resumed or 0, job.total_steps, job.epochs, config, lead)
   if resumed is None:
     watch.say(parameter_table(state.params, job.constraints))
@@ -74,22 +76,26 @@ def run(config: Any, workdir: str) -> dict[str, float]:
     watch.close()
     checkpoints.close()
   watch.show(report(config, figures))
+  weights = job.gathered(state.weights())  # In which all hosts take part.
   if lead and config.model.parts == "ioc":
     watch.say(
-      certify.summary(certify.certify_and_write(finished(config, workdir, examples, state)))
+      certify.summary(
+        certify.certify_and_write(finished(config, workdir, examples, state.step, weights))
+      )
     )
   watch.say(f'the run lies in {workdir}: convex_jax.load("{workdir}")')
   return figures
 
 
-def finished(config: Any, workdir: str, examples: data.Data, state: step.State) -> runs.Run:
+def finished(
+  config: Any, workdir: str, examples: data.Data, at: jax.Array, weights: dict[str, Any]
+) -> runs.Run:
   """The run as `load` would give it, without the reading, in which all hosts would take part."""
-  weights = jax.tree.map(np.asarray, state.weights())
   mean, std = examples.statistics
   return runs.Run(
     workdir,
     FrozenConfigDict(config),
-    int(state.step),
+    int(at),
     weights["params"],
     weights["stats"],
     examples.class_names,
@@ -183,10 +189,19 @@ class Job:
       label_smoothing=config.label_smoothing,
       ema_decay=config.ema_decay,
     )
+    if config.batch_norm == "device":
+      alike, apart = P(), P(meshes.AXES)
+      one_step = jax.shard_map(
+        functools.partial(one_step, axis_name=meshes.AXES),
+        mesh=self.mesh,
+        in_specs=(alike, apart),
+        out_specs=alike,
+        check_vma=False,  # Averages over the devices are alike, which it does not see.
+      )
 
     def train_call(state, arrays, plan):
       def body(state, plan):
-        return one_step(state, feeds.take(arrays, plan))
+        return one_step(state, feeds.take(arrays, plan, self.mesh))
 
       if len(plan["position"]) > 1:
         return jax.lax.scan(body, state, plan)
@@ -194,7 +209,7 @@ class Job:
       return body(state, jax.tree.map(lambda column: column[0], plan))
 
     def eval_call(weights, arrays, plan, total):
-      batch = feeds.take(arrays, plan)
+      batch = feeds.take(arrays, plan, self.mesh)
       return total.merge(step.eval_step(weights, batch, model=self.model, prepare=prepare))
 
     def init():
@@ -202,8 +217,10 @@ class Job:
         self.model, self.tx, init_key, self.image_shape, average=config.ema_decay > 0
       )
 
-    self.init = jax.jit(init, out_shardings=everywhere)
-    self._train_call = jax.jit(train_call, donate_argnums=0, out_shardings=everywhere)
+    layout = meshes.layout(self.mesh, jax.eval_shape(init))
+    self.init = jax.jit(init, out_shardings=layout)
+    self._train_call = jax.jit(train_call, donate_argnums=0, out_shardings=(layout, everywhere))
+    self._gather = jax.jit(lambda weights: weights, out_shardings=everywhere)
     self._eval_call = jax.jit(eval_call, out_shardings=everywhere)
     self._nothing = jax.jit(metrics.Evaluation.empty, out_shardings=everywhere)
     self._mean = jax.jit(metrics.Evaluation.compute, out_shardings=everywhere)
@@ -253,6 +270,10 @@ class Job:
     row["gap"] = row["train_accuracy"] - row["test_accuracy"]
     return row | {key: float(v) for key, v in self._summary(weights["params"]).items()}
 
+  def gathered(self, weights: Any) -> Any:
+    """Weights as host arrays, whole in every process."""
+    return jax.tree.map(np.asarray, self._gather(weights))
+
   def close(self) -> None:
     """Ends what reads data beside the run."""
     for feed in self._feeds.values():
@@ -288,8 +309,11 @@ class Stopping:
       signal.signal(number, handler)
 
 
-def refuse_uneven_batch(config: Any, devices: int) -> None:
-  """Raises `Mistake` when the batch does not divide by the number of devices."""
+def refuse_uneven(config: Any, devices: int) -> None:
+  """Raises `Mistake` when batch or weights cannot be split evenly over the devices."""
+  if devices % config.fsdp:
+    allowed = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+    raise Mistake(f"config.fsdp is {config.fsdp} on {devices} devices; allowed: {allowed}")
   if config.batch_size % devices:
     raise Mistake(
       f"config.batch_size is {config.batch_size} on {devices} devices; allowed: multiples of"

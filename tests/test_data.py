@@ -124,7 +124,11 @@ def test_resident_and_sent_batches_are_the_same_on_any_number_of_devices(digits,
   for resident in (True, False):
     fed = feed.Feed(digits.train, over, resident)
     plan = fed.train_plan(range(88, 91), 16, seed=3)  # Across the end of an epoch.
-    batches.append(jax.jit(feed.take)(fed.arrays, plan))
+    batch_of = jax.jit(lambda a, p: jax.lax.map(lambda step: feed.take(a, step, over), p))
+    batches.append(batch_of(fed.arrays, plan))
+    if resident:  # A part on each device, filled up to parts of one size.
+      shards = fed.arrays["image"].addressable_shards
+      assert {len(shard.data) for shard in shards} == {-(-len(digits.train) // devices)}
     assert batches[-1]["image"].shape == (3, 16, 8, 8, 1)
   index = order.examples_at(np.arange(88 * 16, 91 * 16), 3, len(digits.train)).reshape(3, 16)
   for batch in batches:

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from convex_jax import mesh as meshes
 from convex_jax.data.order import examples_at, positions
@@ -14,7 +16,7 @@ from convex_jax.data.splits import Examples, Split
 
 
 class Feed:
-  """A split on a mesh, either resident on every device or sent batch by batch.
+  """A split on a mesh, either resident, a part on each device, or sent batch by batch.
 
   `arrays` and what `plan` returns go into a jitted function, where `take` makes a
   batch of them: by a gather from the resident split, or as it came.
@@ -24,8 +26,22 @@ class Feed:
     self.split, self.mesh, self._repeats = split, mesh, repeats
     self.arrays = None
     if resident:
-      everything = split.take(slice(None))
-      self.arrays = meshes.replicate(mesh, {"image": everything, "label": split.labels})
+      self.arrays = {
+        "image": self._resident(split.take, split.image_shape),
+        "label": self._resident(split.labels.__getitem__, ()),
+      }
+
+  def _resident(self, rows: Any, shape: tuple[int, ...]) -> jax.Array:
+    """All examples, as many on each device; each process reads those of its own."""
+    n, parts = len(self.split), self.mesh.size
+    total = -(-n // parts) * parts
+
+    def part(at):
+      start, stop, _ = at[0].indices(total)
+      found = rows(slice(start, min(stop, n)))
+      return np.pad(found, [(0, stop - start - len(found))] + [(0, 0)] * len(shape))
+
+    return meshes.place(meshes.sharded(self.mesh, 0), (total, *shape), part)
 
   def plan(self, index: np.ndarray, **columns: np.ndarray) -> dict[str, jax.Array]:
     """Examples at `index`, shape (..., B), with further columns; B over the devices.
@@ -62,23 +78,43 @@ class Feed:
       yield self.plan(np.minimum(index, n - 1), mask=index < n)
 
 
-def take(arrays: dict[str, jax.Array] | None, plan: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def take(
+  arrays: dict[str, jax.Array] | None, plan: dict[str, jax.Array], mesh: Mesh
+) -> dict[str, jax.Array]:
   """The batch that a plan stands for; called inside jit."""
   if arrays is None:
     return plan
   rest = {name: column for name, column in plan.items() if name != "index"}
-  return {name: array[plan["index"]] for name, array in arrays.items()} | rest
+  if mesh.size == 1:
+    return {name: array[plan["index"]] for name, array in arrays.items()} | rest
+  apart, alike = P(meshes.AXES), P()
+  pick = jax.shard_map(_pick, mesh=mesh, in_specs=(apart, alike), out_specs=apart)
+  return pick(arrays, plan["index"]) | rest
+
+
+def _pick(arrays: dict[str, jax.Array], index_B: jax.Array) -> dict[str, jax.Array]:
+  """Of each device's rows those of the batch, the rest zeros; their sum, a share to each."""
+
+  def one(array):
+    row_B = index_B - jax.lax.axis_index(meshes.AXES) * len(array)
+    here_B = (row_B >= 0) & (row_B < len(array))
+    found = array[jnp.clip(row_B, 0, len(array) - 1)]
+    here = here_B.reshape(-1, *[1] * (array.ndim - 1))
+    return jax.lax.psum_scatter(jnp.where(here, found, 0), meshes.AXES, tiled=True)
+
+  return jax.tree.map(one, arrays)
 
 
 def is_resident(loader: str, split: Split) -> bool:
-  """Whether a split lives on the devices: as asked, or where it takes a quarter at most."""
+  """Whether a split lives on the devices: as asked, or where its parts take a quarter at most."""
   if loader != "auto":
     return loader == "resident"
   stats = jax.local_devices()[0].memory_stats()
   if stats and "bytes_limit" in stats:
-    return split.images.nbytes <= stats["bytes_limit"] / 4
+    return split.images.nbytes / jax.device_count() <= stats["bytes_limit"] / 4
   host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  return split.images.nbytes * jax.local_device_count() <= host_bytes / 4
+  here = jax.local_device_count() / jax.device_count()
+  return split.images.nbytes * here <= host_bytes / 4
 
 
 def feed_of(examples: Examples, mesh: Mesh, config: Any) -> Any:
