@@ -1,5 +1,6 @@
 """A small ImageNet in its official archives: photographs of many sizes and forms."""
 
+import hashlib
 import io
 import tarfile
 
@@ -59,3 +60,12 @@ def write_archives(folder, train: int, val: int, broken: int = 0) -> None:
     for i in range(val):
       content = encoded(photo(rng, *rng.integers(20, 120, 2)))
       add(tar, f"ILSVRC2012_val_{i + 1:08}.JPEG", content)
+
+
+def official_archives(builder):
+  """Sizes and checksums of small archives: those of the official ones are another matter."""
+  found = {}
+  for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
+    content = (official_archives.folder / name).read_bytes()
+    found[name] = (len(content), hashlib.sha256(content).hexdigest())
+  return found

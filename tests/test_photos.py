@@ -1,7 +1,6 @@
 """Photographs: decoding, streams, caches; preparing ImageNet without TensorFlow."""
 
 import functools
-import hashlib
 import io
 import json
 import os
@@ -25,27 +24,6 @@ from convex_jax.data import __main__ as command
 from convex_jax.data import cache, decode, order, prepare, reader, splits, stream
 from convex_jax.errors import Mistake
 from tests import photos
-
-
-def archives_as_they_are(builder):
-  """Sizes and checksums of small archives: those of the official ones are another matter."""
-  found = {}
-  for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
-    content = (archives_as_they_are.folder / name).read_bytes()
-    found[name] = (len(content), hashlib.sha256(content).hexdigest())
-  return found
-
-
-@pytest.fixture(scope="module")
-def photo_dir(tmp_path_factory):
-  """A folder with a prepared imagenet2012 of 70 training and 11 validation photographs."""
-  manual, folder = (tmp_path_factory.mktemp(name) for name in ("manual", "photos"))
-  photos.write_archives(manual, train=70, val=11)
-  archives_as_they_are.folder = manual
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(prepare, "official_archives", archives_as_they_are)
-    prepare.prepare("imagenet2012", str(folder), str(manual))
-  return str(folder)
 
 
 def config_of(photo_dir, **changes):
@@ -170,8 +148,8 @@ def test_archives_are_checked_before_any_work(tmp_path):
 
 def test_an_archive_with_a_turned_bit_is_refused(tmp_path, monkeypatch):
   photos.write_archives(tmp_path, 2, 1)
-  archives_as_they_are.folder = tmp_path
-  known = archives_as_they_are(None)
+  photos.official_archives.folder = tmp_path
+  known = photos.official_archives(None)
   monkeypatch.setattr(prepare, "official_archives", lambda _: known)
   content = bytearray((tmp_path / "ILSVRC2012_img_val.tar").read_bytes())
   content[700] ^= 1
@@ -251,8 +229,8 @@ def test_evaluation_reads_each_photograph_once(photo_dir, limit, want):
 
 def test_what_cannot_be_read_is_replaced_counted_and_named_up_to_a_share(tmp_path, monkeypatch):
   photos.write_archives(tmp_path, train=20, val=3, broken=2)
-  archives_as_they_are.folder = tmp_path
-  monkeypatch.setattr(prepare, "official_archives", archives_as_they_are)
+  photos.official_archives.folder = tmp_path
+  monkeypatch.setattr(prepare, "official_archives", photos.official_archives)
   prepare.prepare("imagenet2012", str(tmp_path / "data"), str(tmp_path))
   records = data.load(config_of(str(tmp_path / "data")), 0, progress=False).train
   over = mesh.make_mesh(jax.devices()[:1])
@@ -344,8 +322,8 @@ def test_a_cache_that_does_not_fit_is_refused(photo_dir, monkeypatch, capsys):
 
 def test_a_cache_leaves_out_what_cannot_be_read_up_to_a_share(tmp_path, monkeypatch):
   photos.write_archives(tmp_path, train=20, val=3, broken=2)
-  archives_as_they_are.folder = tmp_path
-  monkeypatch.setattr(prepare, "official_archives", archives_as_they_are)
+  photos.official_archives.folder = tmp_path
+  monkeypatch.setattr(prepare, "official_archives", photos.official_archives)
   folder = prepare.prepare("imagenet2012", str(tmp_path / "data"), str(tmp_path))
   cache.write("imagenet2012", folder, "train", 20, 12, 0)
   got = cache.read("imagenet2012", folder, "train", 12, max_unreadable=0.1)
