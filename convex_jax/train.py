@@ -41,6 +41,7 @@ def run(config: Any, workdir: str) -> dict[str, float]:
   runs.claim(config, workdir)
   lead = jax.process_index() == 0
   examples = data.load(config.data, config.seed, progress=lead)
+  refuse_unlike_hosts([device.process_index for device in jax.devices()])
   refuse_uneven(config, jax.device_count())
   mesh = meshes.make_mesh(fsdp=config.fsdp)
   job = Job(config, examples, mesh)
@@ -307,6 +308,17 @@ class Stopping:
   def __exit__(self, *_: object) -> None:
     for number, handler in self._before.items():
       signal.signal(number, handler)
+
+
+def refuse_unlike_hosts(owners: list[int]) -> None:
+  """Raises `Mistake` unless each process has as many devices; `owners` are their processes.
+
+  JAX's own synchronisation of hosts, which checkpoints need, takes that for granted.
+  """
+  counts = collections.Counter(owners)
+  if len(set(counts.values())) > 1:
+    listed = ", ".join(f"process {i}: {n}" for i, n in sorted(counts.items()))
+    raise Mistake(f"processes have unlike numbers of devices ({listed}); allowed: as many each")
 
 
 def refuse_uneven(config: Any, devices: int) -> None:

@@ -65,9 +65,9 @@ def alone(photo_dir, tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize("devices,fsdp", [((4, 4), 2), ((1, 3, 2, 2), 1)], ids=str)
+@pytest.mark.parametrize("devices,fsdp", [((4, 4), 2), ((2, 2, 2, 2), 2)], ids=str)
 def test_processes_train_as_one(photo_dir, alone, tmp_path, devices, fsdp):
-  """Also with weights of which a process holds a part, and unlike numbers of devices."""
+  """Photographs streamed, and weights of which a process holds a part."""
   processes = start(photo_dir, tmp_path / "run", devices, fsdp)
   outputs = [process.communicate(timeout=500) for process in processes]
   assert [process.returncode for process in processes] == [0] * len(devices), outputs
@@ -83,3 +83,11 @@ def test_processes_train_as_one(photo_dir, alone, tmp_path, devices, fsdp):
   assert one.step == several.step == 6 and several.certificate["verdict"] == "PROVED"
   images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
   np.testing.assert_allclose(one.logits(images), several.logits(images), atol=1e-3)
+
+
+def test_processes_with_unlike_numbers_of_devices_are_told_so(photo_dir, tmp_path):
+  processes = start(photo_dir, tmp_path / "run", (3, 1), fsdp=1)
+  for process in processes:
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert "process 0: 3, process 1: 1" in errors and "Traceback" not in errors
