@@ -210,7 +210,7 @@ def _clashes_of_data(data: Any) -> Iterator[str]:
     for key in ("classes", "label_noise"):
       if data[key]:
         yield f"data.{key} is {data[key]!r} and data.loader 'stream', where it must be none"
-  if data.cache_size and not natural:
+  if data.cache_size and not natural and not DATASETS[data.name].synthetic:
     yield f"data.cache_size is {data.cache_size} and {data.name!r} has no cache; allowed: 0"
   elif data.cache_size and data.cache_size < data.image_size:
     yield (

@@ -1,5 +1,6 @@
 """Order, splits, noise, feeds; preparing without TensorFlow; data that is missing."""
 
+import dataclasses
 import gzip
 import io
 import os
@@ -14,7 +15,7 @@ import pytest
 from conftest import ROOT, SHARED_DATA, of
 
 from configs import base
-from convex_jax import data, mesh
+from convex_jax import data, mesh, train
 from convex_jax.data import feed, order, prepare, splits
 from convex_jax.errors import Mistake
 
@@ -148,8 +149,8 @@ def test_what_fits_is_resident():
   split = splits.Split(np.zeros((2, 8, 8, 1), np.uint8), np.zeros(2, np.int32))
   assert feed.is_resident("auto", split) and feed.is_resident("resident", split)
   assert not feed.is_resident("host", split)
-  shape = (2**45, 8, 8, 1)  # Never allocated: a broadcast of one byte.
-  huge = splits.Split(np.broadcast_to(np.uint8(0), shape), split.labels)
+  labels = np.broadcast_to(np.int32(0), 2**45)  # Never allocated: a broadcast of one number.
+  huge = splits.Split(split.images, labels, labels)
   assert not feed.is_resident("auto", huge)
 
 
@@ -269,3 +270,17 @@ def test_real_cifar_has_the_published_statistics():
   np.testing.assert_allclose(mean, [0.49139968, 0.48215841, 0.44653091], atol=1e-7)
   np.testing.assert_allclose(std, [0.24703223, 0.24348513, 0.26158784], atol=1e-7)
   np.testing.assert_array_equal(np.bincount(got.train.labels), [5000] * 10)
+
+
+@pytest.mark.parametrize("loader", ["resident", "host"])
+def test_synthetic_images_train_at_any_size_without_any_data(tiny_config, loader, tmp_path):
+  config = of(tiny_config, data__name="synthetic", data__loader=loader, data__dir="nowhere")
+  config = of(config, data__cache_size=12, data__train_fraction=1e-4, eval__train_examples=16)
+  examples = data.load(config.data, 0)
+  assert (len(examples.train), len(examples.test)) == (128, 50_000)
+  assert examples.train.image_shape == (12, 12, 3) and len(examples.class_names) == 1000
+  examples = dataclasses.replace(examples, test=examples.test.first(20))
+  job = train.Job(config, examples, mesh.make_mesh())
+  state, measured = job.train_call(job.init(), job.batches(range(1)))
+  assert np.isfinite(measured["loss"])
+  assert np.isfinite(job.evaluate(state, final=False)["test_loss"])

@@ -23,6 +23,10 @@ def _list(args: argparse.Namespace) -> None:
   table = Table("name", "classes", "image (px)", "train", "test")
   table.add_column("prepared in", overflow="fold")
   for name, entry in DATASETS.items():
+    if entry.synthetic:
+      counts = (f"{entry.train_examples:,}", f"{entry.test_examples:,}")
+      table.add_row(name, str(entry.classes), "any", *counts, "made as needed")
+      continue
     builder = prepare.builder_of(name, args.data_dir, entry.config)
     size = "natural" if entry.is_natural else " x ".join(map(str, entry.image_shape))
     absent = "on first use" if name == "digits" else "-"
@@ -92,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser(name)
     command.set_defaults(action=action)
     if name != "list":
-      command.add_argument("name", choices=list(DATASETS))
+      prepared = [name for name, entry in DATASETS.items() if not entry.synthetic]
+      command.add_argument("name", choices=prepared)
     command.add_argument("--data_dir", default="", help="default: TFDS's own folder")
     if name == "prepare":
       command.add_argument("--manual_dir", default="", help="archives downloaded by hand")

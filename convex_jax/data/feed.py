@@ -111,10 +111,10 @@ def is_resident(loader: str, split: Split) -> bool:
     return loader == "resident"
   stats = jax.local_devices()[0].memory_stats()
   if stats and "bytes_limit" in stats:
-    return split.images.nbytes / jax.device_count() <= stats["bytes_limit"] / 4
+    return split.nbytes / jax.device_count() <= stats["bytes_limit"] / 4
   host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   here = jax.local_device_count() / jax.device_count()
-  return split.images.nbytes * here <= host_bytes / 4
+  return split.nbytes * here <= host_bytes / 4
 
 
 def feed_of(examples: Examples, mesh: Mesh, config: Any) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ class Split:
 
   images: np.ndarray
   labels: np.ndarray
-  index: np.ndarray | None = None  # Which images are meant: of a file too large to copy.
+  index: np.ndarray | None = None  # Which images are meant, where they are too many to copy.
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -27,13 +28,18 @@ class Split:
     """(H, W, C), px."""
     return self.images.shape[1:]
 
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the images of all examples."""
+    return len(self) * math.prod(self.image_shape)
+
   def take(self, at: Any) -> np.ndarray:
     """The images of the examples at `at`, an array of any shape or a slice."""
     return self.images[at if self.index is None else self.index[at]]
 
   def subset(self, index: np.ndarray) -> "Split":
     """The examples at `index`, in that order; images in a file stay there."""
-    if isinstance(self.images, np.memmap):
+    if isinstance(self.images, np.memmap) or self.index is not None:
       within = index if self.index is None else self.index[index]
       return Split(self.images, self.labels[index], within)
     return Split(self.images[index], self.labels[index])
