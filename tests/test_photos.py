@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ import convex_jax
 from configs import base, mixer_ioc
 from convex_jax import data, mesh, train
 from convex_jax.data import __main__ as command
-from convex_jax.data import cache, decode, order, prepare, reader, splits, stream
+from convex_jax.data import cache, convert, decode, order, prepare, reader, splits, stream
 from convex_jax.errors import Mistake
 from tests import photos
 
@@ -156,6 +157,65 @@ def test_an_archive_with_a_turned_bit_is_refused(tmp_path, monkeypatch):
   (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(content)
   with pytest.raises(Mistake, match=r"img_val.tar is not the official file"):
     prepare.prepare("imagenet2012", str(tmp_path / "data"), str(tmp_path))
+
+
+def as_tfrecords(photo_dir, folder):
+  """The photographs once more in TFRecord form, as TensorFlow frames records."""
+  source = pathlib.Path(photo_dir) / "imagenet2012" / "5.1.0"
+  target = folder / "imagenet2012" / "5.1.0"
+  target.mkdir(parents=True)
+  for name in ("train", "validation"):
+    read = splits.source_of(str(source), name).data_source
+    content = b""
+    for i in range(len(read)):
+      head = struct.pack("<Q", len(read[i]))
+      content += head + struct.pack("<I", convert.masked(head))
+      content += read[i] + struct.pack("<I", convert.masked(read[i]))
+    (target / f"imagenet2012-{name}.tfrecord-00000-of-00001").write_bytes(content)
+  for name in ("features.json", "label.labels.txt"):
+    shutil.copy(source / name, target)
+  about = (source / "dataset_info.json").read_text().replace("array_record", "tfrecord")
+  (target / "dataset_info.json").write_text(about)
+  return target
+
+
+def test_checksums_of_tfrecords_are_tensorflows():
+  """Of an empty record and of the length 0, as TensorFlow 2.21 writes them."""
+  assert (convert.masked(b""), convert.masked(bytes(8))) == (2726488792, 127402793)
+
+
+def test_tfrecords_are_converted_to_the_same_examples(photo_dir, tmp_path, capsys):
+  as_tfrecords(photo_dir, tmp_path / "old")
+  with pytest.raises(Mistake, match=r"data convert imagenet2012 --data_dir=.* --to="):
+    data.load(config_of(str(tmp_path / "old")), 0)
+  args = ["convert", "imagenet2012", f"--data_dir={tmp_path / 'old'}", f"--to={tmp_path / 'new'}"]
+  assert command.main(args) == 0 and "2 shards" in capsys.readouterr().out
+  ours, theirs = (data.load(config_of(f), 0) for f in (str(tmp_path / "new"), photo_dir))
+  for a, b in ((ours.train, theirs.train), (ours.test, theirs.test)):
+    assert [a.read(i) for i in range(len(a))] == [b.read(i) for i in range(len(b))]
+  assert command.main(args) == 0 and "already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["bit", "length", "cut", "count"])
+def test_damaged_tfrecords_are_named_and_nothing_half_made_is_left(
+  photo_dir, tmp_path, capsys, fault
+):
+  shard = as_tfrecords(photo_dir, tmp_path / "old") / "imagenet2012-train.tfrecord-00000-of-00001"
+  content = bytearray(shard.read_bytes())
+  if fault == "bit":
+    content[200] ^= 4
+  elif fault == "length":
+    content[6] ^= 255  # A record of petabytes.
+  elif fault == "cut":
+    content = content[:-7]
+  else:
+    info = shard.parent / "dataset_info.json"
+    info.write_text(info.read_text().replace('"70"', '"71"'))
+  shard.write_bytes(content)
+  args = ["convert", "imagenet2012", f"--data_dir={tmp_path / 'old'}", f"--to={tmp_path / 'new'}"]
+  assert command.main(args) == 2
+  assert shard.name in capsys.readouterr().err
+  assert not (tmp_path / "new" / "imagenet2012" / "5.1.0").exists()
 
 
 # Streams.

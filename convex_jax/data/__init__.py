@@ -111,8 +111,9 @@ def open_prepared(name: str, data_dir: str) -> Any:
   if builder.info.file_format.value != "array_record":
     raise Mistake(
       f"data set {name!r} in {builder.data_dir} is in {builder.info.file_format.value} form,"
-      " which only TensorFlow reads; allowed: array_record\n"
-      f"  python -m convex_jax.data prepare {name} --data_dir=<another folder>"
+      " which cannot be read at random; allowed: array_record\n"
+      f"  python -m convex_jax.data convert {name} --data_dir={data_dir or '...'}"
+      " --to=<another folder>"
     )
   if missing := {entry.train, entry.test} - set(builder.info.splits):
     raise Mistake(

@@ -1,7 +1,8 @@
-"""Lists, prepares, decodes and checks data sets.
+"""Lists, prepares, converts, decodes and checks data sets.
 
 python -m convex_jax.data list
 python -m convex_jax.data prepare NAME [--data_dir=...] [--manual_dir=...]
+python -m convex_jax.data convert NAME --to=... [--data_dir=...]
 python -m convex_jax.data cache NAME --image_size=80 [--data_dir=...]
 python -m convex_jax.data check NAME [--data_dir=...] [--image_size=80]
 """
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convex_jax import data
-from convex_jax.data import DATASETS, cache, prepare
+from convex_jax.data import DATASETS, cache, convert, prepare
 from convex_jax.errors import Mistake
 
 
@@ -45,6 +46,12 @@ def _prepare(args: argparse.Namespace) -> None:
   config = DATASETS[args.name].config
   folder = prepare.prepare(args.name, args.data_dir, args.manual_dir, config)
   print(f"prepared {args.name} in {folder}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+  source = str(prepare.builder_of(args.name, args.data_dir, DATASETS[args.name].config).data_dir)
+  target = str(prepare.builder_of(args.name, args.to, DATASETS[args.name].config).data_dir)
+  print(f"{args.name}: {convert.convert(source, target)}")
 
 
 def _cache(args: argparse.Namespace) -> None:
@@ -88,10 +95,16 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Lists, prepares, decodes and checks data sets; returns the exit code."""
+  """Lists, prepares, converts, decodes and checks data sets; returns the exit code."""
   parser = argparse.ArgumentParser("python -m convex_jax.data", description=main.__doc__)
   commands = parser.add_subparsers(required=True)
-  actions = {"list": _list, "prepare": _prepare, "cache": _cache, "check": _check}
+  actions = {
+    "list": _list,
+    "prepare": _prepare,
+    "convert": _convert,
+    "cache": _cache,
+    "check": _check,
+  }
   for name, action in actions.items():
     command = commands.add_parser(name)
     command.set_defaults(action=action)
@@ -101,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--data_dir", default="", help="default: TFDS's own folder")
     if name == "prepare":
       command.add_argument("--manual_dir", default="", help="archives downloaded by hand")
+    if name == "convert":
+      command.add_argument("--to", required=True, help="where to; a TFRecord folder stays")
     if name in ("cache", "check"):
       needed = name == "cache"
       command.add_argument("--image_size", type=int, default=0, required=needed, help="px")
