@@ -107,9 +107,10 @@ def _join() -> None:
   import jax
 
   def alone():
-    count = FLAGS.num_processes or "the cluster's"
+    count, came = FLAGS.num_processes or "the cluster's", _joined()
+    here = f" ({came} did)" if came else ""
     print(
-      f"not all of {count} processes joined within --join_timeout={FLAGS.join_timeout} s\n"
+      f"not all of {count} processes joined within --join_timeout={FLAGS.join_timeout} s{here}\n"
       "  start the rest: the same command on every host (gcloud ... ssh --worker=all, srun, or"
       " by hand with its own --process_id, from 0)\n"
       f"  or they cannot reach {FLAGS.coordinator or 'host 0'}: open its port, or give another"
@@ -129,6 +130,24 @@ def _join() -> None:
     initialization_timeout=FLAGS.join_timeout + 60,
   )
   patience.cancel()
+
+
+def _joined() -> int | None:
+  """How many processes are connected to the coordinator, if it is here: JAX tells nobody.
+
+  From Linux's table of TCP connections: local address, remote address, state (1: established).
+  """
+  from jax._src import distributed
+
+  address = FLAGS.coordinator or distributed.global_state.coordinator_address
+  if not address:
+    return None
+  port, lines = int(address.rpartition(":")[2]), []
+  for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+    if os.path.exists(path):
+      with open(path) as file:
+        lines += [line.split() for line in file.readlines()[1:]]
+  return sum(int(x[1].rpartition(":")[2], 16) == port and int(x[3], 16) == 1 for x in lines) or None
 
 
 def _default_workdir() -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import yaml
 from conftest import ROOT
 from test_train import free_port
 
@@ -55,6 +56,21 @@ def test_the_commands_by_hand_run_on_two_processes(tmp_path, data_dir):
   assert convex_jax.load(str(tmp_path / "run")).step == 4
 
 
+@pytest.mark.slow
+def test_what_skypilot_would_run_runs(tmp_path, data_dir):
+  """The script of the file, on one node whose address SkyPilot would give."""
+  task = yaml.safe_load((PODS.parent / "skypilot.yaml").read_text())
+  script = task["run"].replace(".venv/bin/python", sys.executable).replace("8476", str(free_port()))
+  args = [*FEW, f"--workdir={tmp_path / 'run'}", f"--config.data.dir={data_dir}"]
+  env = {"CONFIG": task["envs"]["CONFIG"] + ":digits", "ARGS": " ".join(args)}
+  env |= {"SKYPILOT_NODE_IPS": "127.0.0.1\n", "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"}
+  done = subprocess.run(
+    ["bash", "-euc", script], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  assert convex_jax.load(str(tmp_path / "run")).step == 4
+
+
 def test_a_process_whose_others_do_not_come_says_so(tmp_path, data_dir):
   args = command_of("runs on two processes", tmp_path / "run", data_dir, PORT=free_port(), I=0)
   began = time.monotonic()
@@ -62,6 +78,8 @@ def test_a_process_whose_others_do_not_come_says_so(tmp_path, data_dir):
   _, errors = process.communicate(timeout=120)
   assert process.returncode == 2 and time.monotonic() - began < 60
   assert "not all of 2 processes joined within --join_timeout=3 s" in errors
+  if sys.platform == "linux":  # Its table of connections is counted: this process alone.
+    assert "--join_timeout=3 s (1 did)" in errors
   assert "Check failure" not in errors and not (tmp_path / "run").exists()
 
 

@@ -105,7 +105,7 @@ def _shards(dataset: str, split: dict[str, Any]) -> Iterator[tuple[str, str, int
 
 
 def _convert_shard(old: str, new: str, count: int) -> None:
-  from array_record.python import array_record_module
+  from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
   if os.path.exists(new):
     return
