@@ -23,3 +23,13 @@ class Stopped(Ended):
   """Asked to stop, and saved: the same command goes on from there."""
 
   code = 75
+
+
+def refuse_url(flag: str, path: str) -> None:
+  """Raises `Mistake` for a bucket's address: records are read at random, from a file system."""
+  if "://" in path:
+    bucket, _, rest = path.split("://", 1)[1].partition("/")
+    raise Mistake(
+      f"{flag}={path} is no folder of this machine; mount the bucket on every host"
+      f" (gcsfuse {bucket} /mnt/{bucket}), then {flag}=/mnt/{bucket}/{rest}"
+    )

@@ -21,7 +21,7 @@ from convex_jax import models, watch
 from convex_jax.augment import make_prepare
 from convex_jax.check import flatten
 from convex_jax.checkpoint import read_weights
-from convex_jax.errors import Mistake
+from convex_jax.errors import Mistake, refuse_url
 from convex_jax.step import apply
 
 FORMAT = 1  # Of a workdir; rises when an older `load` could not read it.
@@ -149,6 +149,7 @@ def describe(
 
 def claim(config: Any, workdir: str) -> None:
   """Raises `Mistake` where a workdir holds a run of another config, or cannot be written."""
+  refuse_url("--workdir", workdir)
   there = os.path.abspath(workdir)
   while not os.path.exists(there):
     there = os.path.dirname(there)

@@ -294,6 +294,13 @@ def test_a_workdir_that_cannot_be_made_is_told(tiny_config, tmp_path):
     train.run(tiny_config, str(tmp_path / "file" / "run"))
 
 
+def test_a_buckets_address_is_refused_with_how_to_mount_it(tiny_config):
+  with pytest.raises(Mistake, match=r"gcsfuse b /mnt/b\), then --workdir=/mnt/b/runs/x"):
+    train.run(tiny_config, "gs://b/runs/x")
+  with pytest.raises(Mistake, match=r"--config\.data\.dir=gs://b/data is no folder"):
+    data.load(of(tiny_config, data__dir="gs://b/data").data, 0)
+
+
 def test_an_uneven_batch_is_refused(tiny_config, data_dir, tmp_path):
   with pytest.raises(Mistake, match="multiples of 8"):
     train.run(of(tiny_config, batch_size=12), str(tmp_path / "run"))

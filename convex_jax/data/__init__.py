@@ -20,7 +20,7 @@ import rich.progress
 from rich.console import Console
 
 from convex_jax.data.splits import Examples, Records, Split
-from convex_jax.errors import Mistake
+from convex_jax.errors import Mistake, refuse_url
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # Mean and deviation of each channel.
 
@@ -94,6 +94,7 @@ def open_prepared(name: str, data_dir: str) -> Any:
   """A prepared builder, or a `Mistake` that says which folder and what helps."""
   from convex_jax.data import prepare  # Imports TFDS: half a second that `--help` need not wait.
 
+  refuse_url("--config.data.dir", data_dir)
   entry = DATASETS[name]
   builder = prepare.builder_of(name, data_dir, entry.config)
   if not builder.is_prepared() and name == "digits":
