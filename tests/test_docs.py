@@ -44,7 +44,7 @@ def test_the_command_for_one_box_runs_on_all_its_devices(tmp_path, data_dir):
   assert convex_jax.load(str(tmp_path / "run")).step == 4
 
 
-@pytest.mark.slow  # `test_train` has two processes in the default tests.
+@pytest.mark.slow
 def test_the_commands_by_hand_run_on_two_processes(tmp_path, data_dir):
   port = free_port()
   both = [

@@ -441,7 +441,7 @@ def natural_config(photo_dir, **changes):
   return of(config, **small, eval__every_epochs=0.6, **changes)
 
 
-@pytest.mark.parametrize("loader", ["stream", "resident"])
+@pytest.mark.parametrize("loader", ["stream", pytest.param("resident", marks=pytest.mark.slow)])
 def test_a_run_on_photographs_trains_resumes_and_reloads(photo_dir, tmp_path, loader):
   changes = {"data__loader": loader, "data__cache_size": 20, "data__repeats": 3}
   if loader == "resident":

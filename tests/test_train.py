@@ -122,7 +122,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished, data_dir, tmp_path):
   assert rows_without_clock(workdir) == rows_without_clock(unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_saves_exits_75_and_goes_on(finished, data_dir, tmp_path, number):
   workdir = tmp_path / "stopped"
   args = command(data_dir, workdir, "--config.steps=120", *SAVES)
@@ -336,6 +338,7 @@ def start_two(data_dir, workdir, *more):
   ]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(data_dir, tmp_path):
   """Against one process of four devices; stopped on the way by a signal to one of them."""
   settings = ["--config.steps=60", "--config.optimizer.name=sgd", "--config.eval.every_epochs=2"]
