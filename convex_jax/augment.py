@@ -96,8 +96,9 @@ def make_mix(
   """Mixup or CutMix of a batch, each with its alpha; of both, either with probability 1/2.
 
   (key, images (B, H, W, C), targets (B, K)) to mixed ones. Each image is mixed with the
-  one `partner` places on in the batch (past its own repetitions), by one share lambda ~ Beta(alpha, alpha) a batch (Zhang et al. 2018; Yun et al.
-  2019, where a rectangle of 1 - lambda of the area is taken over). None where both are 0.
+  one `partner` places on in the batch (past its own repetitions), by one share lambda ~
+  Beta(alpha, alpha) a batch (Zhang et al. 2018; Yun et al. 2019, where a rectangle of
+  1 - lambda of the area is taken over). None where both are 0.
   """
   if not mixup and not cutmix:
     return None
@@ -160,7 +161,10 @@ def make_prepare(
 def make_augment(
   config: Any, prepare: Callable[[jax.Array], jax.Array]
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """What training images meet, as `config` says: all that stands in this module, in order."""
+  """What training images meet, as `config` says and in this order.
+
+  Flip, crop, RandAugment, jitter, `prepare`, erasing.
+  """
   operations, magnitude = config.randaugment
 
   def one(key, image_HxWxC):

@@ -140,14 +140,16 @@ def _joined() -> int | None:
   from jax._src import distributed
 
   address = FLAGS.coordinator or distributed.global_state.coordinator_address
-  if not address:
+  port, lines = (address or "").rpartition(":")[2], []
+  if not port.isdigit():
     return None
-  port, lines = int(address.rpartition(":")[2]), []
   for path in ("/proc/net/tcp", "/proc/net/tcp6"):
     if os.path.exists(path):
       with open(path) as file:
         lines += [line.split() for line in file.readlines()[1:]]
-  return sum(int(x[1].rpartition(":")[2], 16) == port and int(x[3], 16) == 1 for x in lines) or None
+  return (
+    sum(int(x[1].rpartition(":")[2], 16) == int(port) and int(x[3], 16) == 1 for x in lines) or None
+  )
 
 
 def _default_workdir() -> str:

@@ -185,7 +185,7 @@ def test_checksums_of_tfrecords_are_tensorflows():
 
 
 def test_tfrecords_are_converted_to_the_same_examples(photo_dir, tmp_path, capsys):
-  as_tfrecords(photo_dir, tmp_path / "old")
+  (as_tfrecords(photo_dir, tmp_path / "old") / "convex_jax_80px").mkdir()  # A cache beside it.
   with pytest.raises(Mistake, match=r"data convert imagenet2012 --data_dir=.* --to="):
     data.load(config_of(str(tmp_path / "old")), 0)
   args = ["convert", "imagenet2012", f"--data_dir={tmp_path / 'old'}", f"--to={tmp_path / 'new'}"]

@@ -64,11 +64,11 @@ def convert(source: str, target: str) -> str:
   ):
     _convert_shard(os.path.join(source, old), os.path.join(partial, new), count)
   for name in os.listdir(source):
-    if "tfrecord" not in name and name != "dataset_info.json":
-      shutil.copy(os.path.join(source, name), partial)
+    path = os.path.join(source, name)  # A folder: a cache, which stays where it is.
+    if os.path.isfile(path) and "tfrecord" not in name and name != "dataset_info.json":
+      shutil.copy(path, partial)
   about["fileFormat"] = "array_record"
   for split in about["splits"]:
-    split.pop("filepathTemplate", None)
     split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
   with open(os.path.join(partial, "dataset_info.json"), "w") as file:
     json.dump(about, file, indent=2)
