@@ -6,6 +6,7 @@ its large arrays are split (fully sharded data parallelism, Rajbhandari et al. 2
 device holds all. The same program runs on one CPU, one GPU or every chip of a pod.
 """
 
+import collections
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from convex_jax.errors import Mistake
 
 AXES = ("batch", "fsdp")
 LEAST = 2**14  # Elements of an array that is worth splitting.
@@ -71,3 +74,25 @@ def place_like(like: Any, tree: Any) -> Any:
   return jax.tree.map(
     lambda old, new: place(old.sharding, np.shape(new), lambda at: np.asarray(new)[at]), like, tree
   )
+
+
+def refuse_unlike_hosts(owners: list[int]) -> None:
+  """Raises `Mistake` unless each process has as many devices; `owners` are their processes.
+
+  JAX's own synchronisation of hosts, which checkpoints need, takes that for granted.
+  """
+  counts = collections.Counter(owners)
+  if len(set(counts.values())) > 1:
+    listed = ", ".join(f"process {i}: {n}" for i, n in sorted(counts.items()))
+    raise Mistake(f"processes have unlike numbers of devices ({listed}); allowed: as many each")
+
+
+def refuse_uneven(devices: int, batch_size: int, fsdp: int) -> None:
+  """Raises `Mistake` when batch or weights cannot be split evenly over the devices."""
+  if devices % fsdp:
+    allowed = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+    raise Mistake(f"config.fsdp is {fsdp} on {devices} devices; allowed: {allowed}")
+  if batch_size % devices:
+    raise Mistake(
+      f"config.batch_size is {batch_size} on {devices} devices; allowed: multiples of {devices}"
+    )

@@ -24,7 +24,7 @@ from convex_jax import run as runs
 from convex_jax.check import check
 from convex_jax.checkpoint import Checkpoints, saved_steps
 from convex_jax.data import feed as feeds
-from convex_jax.errors import Mistake, Stopped
+from convex_jax.errors import Stopped
 from convex_jax.watch import Watch, parameter_table
 from convex_jax.weights import load_public
 
@@ -41,8 +41,8 @@ def run(config: Any, workdir: str) -> dict[str, float]:
   runs.claim(config, workdir)
   lead = jax.process_index() == 0
   examples = data.load(config.data, config.seed, progress=lead)
-  refuse_unlike_hosts([device.process_index for device in jax.devices()])
-  refuse_uneven(config, jax.device_count())
+  meshes.refuse_unlike_hosts([device.process_index for device in jax.devices()])
+  meshes.refuse_uneven(jax.device_count(), config.batch_size, config.fsdp)
   mesh = meshes.make_mesh(fsdp=config.fsdp)
   job = Job(config, examples, mesh)
   folder = os.path.join(workdir, "checkpoints")
@@ -77,13 +77,11 @@ def run(config: Any, workdir: str) -> dict[str, float]:
     watch.close()
     checkpoints.close()
   watch.show(report(config, figures))
-  weights = job.gathered(state.weights())  # In which all hosts take part.
-  if lead and config.model.parts == "ioc":
-    watch.say(
-      certify.summary(
-        certify.certify_and_write(finished(config, workdir, examples, state.step, weights))
-      )
-    )
+  if config.model.parts == "ioc":
+    weights = job.gathered(state.weights())  # In which all hosts take part.
+    if lead:
+      of_run = finished(config, workdir, examples, state.step, weights)
+      watch.say(certify.summary(certify.certify_and_write(of_run)))
   watch.say(f'the run lies in {workdir}: convex_jax.load("{workdir}")')
   return figures
 
@@ -308,29 +306,6 @@ class Stopping:
   def __exit__(self, *_: object) -> None:
     for number, handler in self._before.items():
       signal.signal(number, handler)
-
-
-def refuse_unlike_hosts(owners: list[int]) -> None:
-  """Raises `Mistake` unless each process has as many devices; `owners` are their processes.
-
-  JAX's own synchronisation of hosts, which checkpoints need, takes that for granted.
-  """
-  counts = collections.Counter(owners)
-  if len(set(counts.values())) > 1:
-    listed = ", ".join(f"process {i}: {n}" for i, n in sorted(counts.items()))
-    raise Mistake(f"processes have unlike numbers of devices ({listed}); allowed: as many each")
-
-
-def refuse_uneven(config: Any, devices: int) -> None:
-  """Raises `Mistake` when batch or weights cannot be split evenly over the devices."""
-  if devices % config.fsdp:
-    allowed = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
-    raise Mistake(f"config.fsdp is {config.fsdp} on {devices} devices; allowed: {allowed}")
-  if config.batch_size % devices:
-    raise Mistake(
-      f"config.batch_size is {config.batch_size} on {devices} devices; allowed: multiples of"
-      f" {devices}"
-    )
 
 
 def report(config: Any, figures: dict[str, float]) -> Table:
