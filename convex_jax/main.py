@@ -83,7 +83,10 @@ def _load(args: list[str]):
 
 def main(argv: list[str]) -> None:
   """Starts `jax.distributed` where asked, runs, and exits by the run's end."""
-  from convex_jax import errors, train
+  from convex_jax import errors, memory
+
+  memory.keep_freed_memory()
+  from convex_jax import train
   from convex_jax.check import check
 
   try:
