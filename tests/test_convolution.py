@@ -12,8 +12,8 @@ from jax import lax
 from convex_jax.convolution import conv_general_dilated
 
 KERNELS = ((1, 1), (3, 3), (5, 1), (2, 3))
-STRIDES = ((1, 1), (2, 1))
-PADDINGS = ("SAME", [(2, 2), (3, 0)])
+STRIDES = ((1, 1), (2, 1), (2, 2), (2, 3))
+PADDINGS = ("SAME", "VALID", [(2, 2), (3, 0)])
 FEATURES = {  # (in, out, groups)
   "wider": (4, 6, 1),
   "narrower": (6, 3, 1),
