@@ -5,7 +5,6 @@ published structure. In float64: what differs is the architecture, not rounding.
 `parity` extra; `make parity` installs it.
 """
 
-import collections
 import functools
 
 import jax
@@ -17,148 +16,22 @@ torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 from safetensors.numpy import save_file  # noqa: E402
-from timm.models.mlp_mixer import MlpMixer  # noqa: E402
 from torch import nn  # noqa: E402
 
 from configs import base  # noqa: E402
 from convex_jax import models, step, weights  # noqa: E402
-
-tanh_gelu = functools.partial(nn.GELU, approximate="tanh")
-
-
-class CycleFC(nn.Module):
-  """A 1x1 deformable convolution whose fixed offsets are the formula's."""
-
-  def __init__(self, width, along_width):
-    super().__init__()
-    self.weight = nn.Parameter(torch.empty(width, width, 1, 1))
-    self.bias = nn.Parameter(torch.empty(width))
-    offset = torch.zeros(1, width, 2, 1, 1)
-    offset[0, :, int(along_width), 0, 0] = (torch.arange(width) + 1) % 3 - 1
-    self.register_buffer("offset", offset.reshape(1, 2 * width, 1, 1))
-
-  def forward(self, x):
-    offset = self.offset.expand(len(x), -1, *x.shape[2:])
-    return torchvision.ops.deform_conv2d(x, offset.contiguous(), self.weight, self.bias)
-
-
-def mlp_of(width, hidden, out):
-  layers = [("fc1", nn.Linear(width, hidden)), ("act", nn.GELU()), ("fc2", nn.Linear(hidden, out))]
-  return nn.Sequential(collections.OrderedDict(layers))
-
-
-class CycleAttention(nn.Module):
-  def __init__(self, width):
-    super().__init__()
-    self.sfc_h, self.sfc_w = CycleFC(width, True), CycleFC(width, False)
-    self.mlp_c = nn.Linear(width, width, bias=False)
-    self.reweight = mlp_of(width, width // 4, 3 * width)
-    self.proj = nn.Linear(width, width)
-
-  def forward(self, x):
-    maps = x.permute(0, 3, 1, 2)
-    branches = [self.sfc_h(maps), self.sfc_w(maps), self.mlp_c(x).permute(0, 3, 1, 2)]
-    gates = self.reweight(sum(branches).mean((2, 3))).unflatten(1, (-1, 3)).softmax(-1)
-    mixed = sum(g[..., None, None] * b for g, b in zip(gates.unbind(-1), branches))
-    return self.proj(mixed.permute(0, 2, 3, 1))
-
-
-class CycleBlock(nn.Module):
-  def __init__(self, width, ratio):
-    super().__init__()
-    self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-    self.attn, self.mlp = CycleAttention(width), mlp_of(width, ratio * width, width)
-
-  def forward(self, x):
-    x = x + self.attn(self.norm1(x))
-    return x + self.mlp(self.norm2(x))
-
-
-class ChannelsLastConv(nn.Module):
-  def __init__(self, *args, **kwargs):
-    super().__init__()
-    self.proj = nn.Conv2d(*args, **kwargs)
-
-  def forward(self, x):
-    return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class CycleMLP(nn.Module):
-  def __init__(self, classes, depths=(2, 2, 4, 2), widths=(64, 128, 320, 512), ratio=4):
-    super().__init__()
-    self.patch_embed = ChannelsLastConv(3, widths[0], 7, stride=4, padding=2)
-    stages = []
-    for i, (depth, width) in enumerate(zip(depths, widths)):
-      if i:
-        stages.append(ChannelsLastConv(widths[i - 1], width, 3, stride=2, padding=1))
-      stages.append(nn.Sequential(*[CycleBlock(width, ratio) for _ in range(depth)]))
-    self.network = nn.Sequential(*stages)
-    self.norm, self.head = nn.LayerNorm(widths[-1]), nn.Linear(widths[-1], classes)
-
-  def forward(self, x):
-    x = self.network(self.patch_embed(x.permute(0, 2, 3, 1)))
-    return self.head(self.norm(x).mean((1, 2)))
-
-
-class AllCNN(nn.Module):
-  """All-CNN-C; a ReLU after each convolution, the class map too."""
-
-  def __init__(self, classes):
-    super().__init__()
-    plan = [(3, 96, 3, 1, 1), (96, 96, 3, 1, 1), (96, 96, 3, 2, 1)]
-    plan += [(96, 192, 3, 1, 1), (192, 192, 3, 1, 1), (192, 192, 3, 2, 1)]
-    plan += [(192, 192, 3, 1, 0), (192, 192, 1, 1, 0)]
-    for i, sizes in enumerate(plan, 1):
-      setattr(self, f"conv{i}", nn.Conv2d(*sizes))
-    self.class_conv = nn.Conv2d(192, classes, 1)
-
-  def forward(self, x):
-    for layer in self.children():
-      x = torch.relu(layer(x))
-    return x.mean((2, 3))
-
-
-def mlp_800(classes):
-  width, layers = 3 * 32 * 32, [nn.Flatten()]
-  for _ in range(3):
-    layers += [nn.Linear(width, 800), nn.BatchNorm1d(800), nn.ReLU()]
-    width = 800
-  return nn.Sequential(*layers, nn.Linear(800, classes))
-
-
-def densenet_bc_100_12(classes):
-  net = torchvision.models.DenseNet(12, (16, 16, 16), 24, num_classes=classes)
-  net.features.conv0 = nn.Conv2d(3, 24, 3, padding=1, bias=False)
-  for name in ("norm0", "relu0", "pool0"):
-    delattr(net.features, name)
-  return net
-
-
-def tf_efficientnet(classes):
-  """With the running averages of the official code, where timm keeps torch's."""
-  net = timm.create_model("tf_efficientnet_b0", num_classes=classes)
-  for module in net.modules():
-    if isinstance(module, nn.BatchNorm2d):
-      module.momentum = 0.01
-  return net
-
-
-def seed_mixer(classes, act=nn.GELU):
-  return MlpMixer(
-    classes, 72, patch_size=9, num_blocks=4, embed_dim=128, mlp_ratio=(0.5, 1.0), act_layer=act
-  )
-
-
-def large_mixer(classes):
-  return timm.create_model("mixer_b16_224", num_classes=classes)
-
+from tests import peers  # noqa: E402
 
 slow = pytest.mark.slow
 CASES = [  # (network, ours, px)
-  pytest.param(seed_mixer, dict(name="mixer", size="seed", gelu="erf"), 72, id="mixer"),
-  pytest.param(large_mixer, dict(name="mixer", size="B/16", gelu="erf"), 224, id="B16", marks=slow),
-  pytest.param(CycleMLP, dict(name="cycle_mlp", size="B1"), 32, id="cycle_mlp"),
-  pytest.param(CycleMLP, dict(name="cycle_mlp", size="B1"), 224, id="cycle_mlp-224", marks=slow),
+  pytest.param(peers.seed_mixer, dict(name="mixer", size="seed", gelu="erf"), 72, id="mixer"),
+  pytest.param(
+    peers.large_mixer, dict(name="mixer", size="B/16", gelu="erf"), 224, id="B16", marks=slow
+  ),
+  pytest.param(peers.CycleMLP, dict(name="cycle_mlp", size="B1"), 32, id="cycle_mlp"),
+  pytest.param(
+    peers.CycleMLP, dict(name="cycle_mlp", size="B1"), 224, id="cycle_mlp-224", marks=slow
+  ),
   pytest.param(
     lambda k: torchvision.models.densenet121(num_classes=k),
     dict(name="densenet", size="121"),
@@ -166,7 +39,9 @@ CASES = [  # (network, ours, px)
     id="densenet121",
     marks=slow,
   ),
-  pytest.param(densenet_bc_100_12, dict(name="densenet", size="BC-100-12"), 32, id="densenet-bc"),
+  pytest.param(
+    peers.densenet_bc_100_12, dict(name="densenet", size="BC-100-12"), 32, id="densenet-bc"
+  ),
   pytest.param(
     lambda k: timm.create_model("efficientnet_b0", num_classes=k),
     dict(name="efficientnet", size="B0", variant="torch"),
@@ -175,7 +50,7 @@ CASES = [  # (network, ours, px)
     marks=slow,
   ),
   pytest.param(
-    tf_efficientnet,
+    peers.tf_efficientnet,
     dict(name="efficientnet", size="B0", variant="tf"),
     64,
     id="efficientnet-tf",
@@ -188,8 +63,8 @@ CASES = [  # (network, ours, px)
     id="efficientnet-torchvision",
     marks=slow,
   ),
-  pytest.param(AllCNN, dict(name="all_cnn", size="c"), 32, id="all_cnn"),
-  pytest.param(mlp_800, dict(name="mlp", size="800x3"), 32, id="mlp"),
+  pytest.param(peers.AllCNN, dict(name="all_cnn", size="c"), 32, id="all_cnn"),
+  pytest.param(peers.mlp_800, dict(name="mlp", size="800x3"), 32, id="mlp"),
 ]
 CLASSES = 10
 
@@ -302,7 +177,7 @@ def test_logits_gradients_and_statistics_agree(make_net, fields, px, tmp_path):
 
 def test_the_official_npz_has_tanh_gelu(tmp_path):
   """A state renamed by the official table; the other GELU is off by far more than rounding."""
-  net = randomise(seed_mixer(CLASSES, act=tanh_gelu)).double().eval()
+  net = randomise(peers.seed_mixer(CLASSES, act=peers.tanh_gelu)).double().eval()
   names = {"norm1": "LayerNorm_0", "norm2": "LayerNorm_1", "fc1": "Dense_0", "fc2": "Dense_1"}
   names |= {"mlp_tokens": "token_mixing", "mlp_channels": "channel_mixing"}
   arrays = {}
@@ -335,7 +210,7 @@ def test_a_torch_file_is_read_and_its_pickles_are_not(tmp_path):
 
   from convex_jax.errors import Mistake
 
-  net, model = randomise(CycleMLP(CLASSES)), build_ours(dict(name="cycle_mlp", size="B1"))
+  net, model = randomise(peers.CycleMLP(CLASSES)), build_ours(dict(name="cycle_mlp", size="B1"))
   torch.save({"model": net.state_dict()}, tmp_path / "weights.pth")
   public = weights.load_public(model, str(tmp_path / "weights.pth"), (32, 32, 3))
   np.testing.assert_array_equal(

@@ -145,7 +145,7 @@ class Block(nn.Module):
     norm = functools.partial(parts.norm, own="layer", epsilon=1e-5, train=train)
     h_BxHxWxD = norm(x_BxHxWxD, free=self.first, name="norm_0")
     h_BxHxWxD = Mix(parts, self.first, name="mix")(h_BxHxWxD)
-    x_BxHxWxD += parts.dropout(h_BxHxWxD, self.drop_path, train, whole=True)
+    x_BxHxWxD += parts.dropout(h_BxHxWxD, self.drop_path, train, whole=0)
     free = self.first and affine
     h_BxHxWxD = norm(x_BxHxWxD, free=free, name="norm_1")
     if y_BxHxWxD is not None and not self.first:
@@ -155,7 +155,7 @@ class Block(nn.Module):
     )
     h_BxHxWxF = parts.act(gelu)(h_BxHxWxF)
     h_BxHxWxD = parts.branch_dense(h_BxHxWxF, features, own_init=normal, name="dense_1")
-    return x_BxHxWxD + parts.dropout(h_BxHxWxD, self.drop_path, train, whole=True)
+    return x_BxHxWxD + parts.dropout(h_BxHxWxD, self.drop_path, train, whole=0)
 
 
 class Model(nn.Module):

@@ -149,7 +149,7 @@ class Block(nn.Module):
     h_BxHxWxF = conv(self.features, 1, name="project")(h_BxHxWxE, train)
     if self.stride > 1 or self.features != width:
       return h_BxHxWxF
-    return x_BxHxWxD + parts.dropout(h_BxHxWxF, self.drop_path, train, whole=True)
+    return x_BxHxWxD + parts.dropout(h_BxHxWxF, self.drop_path, train, whole=0)
 
 
 class Model(nn.Module):

@@ -56,7 +56,7 @@ def check(fields: dict, image_size: int) -> list[str]:
 
 
 class Mlp(nn.Module):
-  """Dense, GELU, dense over the last axis, back to its width; and the hidden units before GELU.
+  """Dense, GELU, dense along an axis, back to its width; and the hidden units before GELU.
 
   `free` leaves the first matrix any sign: right where the input is affine in the image.
   y, affine in the image, is scaled and added to the hidden units.
@@ -65,18 +65,18 @@ class Mlp(nn.Module):
   hidden: int
   gelu: str
   parts: Parts
+  axis: int  # 0: tokens, -1: features.
   free: bool = False
 
   @nn.compact
-  def __call__(
-    self, x_BxNxD: jax.Array, y_BxNxF: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array]:
-    parts = self.parts
-    h_BxNxF = parts.dense(x_BxNxD, self.hidden, free=self.free, inputs=NORMED, name="dense_0")
-    if y_BxNxF is not None:
-      h_BxNxF += parts.passthrough_scale(y_BxNxF, name="passthrough")
-    a_BxNxF = parts.act(functools.partial(nn.gelu, approximate=self.gelu == "tanh"))(h_BxNxF)
-    return parts.branch_dense(a_BxNxF, x_BxNxD.shape[-1], name="dense_1"), h_BxNxF
+  def __call__(self, x_SxBxD: jax.Array, y: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    parts, width = self.parts, x_SxBxD.shape[self.axis]
+    dense = functools.partial(parts.dense, axis=self.axis, inputs=NORMED, free=self.free)
+    h = dense(x_SxBxD, self.hidden, name="dense_0")
+    if y is not None:
+      h += parts.passthrough_scale(y, axis=self.axis, name="passthrough")
+    a = parts.act(functools.partial(nn.gelu, approximate=self.gelu == "tanh"))(h)
+    return parts.branch_dense(a, width, axis=self.axis, name="dense_1"), h
 
 
 class Block(nn.Module):
@@ -97,17 +97,20 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BxSxD: jax.Array, train: bool, y_BxDxT: jax.Array | None
+    self, x_SxBxD: jax.Array, train: bool, y_TxBxD: jax.Array | None
   ) -> tuple[jax.Array, jax.Array | None]:
     parts = self.parts
-    h_BxSxD = parts.norm(x_BxSxD, "layer", train=train, free=self.first, name="norm_0")
-    mix_tokens = Mlp(self.tokens_hidden, self.gelu, parts, free=self.first, name="token_mixing")
-    h_BxDxS, hidden_BxDxT = mix_tokens(h_BxSxD.swapaxes(1, 2), y_BxDxT)
-    x_BxSxD += parts.dropout(h_BxDxS.swapaxes(1, 2), self.drop_path, train, whole=True)
-    h_BxSxD = parts.norm(x_BxSxD, "layer", train=train, name="norm_1")
-    h_BxSxD, _ = Mlp(self.channels_hidden, self.gelu, parts, name="channel_mixing")(h_BxSxD)
-    x_BxSxD += parts.dropout(h_BxSxD, self.drop_path, train, whole=True)
-    return x_BxSxD, hidden_BxDxT if self.first and parts.passthrough else y_BxDxT
+    h_SxBxD = parts.norm(x_SxBxD, "layer", train=train, free=self.first, name="norm_0")
+    mix_tokens = Mlp(
+      self.tokens_hidden, self.gelu, parts, axis=0, free=self.first, name="token_mixing"
+    )
+    h_SxBxD, hidden_TxBxD = mix_tokens(h_SxBxD, y_TxBxD)
+    x_SxBxD += parts.dropout(h_SxBxD, self.drop_path, train, whole=1)
+    h_SxBxD = parts.norm(x_SxBxD, "layer", train=train, name="norm_1")
+    mix_channels = Mlp(self.channels_hidden, self.gelu, parts, axis=-1, name="channel_mixing")
+    h_SxBxD, _ = mix_channels(h_SxBxD)
+    x_SxBxD += parts.dropout(h_SxBxD, self.drop_path, train, whole=1)
+    return x_SxBxD, hidden_TxBxD if self.first and parts.passthrough else y_TxBxD
 
 
 class Model(nn.Module):
@@ -136,7 +139,9 @@ class Model(nn.Module):
     x_BxHxWxD = parts.conv(
       image_BxHxWxC, self.channels, side, strides=side, padding="VALID", free=True, name="stem"
     )
-    x_BxSxD, y_BxDxT = x_BxHxWxD.reshape(len(x_BxHxWxD), -1, self.channels), None
+    # Tokens first: to mix them is then one product with all the rest, without a transpose.
+    x_SxBxD = x_BxHxWxD.reshape(len(x_BxHxWxD), -1, self.channels).swapaxes(0, 1)
+    y_TxBxD = None
     for i in range(self.depth):
       block = parts.block(Block)(
         self.tokens_hidden,
@@ -147,7 +152,7 @@ class Model(nn.Module):
         first=i == 0,
         name=f"block_{i}",
       )
-      x_BxSxD, y_BxDxT = block(x_BxSxD, train, y_BxDxT)
-    x_BxSxD = parts.norm(x_BxSxD, "layer", train=train, name="norm")
+      x_SxBxD, y_TxBxD = block(x_SxBxD, train, y_TxBxD)
+    x_SxBxD = parts.norm(x_SxBxD, "layer", train=train, name="norm")
     zeros = nn.initializers.zeros
-    return parts.head(x_BxSxD.mean(axis=1), self.classes, train=train, own_init=zeros, name="head")
+    return parts.head(x_SxBxD.mean(axis=0), self.classes, train=train, own_init=zeros, name="head")

@@ -58,7 +58,7 @@ def layer_outputs(model: nn.Module, images: jax.Array, seed: int) -> list[tuple[
 
   def watch(following, args, kwargs, context):
     out = following(*args, **kwargs)
-    watched = isinstance(context.module, nn.Dense | nn.Conv | layers.ScaledDense)
+    watched = isinstance(context.module, nn.Dense | nn.Conv | layers.Dense)
     path = "/".join(context.module.path)
     if watched and context.method_name == "__call__" and "passthrough" not in path:
       found.append((path, out))
