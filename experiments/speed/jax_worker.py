@@ -1,0 +1,115 @@
+"""Ours, in a child process: `python -m experiments.speed.jax_worker CASE PARTS [NORM]`.
+
+The program is that of a run (`train.Job`): uint8 images resident on the device, a gather,
+normalisation, forward, backward, Adam, projection, and the metrics that a log line shows.
+"""
+
+import dataclasses
+import sys
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from convex_jax import data, layers, memory, mesh, models, step, train
+from experiments.speed import worker
+from experiments.speed.cases import CASES, Case, config_of
+
+
+def with_norm(norm: str):
+  """`layers.make_parts`, but of one norm in every twin: what the constraint alone costs."""
+
+  def make_parts(*args, **fields):
+    return dataclasses.replace(layers.make_parts(*args, **fields), norm_kind=norm)
+
+  return make_parts
+
+
+def job_of(case: Case, parts: str) -> train.Job:
+  """The job of a run on random images."""
+  rng, count = np.random.default_rng(0), worker.BATCHES * case.batch
+  images = rng.integers(0, 256, (count, case.px, case.px, 3), np.uint8)
+  split = data.Split(images, rng.integers(0, worker.CLASSES, count).astype(np.int32))
+  names = tuple(str(i) for i in range(worker.CLASSES))
+  return train.Job(config_of(case, parts), data.Data(split, None, split, names), mesh.make_mesh())
+
+
+def model_flops(case: Case, parts: str) -> float:
+  """FLOPs an image of forward and backward pass, from the program with XLA's own convolutions.
+
+  Ours sum some of theirs in loops, whose turns XLA's cost analysis does not count.
+  """
+  model = models.build(
+    config_of(case, parts).model, worker.CLASSES, convolve=lax.conv_general_dilated
+  )
+  shape = (case.px, case.px, 3)
+  variables = jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0), shape))
+
+  def loss(params, stats, images):
+    logits, _ = model.apply(
+      {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
+    )
+    return step.cross_entropy(logits, jnp.zeros(len(images), int)).mean()
+
+  images = jax.ShapeDtypeStruct((case.batch, *shape), jnp.float32)
+  weights = nn.meta.unbox(variables)
+  program = jax.jit(jax.grad(loss)).lower(weights["params"], weights["stats"], images)
+  return program.cost_analysis()["flops"] / case.batch
+
+
+class Ours:
+  """A twin of a case."""
+
+  def __init__(self, case: Case, parts: str):
+    self.case, self.parts, self.job = case, parts, job_of(case, parts)
+    self.state, self.done = self.job.init(), 0
+    rng = np.random.default_rng(0)
+    shape = (worker.BATCHES, case.batch, case.px, case.px, 3)
+    self.images = [jnp.asarray(x) for x in rng.standard_normal(shape, np.float32)]
+    self.apply = jax.jit(lambda weights, x: step.apply(self.job.model, weights, x))
+
+  def train(self, steps):
+    metrics = None
+    for i in range(self.done, self.done + steps):
+      self.state, metrics = self.job.train_call(self.state, self.job.batches(range(i, i + 1)))
+    self.done += steps
+    jax.block_until_ready(metrics)
+
+  def infer(self, steps):
+    weights, logits = self.state.weights(), None
+    for i in range(steps):
+      logits = self.apply(weights, self.images[i % worker.BATCHES])
+    jax.block_until_ready(logits)
+
+  def facts(self):
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+    return {
+      "flops_an_image": model_flops(self.case, self.parts),
+      "parameters": parameters,
+      "version": f"jax {jax.__version__}",
+      "peak_flops": matmul_rate(),
+    }
+
+
+def matmul_rate(n: int = 3072) -> float:
+  """FLOP/s of the fastest of some float32 products of square matrices."""
+  x = jnp.ones((n, n)) / n
+  product = jax.jit(lambda x: x @ x)
+  product(x).block_until_ready()
+  best = float("inf")
+  for _ in range(6):
+    start = time.perf_counter()
+    product(x).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+  return 2 * n**3 / best
+
+
+if __name__ == "__main__":
+  case, parts, *norm = sys.argv[1:]
+  if norm:
+    models.make_parts = with_norm(*norm)
+  memory.keep_freed_memory()
+  worker.serve(lambda: Ours(CASES[case], parts))

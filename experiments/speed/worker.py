@@ -1,0 +1,69 @@
+"""What both kinds of worker share: a child process that is told when to compute.
+
+A request is a line on the standard input, an answer a line of JSON on the standard output:
+`train N` and `infer N` (seconds of so many steps), `memory N` (peak resident bytes while
+training N steps), `facts`.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from typing import Protocol
+
+CLASSES = 10
+BATCHES = 4  # Different ones, in turn.
+
+
+class Net(Protocol):
+  """A network in training; each method ends when the result is there."""
+
+  def train(self, steps: int) -> None: ...
+  def infer(self, steps: int) -> None: ...
+  def facts(self) -> dict: ...
+
+
+def peak_memory() -> int:
+  """Largest resident size since `forget_peak`, or since the start where that is not allowed."""
+  try:
+    with open("/proc/self/status") as status:
+      return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+  except (OSError, StopIteration):
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def forget_peak() -> bool:
+  try:
+    with open("/proc/self/clear_refs", "w") as file:
+      file.write("5")
+    return True
+  except OSError:
+    return False
+
+
+def serve(make_net) -> None:
+  """Makes the network, takes a first step, says so, and then does what it is asked."""
+  answers = os.fdopen(os.dup(1), "w", buffering=1)
+  os.dup2(2, 1)  # Whatever a library prints is no answer.
+
+  def timed(function, *args) -> float:
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+  def answer(**fields) -> None:
+    answers.write(json.dumps(fields) + "\n")
+
+  net: Net = make_net()
+  answer(first_step=timed(net.train, 1))
+  for line in sys.stdin:
+    what, _, count = line.strip().partition(" ")
+    if what == "facts":
+      answer(**net.facts())
+    elif what == "memory":
+      alone = forget_peak()
+      net.train(int(count))
+      answer(bytes=peak_memory(), while_training=alone)
+    else:
+      answer(seconds=timed(getattr(net, what), int(count)))
