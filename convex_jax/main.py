@@ -83,9 +83,10 @@ def _load(args: list[str]):
 
 def main(argv: list[str]) -> None:
   """Starts `jax.distributed` where asked, runs, and exits by the run's end."""
-  from convex_jax import errors, memory
+  from convex_jax import errors, startup
 
-  memory.keep_freed_memory()
+  startup.keep_freed_memory()
+  startup.keep_compiled_programs()
   from convex_jax import train
   from convex_jax.check import check
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from convex_jax import data, layers, memory, mesh, models, step, train
+from convex_jax import data, layers, mesh, models, startup, step, train
 from experiments.speed import worker
 from experiments.speed.cases import CASES, Case, config_of
 
@@ -28,23 +28,21 @@ def with_norm(norm: str):
   return make_parts
 
 
-def job_of(case: Case, parts: str) -> train.Job:
+def job_of(case: Case, parts: str, classes: int) -> train.Job:
   """The job of a run on random images."""
   rng, count = np.random.default_rng(0), worker.BATCHES * case.batch
   images = rng.integers(0, 256, (count, case.px, case.px, 3), np.uint8)
-  split = data.Split(images, rng.integers(0, worker.CLASSES, count).astype(np.int32))
-  names = tuple(str(i) for i in range(worker.CLASSES))
+  split = data.Split(images, rng.integers(0, classes, count).astype(np.int32))
+  names = tuple(str(i) for i in range(classes))
   return train.Job(config_of(case, parts), data.Data(split, None, split, names), mesh.make_mesh())
 
 
-def model_flops(case: Case, parts: str) -> float:
+def model_flops(case: Case, parts: str, classes: int = worker.CLASSES) -> float:
   """FLOPs an image of forward and backward pass, from the program with XLA's own convolutions.
 
   Ours sum some of theirs in loops, whose turns XLA's cost analysis does not count.
   """
-  model = models.build(
-    config_of(case, parts).model, worker.CLASSES, convolve=lax.conv_general_dilated
-  )
+  model = models.build(config_of(case, parts).model, classes, convolve=lax.conv_general_dilated)
   shape = (case.px, case.px, 3)
   variables = jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0), shape))
 
@@ -63,8 +61,8 @@ def model_flops(case: Case, parts: str) -> float:
 class Ours:
   """A twin of a case."""
 
-  def __init__(self, case: Case, parts: str):
-    self.case, self.parts, self.job = case, parts, job_of(case, parts)
+  def __init__(self, case: Case, parts: str, classes: int = worker.CLASSES):
+    self.case, self.parts, self.job = case, parts, job_of(case, parts, classes)
     self.state, self.done = self.job.init(), 0
     rng = np.random.default_rng(0)
     shape = (worker.BATCHES, case.batch, case.px, case.px, 3)
@@ -111,5 +109,5 @@ if __name__ == "__main__":
   case, parts, *norm = sys.argv[1:]
   if norm:
     models.make_parts = with_norm(*norm)
-  memory.keep_freed_memory()
+  startup.keep_freed_memory()
   worker.serve(lambda: Ours(CASES[case], parts))

@@ -1,0 +1,70 @@
+"""Seconds from a command to its help, and to its first training step: cold, and again.
+
+    python -m experiments.speed.start [--rounds=5]
+
+The digits example, each time in a fresh process: with an empty compilation cache, then with
+the cache that the first one left. The first step is over when its row is in metrics.jsonl.
+Writes start.csv beside this file.
+"""
+
+import argparse
+import csv
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+MAIN = [sys.executable, "-m", "convex_jax.main"]
+CONFIG = "--config=configs/mixer_ioc.py:digits"
+
+
+def to_help() -> float:
+  start = time.perf_counter()
+  subprocess.run([*MAIN, "--help"], stdout=subprocess.DEVNULL)
+  return time.perf_counter() - start
+
+
+def to_first_step(folder: str, name: str) -> float:
+  """Seconds until a run has logged its first step; the run is then ended."""
+  workdir = os.path.join(folder, name)
+  metrics = pathlib.Path(workdir) / "metrics.jsonl"
+  start = time.perf_counter()
+  run = subprocess.Popen(
+    [*MAIN, CONFIG, f"--workdir={workdir}", "--config.log.every_steps=1"],
+    stdout=subprocess.DEVNULL,
+    env=os.environ | {"XDG_CACHE_HOME": folder},
+  )
+  while not (metrics.exists() and metrics.stat().st_size):
+    if run.poll() is not None:
+      raise SystemExit(f"the run ended by itself, exit code {run.returncode}")
+    time.sleep(0.01)
+  seconds = time.perf_counter() - start
+  run.kill()
+  run.wait()
+  return seconds
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--rounds", type=int, default=5)
+  rounds = parser.parse_args().rounds
+  seconds = {"--help": [], "first step, cold": [], "first step, again": []}
+  for _ in range(rounds):
+    with tempfile.TemporaryDirectory() as folder:
+      seconds["--help"].append(to_help())
+      seconds["first step, cold"].append(to_first_step(folder, "cold"))
+      seconds["first step, again"].append(to_first_step(folder, "again"))
+  with open(pathlib.Path(__file__).parent / "start.csv", "w", newline="") as file:
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(["what", "median_s", "least_s", "most_s", "rounds"])
+    for what, mine in seconds.items():
+      row = [what, *(f"{f(mine):.2f}" for f in (statistics.median, min, max)), rounds]
+      table.writerow(row)
+      print(*row)
+
+
+if __name__ == "__main__":
+  main()
