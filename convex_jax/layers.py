@@ -70,7 +70,7 @@ def log_normal(inputs: Moments) -> Callable[..., jax.Array]:
 
 
 def elu(x: jax.Array) -> jax.Array:
-  """X where x > 0, else exp(x) - 1 (Clevert et al. 2016), alpha = 1.
+  """ELU of alpha 1 (Clevert et al. 2016): x where x > 0, else exp(x) - 1.
 
   `jax.nn.elu` takes expm1, whose form near 0 costs as much again; here a float32 close
   below 0 is off by at most 6e-8.
@@ -207,7 +207,7 @@ class Parts:
     own_init=nn.initializers.lecun_normal(),  # noqa: B008
     **fields,
   ):
-    """X W + b along the last axis (or `axis`, see `Dense`); W >= 0 where the twin asks, unless `free`.
+    """X W + b along `axis` (see `Dense`); W >= 0 where the twin asks, unless `free`.
 
     `inputs` says what x is (`ELU` activations or `NORMED` features) and
     `before_norm` whether a BatchNorm follows: both matter to the initial values only.

@@ -1,6 +1,7 @@
 """Eight simulated CPU devices for every test; cheap compilation; real digits."""
 
 import dataclasses
+import os
 import pathlib
 
 import jax
@@ -12,6 +13,14 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_this_session(tmp_path_factory):
+  """Commands that tests run find each other's compiled programs, and nobody else's."""
+  base = tmp_path_factory.getbasetemp()
+  shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+  os.environ["XDG_CACHE_HOME"] = str(shared / "cache")
 
 
 @pytest.fixture(scope="session")

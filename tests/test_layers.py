@@ -1,4 +1,4 @@
-"""Initial values: the constants, against numerical integration and the literature."""
+"""Layers in fast forms against plain ones; initial values against the literature."""
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,41 @@ def test_naive_non_negative_layers_lose_variance():
   x = layers.nn.elu(jax.random.normal(jax.random.key(1), (1000, 512)))
   kernel = jnp.maximum(layers.nn.initializers.lecun_normal()(jax.random.key(0), (512, 512)), 0)
   assert float((x @ kernel).mean()) > 1
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("axis", [0, -1])
+def test_a_dense_layer_and_its_gradients_are_those_of_einsum(axis, scale):
+  with jax.enable_x64(True):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 4, 5)))
+    kwargs = dict(kernel_init=layers.nn.initializers.normal(), dtype=jnp.float64)
+    layer = layers.Dense(6, bias_init=layers.nn.initializers.normal(), axis=axis, **kwargs)
+    layer = layer.clone(initial_scale=scale)
+    params = layers.nn.meta.unbox(layer.init(jax.random.key(0), x))
+
+    def plain(params, x):
+      p = params["params"]
+      s = p.get("scale", jnp.ones(6))
+      y = jnp.einsum("sbd,dt->sbt" if axis else "sbd,st->bdt", x, p["kernel"]) + p["bias"]
+      return y * s if axis else jnp.moveaxis(y * s, -1, 0)
+
+    want, pull_want = jax.vjp(plain, params, x)
+    got, pull_got = jax.vjp(layer.apply, params, x)
+    cotangent = jnp.asarray(rng.normal(size=want.shape))
+    for a, b in zip(
+      jax.tree.leaves((got, pull_got(cotangent))),
+      jax.tree.leaves((want, pull_want(cotangent))),
+      strict=True,
+    ):
+      np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_elu_and_its_slope_are_those_of_jax():
+  x = jnp.asarray([-100.0, -3.0, -1e-4, -0.0, 0.0, 1e-4, 3.0, 1e30])
+  np.testing.assert_allclose(layers.elu(x), jax.nn.elu(x), atol=1e-7)
+  slope, expected = (jax.vmap(jax.grad(f))(x) for f in (layers.elu, jax.nn.elu))
+  np.testing.assert_allclose(slope, expected, rtol=1e-6)
 
 
 def test_an_unknown_set_of_parts_names_the_allowed():
