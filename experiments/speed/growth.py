@@ -25,7 +25,9 @@ from experiments.speed.jax_worker import Ours, model_flops
 FOLDER = pathlib.Path(__file__).parent
 BATCH, ROUNDS = 32, 7
 MIXER = dataclasses.replace(CASES["Mixer seed, 128"], batch=BATCH)
-CYCLE = Case("cycle_mlp", dict(size="B1", depths=(1, 1), widths=(64, 96)), "", BATCH, 32)
+CYCLE = Case(
+  "cycle_mlp", dict(size="B1", depths=(1, 1), widths=(64, 96), ratios=(4, 4)), "", BATCH, 32
+)
 SWEEPS = {  # (network, what grows): [(its size, what changes)]
   ("Mixer", "depth"): [(n, dict(depth=n)) for n in (2, 4, 8, 16)],
   ("Mixer", "width"): [(n, dict(channels=n, channels_hidden=n)) for n in (64, 128, 256, 512)],
