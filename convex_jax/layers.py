@@ -20,53 +20,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from convex_jax.constraints import FREE, constrained
-from convex_jax.convolution import conv_general_dilated
+from convex_jax.initializers import ELU, Moments, log_normal, log_normal_mean
+from convex_jax.linear import along_first, conv_general_dilated
 
 Activation = Callable[[jax.Array], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Moments:
-  """What a layer's inputs look like: g(z) for z ~ N(0, 1), pairs correlated by 1/2."""
-
-  mean: float  # E g(z)
-  square: float  # E g(z)^2
-  product: float  # E g(z) g(z')
-
-
-NORMED = Moments(0.0, 1.0, 0.5)  # g = identity: the output of a norm.
-ELU = Moments(0.1605209, 0.6449461, 0.3247809)  # g = ELU with alpha = 1.
-
-
-def log_normal_mean(fan_in: int, inputs: Moments) -> float:
-  """Mean weight that keeps pre-activations at variance 1 and correlation r = 1/2.
-
-  m_w^2 = r / (N (m2 + (N - 1) c - N m1^2)) with fan-in N (Hoedt and Klambauer 2023,
-  "Principled Weight Initialisation for Input-Convex Neural Networks", section 3).
-  """
-  n, m1, m2, c = fan_in, inputs.mean, inputs.square, inputs.product
-  return float(np.sqrt(0.5 / (n * (m2 + (n - 1) * c - n * m1**2))))
-
-
-def log_normal(inputs: Moments) -> Callable[..., jax.Array]:
-  """Log-normal weights >= 0 of the mean above and variance (1 - r) / (N m2).
-
-  The last axis is the output, all others are the fan-in (dense and conv kernels).
-  """
-
-  def initialize(key, shape, dtype=jnp.float32):
-    fan_in = int(np.prod(shape[:-1]))
-    mean = log_normal_mean(fan_in, inputs)
-    variance = 0.5 / (fan_in * inputs.square)
-    log_square = np.log(mean**2 + variance)
-    mu, sigma = np.log(mean**2) - log_square / 2, np.sqrt(log_square - np.log(mean**2))
-    return jnp.exp(mu + sigma * jax.random.normal(key, shape, dtype))
-
-  return initialize
 
 
 def elu(x: jax.Array) -> jax.Array:
@@ -76,30 +36,6 @@ def elu(x: jax.Array) -> jax.Array:
   below 0 is off by at most 6e-8.
   """
   return jnp.where(x > 0, x, jnp.exp(jnp.where(x > 0, 0, x)) - 1)
-
-
-@jax.custom_vjp
-def along_first(kernel_SxT: jax.Array, x_SxN: jax.Array) -> jax.Array:
-  """W^T x over the first axis of x, whatever the others are; (T, ...).
-
-  Its pullback is spelled out because JAX's own asks XLA for products whose results are then
-  transposed: three times slower on the CPU.
-  """
-  return jax.lax.dot_general(kernel_SxT, x_SxN, (((0,), (0,)), ((), ())))
-
-
-def _along_first_forward(kernel_SxT, x_SxN):
-  return along_first(kernel_SxT, x_SxN), (kernel_SxT, x_SxN)
-
-
-def _along_first_backward(residuals, g_TxN):
-  kernel_SxT, x_SxN = residuals
-  others = tuple(range(1, g_TxN.ndim))
-  kernel_grad_SxT = jax.lax.dot_general(x_SxN, g_TxN, ((others, others), ((), ())))
-  return kernel_grad_SxT, jax.lax.dot_general(kernel_SxT, g_TxN, (((1,), (0,)), ((), ())))
-
-
-along_first.defvjp(_along_first_forward, _along_first_backward)
 
 
 class Dense(nn.Module):

@@ -12,7 +12,7 @@ _JAX, _FLAX = (os.path.dirname(os.path.abspath(str(m.__file__))) for m in (jax, 
 _NAMED = (os.path.join(_JAX, "_src", "nn"), os.path.join(_FLAX, "linen"))
 _PLUMBING = ("module.py", "transforms.py", "summary.py")
 # Ours, that a model calls: its line says more than theirs.
-_LAYERS = tuple(os.path.join("convex_jax", name) for name in ("layers.py", "convolution.py"))
+_LAYERS = tuple(os.path.join("convex_jax", name) for name in ("layers.py", "linear.py"))
 
 
 def _is_own(path: str) -> bool:

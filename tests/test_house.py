@@ -63,12 +63,16 @@ ROOM = {  # module: what it may import of ours; see CONTRIBUTING.md.
   "randaugment": set(),
   "augment": {"randaugment"},
   "optimizer": {"constraints"},
-  "layers": {"constraints", "convolution"},
-  "convolution": set(),
+  "layers": {"constraints", "initializers", "linear"},
+  "linear": set(),
+  "initializers": set(),
   "constraints": set(),
   "errors": set(),
   "models": {"layers"},
-  **{f"models.{path.stem}": {"layers"} for path in pathlib.Path("convex_jax/models").glob("*.py")},
+  **{
+    f"models.{path.stem}": {"initializers", "layers"}
+    for path in pathlib.Path("convex_jax/models").glob("*.py")
+  },
   "models.__main__": {"layers", "models"},
   "": {"run"},
 }

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convex_jax import layers
+from convex_jax import initializers, layers
 
 
 def quadrature(g, correlation=0.5):
@@ -20,8 +20,8 @@ def quadrature(g, correlation=0.5):
 @pytest.mark.parametrize(
   "moments,g",
   [
-    (layers.ELU, lambda z: np.where(z > 0, z, np.expm1(np.minimum(z, 0)))),
-    (layers.NORMED, lambda z: z),
+    (initializers.ELU, lambda z: np.where(z > 0, z, np.expm1(np.minimum(z, 0)))),
+    (initializers.NORMED, lambda z: z),
   ],
 )
 def test_moments_agree_with_quadrature(moments, g):
@@ -31,9 +31,9 @@ def test_moments_agree_with_quadrature(moments, g):
 
 def test_log_normal_agrees_with_hoedt_and_klambauer_for_relu():
   """Their closed form for ReLU at fan-in 800: mean 0.002317, deviation 0.03536."""
-  relu = layers.Moments(1 / np.sqrt(2 * np.pi), 0.5, 0.30449)
-  assert layers.log_normal_mean(800, relu) == pytest.approx(0.002317, abs=1e-6)
-  w = layers.log_normal(relu)(jax.random.key(0), (800, 4000))
+  relu = initializers.Moments(1 / np.sqrt(2 * np.pi), 0.5, 0.30449)
+  assert initializers.log_normal_mean(800, relu) == pytest.approx(0.002317, abs=1e-6)
+  w = initializers.log_normal(relu)(jax.random.key(0), (800, 4000))
   assert float(w.mean()) == pytest.approx(0.002317, rel=0.05)
   assert float(w.std()) == pytest.approx(0.03536, rel=0.25)  # A heavy tail.
   assert (w > 0).all()

@@ -47,8 +47,6 @@ def test_another_c_library_is_left_alone(monkeypatch):
 
 @pytest.fixture
 def without_cache(monkeypatch, tmp_path):
-  for name in ("DIR", "MIN"):
-    monkeypatch.delenv(f"JAX_COMPILATION_CACHE_{name}", raising=False)
   monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # So that it is restored.
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")

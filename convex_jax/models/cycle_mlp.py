@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from convex_jax.layers import NORMED, Parts
+from convex_jax.initializers import NORMED
+from convex_jax.layers import Parts
 
 PAPER_BREAKS = "LayerNorm, gate"
 

@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from convex_jax.layers import ELU, Parts
+from convex_jax.initializers import ELU
+from convex_jax.layers import Parts
 
 PAPER_BREAKS = ""  # BatchNorm with a scale >= 0 is affine and monotone at inference.
 

@@ -12,7 +12,8 @@ from typing import Literal
 import flax.linen as nn
 import jax
 
-from convex_jax.layers import ELU, NORMED, Moments, Parts
+from convex_jax.initializers import ELU, NORMED, Moments
+from convex_jax.layers import Parts
 
 PAPER_BREAKS = "gate"
 

@@ -10,7 +10,8 @@ from typing import Literal
 import flax.linen as nn
 import jax
 
-from convex_jax.layers import NORMED, Parts
+from convex_jax.initializers import NORMED
+from convex_jax.layers import Parts
 
 PAPER_BREAKS = "LayerNorm"  # What keeps the `paper` twin from being convex.
 

@@ -7,7 +7,8 @@ section 4.1; Sivaprasad et al. 2021, table 1). 3,752,810 parameters for CIFAR-10
 import flax.linen as nn
 import jax
 
-from convex_jax.layers import ELU, Parts
+from convex_jax.initializers import ELU
+from convex_jax.layers import Parts
 
 PAPER_BREAKS = ""  # BatchNorm is affine at inference.
 SIZES = {

@@ -1,4 +1,4 @@
-"""The convolution's other forms against XLA's own."""
+"""Convolutions' other forms against XLA's own."""
 
 import itertools
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from convex_jax.convolution import conv_general_dilated
+from convex_jax.linear import conv_general_dilated
 
 KERNELS = ((1, 1), (3, 3), (5, 1), (2, 3))
 STRIDES = ((1, 1), (2, 1), (2, 2), (2, 3))
