@@ -24,7 +24,7 @@ from flax.linen.dtypes import promote_dtype
 
 from convex_jax.constraints import FREE, constrained
 from convex_jax.initializers import ELU, Moments, log_normal, log_normal_mean
-from convex_jax.linear import along_first, conv_general_dilated
+from convex_jax.linear import along_first, along_last, conv_general_dilated
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -67,7 +67,8 @@ class Dense(nn.Module):
       bias = bias if scale is None else scale * bias
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
     if self.axis == -1:
-      return x @ kernel if bias is None else x @ kernel + bias
+      y = along_last(x, kernel)
+      return y if bias is None else y + bias
     y = along_first(kernel, x)
     return y if bias is None else y + _upright(bias, y.ndim)
 

@@ -57,7 +57,7 @@ def conv_general_dilated(
   pads = tuple((low, high) for low, high in padding)
   if groups == 1 and math.prod(side) <= _COPIES * math.prod(strides):
     patches = _patches(_pad(x_BxHxWxC, pads), side, strides)
-    return patches @ kernel.reshape(-1, kernel.shape[-1])
+    return along_last(patches, kernel.reshape(-1, kernel.shape[-1]))
   if groups == x_BxHxWxC.shape[-1] == kernel.shape[-1]:
     taps = _taps(_pad(x_BxHxWxC, pads), side, strides)
     weights = kernel.reshape(-1, groups)
@@ -171,6 +171,30 @@ def _sum_rows(row, rows):
   """Sum of `row(i)`. By rows of the map and not by images: devices may share the batch."""
   first = jnp.zeros_like(jax.eval_shape(row, 0))
   return lax.scan(lambda total, i: (total + row(i), None), first, jnp.arange(rows))[0]
+
+
+@jax.custom_vjp
+def along_last(x_NxC: jax.Array, kernel_CxD: jax.Array) -> jax.Array:
+  """x W over the last axis of x, whatever the others are; (..., D).
+
+  JAX's own pullback asks XLA for (g^T x)^T, for which XLA's CPU compiler copies g to turn it.
+  """
+  return x_NxC @ kernel_CxD
+
+
+def _along_last_forward(x_NxC, kernel_CxD):
+  return along_last(x_NxC, kernel_CxD), (x_NxC, kernel_CxD)
+
+
+def _along_last_backward(residuals, g_NxD):
+  x_NxC, kernel_CxD = residuals
+  others = tuple(range(g_NxD.ndim - 1))
+  x, g = (v.reshape(-1, v.shape[-1]) for v in (x_NxC, g_NxD))
+  kernel_grad_CxD = lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+  return lax.dot_general(g_NxD, kernel_CxD, (((len(others),), (1,)), ((), ()))), kernel_grad_CxD
+
+
+along_last.defvjp(_along_last_forward, _along_last_backward)
 
 
 @jax.custom_vjp

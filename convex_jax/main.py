@@ -85,8 +85,8 @@ def main(argv: list[str]) -> None:
   """Starts `jax.distributed` where asked, runs, and exits by the run's end."""
   from convex_jax import errors, startup
 
-  startup.keep_freed_memory()
   startup.keep_compiled_programs()
+  startup.keep_freed_memory()
   from convex_jax import train
   from convex_jax.check import check
 
