@@ -7,7 +7,8 @@ forward and gradients):
 - a kernel of few strides' size (1x1, 3x3 at stride 2, a patch embedding) is a matrix product
   of patches, which take kernel / stride^2 times the memory of the map: 1x1 kernels 5 times
   faster, others 1 to 30, most on small maps;
-- a depthwise kernel is a sum of shifted products: 2.7 to 12 times;
+- a depthwise kernel is a sum of shifted products, 2.7 to 12 times; its gradient at stride 1
+  another such sum, and that of its weights a row of the output at a time, twice again;
 - of any other kernel, the gradient of the weights alone is slow (XLA makes it a convolution
   whose kernel is as large as the image). On the CPU it is summed from matrix products, a row
   of the output at a time so that they stay in the cache: 3 times;
@@ -59,9 +60,7 @@ def conv_general_dilated(
     patches = _patches(_pad(x_BxHxWxC, pads), side, strides)
     return along_last(patches, kernel.reshape(-1, kernel.shape[-1]))
   if groups == x_BxHxWxC.shape[-1] == kernel.shape[-1]:
-    taps = _taps(_pad(x_BxHxWxC, pads), side, strides)
-    weights = kernel.reshape(-1, groups)
-    return functools.reduce(jnp.add, [t * w for t, w in zip(taps, weights, strict=True)])
+    return _depthwise(_pad(x_BxHxWxC, pads), kernel, strides)
   if groups > 1:
     return _native(x_BxHxWxC, kernel, strides, pads, groups)
   return _convolve(x_BxHxWxC, kernel, strides, pads)
@@ -75,6 +74,48 @@ def _patches(x_BxHxWxC: jax.Array, side: Pair, strides: Pair) -> jax.Array:
   i, j = height // side[0], width // side[1]
   whole = x_BxHxWxC[:, : i * side[0], : j * side[1]].reshape(b, i, side[0], j, side[1], c)
   return whole.swapaxes(2, 3).reshape(b, i, j, -1)
+
+
+def _shifted_products(x_BxHxWxC: jax.Array, kernel: jax.Array, strides: Pair) -> jax.Array:
+  """A feature's own kernel on that feature of the padded map: a sum of shifted products."""
+  weights = kernel.reshape(-1, kernel.shape[-1])
+  taps = _taps(x_BxHxWxC, kernel.shape[:2], strides)
+  return functools.reduce(jnp.add, [t * w for t, w in zip(taps, weights, strict=True)])
+
+
+_depthwise = jax.custom_vjp(_shifted_products, nondiff_argnums=(2,))
+
+
+def _depthwise_forward(x_BxHxWxC, kernel, strides):
+  return _depthwise(x_BxHxWxC, kernel, strides), (x_BxHxWxC, kernel)
+
+
+def _depthwise_backward(strides, residuals, g_BxIxJxC):
+  x_BxHxWxC, kernel = residuals
+  side = kernel.shape[:2]
+  if strides == (1, 1):
+    wide = _pad(g_BxIxJxC, [(n - 1, n - 1) for n in side])
+    x_grad = _depthwise(wide, kernel[::-1, ::-1], strides)
+  else:
+    (x_grad,) = jax.vjp(lambda x: _shifted_products(x, kernel, strides), x_BxHxWxC)[1](g_BxIxJxC)
+
+  def sums(x, g):
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    taps = _taps(x, side, strides)
+    return jnp.stack([jnp.sum(tap * g, axis=(0, 1, 2), dtype=dtype) for tap in taps])
+
+  def by_rows(x, g):
+    def row(i):
+      below = lax.dynamic_slice_in_dim(x, i * strides[0], side[0], axis=1)
+      return sums(below, lax.dynamic_slice_in_dim(g, i, 1, axis=1))
+
+    return _sum_rows(row, g.shape[1])
+
+  total = lax.platform_dependent(x_BxHxWxC, g_BxIxJxC, cpu=by_rows, default=sums)
+  return x_grad, total.reshape(kernel.shape).astype(kernel.dtype)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def _native(x, kernel, strides, pads, groups=1):
@@ -175,7 +216,7 @@ def _sum_rows(row, rows):
 
 @jax.custom_vjp
 def along_last(x_NxC: jax.Array, kernel_CxD: jax.Array) -> jax.Array:
-  """x W over the last axis of x, whatever the others are; (..., D).
+  """The product x W over the last axis of x, whatever the others are; (..., D).
 
   JAX's own pullback asks XLA for (g^T x)^T, for which XLA's CPU compiler copies g to turn it.
   """
