@@ -159,53 +159,63 @@ def _forward(x_BxHxWxC, kernel, strides, pads):
 
 def _backward(strides, pads, residuals, g_BxIxJxD):
   x_BxHxWxC, kernel = residuals
-  _, pull_x = jax.vjp(lambda x: _native(x, kernel, strides, pads), x_BxHxWxC)
 
-  def own(x, g):
-    return jax.vjp(lambda k: _native(x, k, strides, pads), kernel)[1](g)[0]
+  def own(x, kernel, g):
+    return jax.vjp(lambda x, kernel: _native(x, kernel, strides, pads), x, kernel)[1](g)
 
-  def by_rows(x, g):
-    few = g.shape[-1] < x.shape[-1] and strides == (1, 1)
-    gradient = _from_shifted_outputs if few else _from_shifted_inputs
-    return gradient(x, g, kernel.shape[:2], strides, pads).astype(kernel.dtype)
+  def by_rows(x, kernel, g):
+    if g.shape[-1] < x.shape[-1] and strides == (1, 1):
+      return _from_shifted_outputs(x, kernel, g, pads)
+    _, pull_x = jax.vjp(lambda x: _native(x, kernel, strides, pads), x)
+    return *pull_x(g), _from_shifted_inputs(x, kernel, g, strides, pads)
 
-  return *pull_x(g_BxIxJxD), lax.platform_dependent(x_BxHxWxC, g_BxIxJxD, cpu=by_rows, default=own)
+  return lax.platform_dependent(x_BxHxWxC, kernel, g_BxIxJxD, cpu=by_rows, default=own)
 
 
 _convolve.defvjp(_forward, _backward)
 
 
-def _from_shifted_inputs(x_BxHxWxC, g_BxIxJxD, side, strides, pads):
+def _from_shifted_inputs(x_BxHxWxC, kernel, g_BxIxJxD, strides, pads):
   """Gradient of the kernel: for each of its entries, what it met, transposed, times g."""
-  x_BxHxWxC, d = _pad(x_BxHxWxC, pads), g_BxIxJxD.shape[-1]
+  x_BxHxWxC, side = _pad(x_BxHxWxC, pads), kernel.shape[:2]
 
   def row(i):
     x = lax.dynamic_slice_in_dim(x_BxHxWxC, i * strides[0], side[0], axis=1)
     g = lax.dynamic_slice_in_dim(g_BxIxJxD, i, 1, axis=1)
     return jnp.stack([_product(tap, g) for tap in _taps(x, side, strides)])
 
-  return _sum_rows(row, g_BxIxJxD.shape[1]).reshape(*side, -1, d)
+  return _sum_rows(row, g_BxIxJxD.shape[1]).reshape(kernel.shape).astype(kernel.dtype)
 
 
-def _from_shifted_outputs(x_BxHxWxC, g_BxIxJxD, side, strides, pads):
-  """The same at stride 1, cheaper where D < C: x, transposed, times g moved the other way."""
+def _from_shifted_outputs(x_BxHxWxC, kernel, g_BxIxJxD, pads):
+  """Both gradients at stride 1, cheaper where D < C: of g moved the other way.
+
+  Both from the same padded g, so that XLA computes it once: DenseNet's is a sum of slices.
+  """
   (top, bottom), (left, right) = pads
+  side, d = kernel.shape[:2], kernel.shape[-1]
   back = ((side[0] - 1 - top, side[0] - 1 - bottom), (side[1] - 1 - left, side[1] - 1 - right))
-  g_BxIxJxD, d = _pad(g_BxIxJxD, back), g_BxIxJxD.shape[-1]
+  wide = _pad(g_BxIxJxD, back)
 
   def row(i):
     x = lax.dynamic_slice_in_dim(x_BxHxWxC, i, 1, axis=1)
-    g = lax.dynamic_slice_in_dim(g_BxIxJxD, i, side[0], axis=1)
-    return _product(x, jnp.concatenate(_taps(g, side, strides), axis=-1))
+    g = lax.dynamic_slice_in_dim(wide, i, side[0], axis=1)
+    return _product(x, jnp.concatenate(_taps(g, side, (1, 1)), axis=-1))
 
-  gradient = _sum_rows(row, x_BxHxWxC.shape[1]).reshape(-1, *side, d)
-  return gradient[:, ::-1, ::-1].transpose(1, 2, 0, 3)
+  total = _sum_rows(row, x_BxHxWxC.shape[1]).reshape(-1, *side, d)
+  kernel_grad = total[:, ::-1, ::-1].transpose(1, 2, 0, 3).astype(kernel.dtype)
+  turned = kernel[::-1, ::-1].swapaxes(2, 3)
+  return _native(wide, turned, (1, 1), ((0, 0), (0, 0))), kernel_grad
 
 
-def _product(x_BxHxWxC, g_BxHxWxD):
-  """Sum over images and positions of x^T g, float32 at least."""
-  dtype = jnp.promote_types(x_BxHxWxC.dtype, jnp.float32)
-  return jnp.einsum("bhwc,bhwd->cd", x_BxHxWxC, g_BxHxWxD, preferred_element_type=dtype)
+def _product(x_NxC, g_NxD):
+  """Sum of x^T g over all axes but the last, float32 at least.
+
+  Of matrices: where several axes are summed over, XLA's CPU compiler copies x to turn it.
+  """
+  dtype = jnp.promote_types(x_NxC.dtype, jnp.float32)
+  x_NxC, g_NxD = (v.reshape(-1, v.shape[-1]) for v in (x_NxC, g_NxD))
+  return lax.dot_general(x_NxC, g_NxD, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
 
 
 def _sum_rows(row, rows):
@@ -216,10 +226,7 @@ def _sum_rows(row, rows):
 
 @jax.custom_vjp
 def along_last(x_NxC: jax.Array, kernel_CxD: jax.Array) -> jax.Array:
-  """The product x W over the last axis of x, whatever the others are; (..., D).
-
-  JAX's own pullback asks XLA for (g^T x)^T, for which XLA's CPU compiler copies g to turn it.
-  """
+  """The product x W over the last axis of x, whatever the others are; (..., D)."""
   return x_NxC @ kernel_CxD
 
 
@@ -229,10 +236,8 @@ def _along_last_forward(x_NxC, kernel_CxD):
 
 def _along_last_backward(residuals, g_NxD):
   x_NxC, kernel_CxD = residuals
-  others = tuple(range(g_NxD.ndim - 1))
-  x, g = (v.reshape(-1, v.shape[-1]) for v in (x_NxC, g_NxD))
-  kernel_grad_CxD = lax.dot_general(x, g, (((0,), (0,)), ((), ())))
-  return lax.dot_general(g_NxD, kernel_CxD, (((len(others),), (1,)), ((), ()))), kernel_grad_CxD
+  x_grad_NxC = lax.dot_general(g_NxD, kernel_CxD, (((g_NxD.ndim - 1,), (1,)), ((), ())))
+  return x_grad_NxC, _product(x_NxC, g_NxD).astype(kernel_CxD.dtype)
 
 
 along_last.defvjp(_along_last_forward, _along_last_backward)
