@@ -159,53 +159,57 @@ def _forward(x_BxHxWxC, kernel, strides, pads):
 
 def _backward(strides, pads, residuals, g_BxIxJxD):
   x_BxHxWxC, kernel = residuals
+  _, pull_x = jax.vjp(lambda x: _native(x, kernel, strides, pads), x_BxHxWxC)
 
-  def own(x, kernel, g):
-    return jax.vjp(lambda x, kernel: _native(x, kernel, strides, pads), x, kernel)[1](g)
+  def own(x, g):
+    return jax.vjp(lambda k: _native(x, k, strides, pads), kernel)[1](g)[0]
 
-  def by_rows(x, kernel, g):
+  def by_rows(x, g):
+    side = kernel.shape[:2]
     if g.shape[-1] < x.shape[-1] and strides == (1, 1):
-      return _from_shifted_outputs(x, kernel, g, pads)
-    _, pull_x = jax.vjp(lambda x: _native(x, kernel, strides, pads), x)
-    return *pull_x(g), _from_shifted_inputs(x, kernel, g, strides, pads)
+      return _from_shifted_outputs(x, g, side, pads).astype(kernel.dtype)
+    return _from_shifted_inputs(x, g, side, strides, pads).astype(kernel.dtype)
 
-  return lax.platform_dependent(x_BxHxWxC, kernel, g_BxIxJxD, cpu=by_rows, default=own)
+  return *pull_x(g_BxIxJxD), lax.platform_dependent(x_BxHxWxC, g_BxIxJxD, cpu=by_rows, default=own)
 
 
 _convolve.defvjp(_forward, _backward)
 
 
-def _from_shifted_inputs(x_BxHxWxC, kernel, g_BxIxJxD, strides, pads):
+def _from_shifted_inputs(x_BxHxWxC, g_BxIxJxD, side, strides, pads):
   """Gradient of the kernel: for each of its entries, what it met, transposed, times g."""
-  x_BxHxWxC, side = _pad(x_BxHxWxC, pads), kernel.shape[:2]
+  x_BxHxWxC, d = _pad(x_BxHxWxC, pads), g_BxIxJxD.shape[-1]
 
   def row(i):
     x = lax.dynamic_slice_in_dim(x_BxHxWxC, i * strides[0], side[0], axis=1)
     g = lax.dynamic_slice_in_dim(g_BxIxJxD, i, 1, axis=1)
     return jnp.stack([_product(tap, g) for tap in _taps(x, side, strides)])
 
-  return _sum_rows(row, g_BxIxJxD.shape[1]).reshape(kernel.shape).astype(kernel.dtype)
+  return _sum_rows(row, g_BxIxJxD.shape[1]).reshape(*side, -1, d)
 
 
-def _from_shifted_outputs(x_BxHxWxC, kernel, g_BxIxJxD, pads):
-  """Both gradients at stride 1, cheaper where D < C: of g moved the other way.
+def _from_shifted_outputs(x_BxHxWxC, g_BxIxJxD, side, pads):
+  """The same at stride 1, cheaper where D < C: x, transposed, times g moved the other way.
 
-  Both from the same padded g, so that XLA computes it once: DenseNet's is a sum of slices.
+  Padded by the row: of a padded copy XLA would compute DenseNet's g, a long sum of slices,
+  once more.
   """
-  (top, bottom), (left, right) = pads
-  side, d = kernel.shape[:2], kernel.shape[-1]
-  back = ((side[0] - 1 - top, side[0] - 1 - bottom), (side[1] - 1 - left, side[1] - 1 - right))
-  wide = _pad(g_BxIxJxD, back)
+  (top, _), (left, right) = pads
+  back = ((0, 0), (side[1] - 1 - left, side[1] - 1 - right))
+  rows, d = g_BxIxJxD.shape[1], g_BxIxJxD.shape[3]
+
+  def g_row(i):
+    row = lax.dynamic_slice_in_dim(g_BxIxJxD, jnp.clip(i, 0, rows - 1), 1, axis=1)
+    return jnp.where((i >= 0) & (i < rows), row, 0)
 
   def row(i):
     x = lax.dynamic_slice_in_dim(x_BxHxWxC, i, 1, axis=1)
-    g = lax.dynamic_slice_in_dim(wide, i, side[0], axis=1)
+    met = [g_row(i + top - j) for j in range(side[0] - 1, -1, -1)]
+    g = _pad(jnp.concatenate(met, axis=1), back)
     return _product(x, jnp.concatenate(_taps(g, side, (1, 1)), axis=-1))
 
   total = _sum_rows(row, x_BxHxWxC.shape[1]).reshape(-1, *side, d)
-  kernel_grad = total[:, ::-1, ::-1].transpose(1, 2, 0, 3).astype(kernel.dtype)
-  turned = kernel[::-1, ::-1].swapaxes(2, 3)
-  return _native(wide, turned, (1, 1), ((0, 0), (0, 0))), kernel_grad
+  return total[:, ::-1, ::-1].transpose(1, 2, 0, 3)
 
 
 def _product(x_NxC, g_NxD):
