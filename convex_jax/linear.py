@@ -79,7 +79,7 @@ def _patches(x_BxHxWxC: jax.Array, side: Pair, strides: Pair) -> jax.Array:
 def _shifted_products(x_BxHxWxC: jax.Array, kernel: jax.Array, strides: Pair) -> jax.Array:
   """A feature's own kernel on that feature of the padded map: a sum of shifted products."""
   weights = kernel.reshape(-1, kernel.shape[-1])
-  taps = _taps(x_BxHxWxC, kernel.shape[:2], strides)
+  taps = _taps(x_BxHxWxC, (kernel.shape[0], kernel.shape[1]), strides)
   return functools.reduce(jnp.add, [t * w for t, w in zip(taps, weights, strict=True)])
 
 

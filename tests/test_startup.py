@@ -40,6 +40,30 @@ def test_a_large_buffer_is_not_mapped_anew():
   assert faults("default") > 4 * (64 << 20) // (2 << 20) - 4  # Even with pages of 2 MiB.
 
 
+def test_flags_of_the_user_stay(monkeypatch):
+  monkeypatch.setattr(startup.importlib.metadata, "version", lambda name: "0.10.2")
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+  startup.convolve_with_eigen()
+  first, second = os.environ["XLA_FLAGS"].split()
+  assert first == "--xla_force_host_platform_device_count=2" and "INDIVIDUAL_DOT" in second
+  startup.convolve_with_eigen()
+  assert len(os.environ["XLA_FLAGS"].split()) == 2
+
+
+def test_flags_are_not_given_to_another_jaxlib(monkeypatch):
+  monkeypatch.setattr(startup.importlib.metadata, "version", lambda name: "0.11.0")
+  monkeypatch.setenv("XLA_FLAGS", "")
+  startup.convolve_with_eigen()
+  assert not os.environ["XLA_FLAGS"]
+
+
+def test_computing_happens_in_the_calling_thread():
+  command = [sys.executable, "-c", "from convex_jax import startup; startup.keep_freed_memory()"]
+  command[-1] += "; import jax; print(jax.config.read('jax_cpu_enable_async_dispatch'))"
+  out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+  assert out.strip() == str(not GLIBC)
+
+
 def test_another_c_library_is_left_alone(monkeypatch):
   monkeypatch.setattr(startup.ctypes, "CDLL", lambda name: object())
   assert not startup.keep_freed_memory()
