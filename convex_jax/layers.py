@@ -242,7 +242,8 @@ class Parts:
       shape = (len(y_BxHxWxE), i, j, y_BxHxWxE.shape[-1])
       y_BxIxJxE = jax.image.resize(y_BxHxWxE, shape, "linear", antialias=True)
     else:
-      y_BxIxJxE = nn.avg_pool(y_BxHxWxE, (h // i, w // j), strides=(h // i, w // j))
+      # Not `nn.avg_pool`: a wide window's gradient takes XLA's CPU backend 100 times as long.
+      y_BxIxJxE = y_BxHxWxE.reshape(-1, i, h // i, j, w // j, y_BxHxWxE.shape[-1]).mean((2, 4))
     return self.passthrough_dense(y_BxIxJxE, like_BxIxJxD.shape[-1], name=name)
 
   def head(
