@@ -115,3 +115,20 @@ def test_one_logit_is_clamped_since_it_cannot_be_shifted():
   for classes, want in ((1, "clamp"), (2, "shift")):
     boxed = Head(classes).init(jax.random.key(0), jnp.ones((1, 4)))["params"]
     assert constraints_of(boxed)["head"]["kernel"] == want
+
+
+@pytest.mark.parametrize("shape,axis", [((5, 3), -1), ((4, 5, 3), 0), ((2, 4, 4, 3), -1)])
+def test_dense_layers_have_forward_derivatives(shape, axis):
+  """Of a convex network one wants Hessians: forward over reverse."""
+  layer = layers.Dense(6, jax.nn.initializers.normal(), jax.nn.initializers.zeros, None, axis=axis)
+  x = jax.random.normal(jax.random.key(0), shape)
+  variables = layer.init(jax.random.key(1), x)
+
+  def squares(x):
+    return (layer.apply(variables, x) ** 2).sum() / 2
+
+  v = jax.random.normal(jax.random.key(2), shape)
+  hessian_v = jax.jvp(jax.grad(squares), (x,), (v,))[1]
+  w = variables["params"]["kernel"]
+  moved = jnp.moveaxis(v, axis, -1) @ w @ w.T
+  np.testing.assert_allclose(hessian_v, jnp.moveaxis(moved, -1, axis), rtol=1e-4, atol=1e-5)
