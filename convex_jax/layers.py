@@ -67,8 +67,7 @@ class Dense(nn.Module):
       bias = bias if scale is None else scale * bias
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
     if self.axis == -1:
-      maps = x.ndim == 4  # The batch comes first; not so where tokens do.
-      y = along_last(x, kernel) if maps else x @ kernel
+      y = along_last(x, kernel)
       return y if bias is None else y + bias
     y = along_first(kernel, x)
     return y if bias is None else y + _upright(bias, y.ndim)

@@ -86,8 +86,7 @@ def main(argv: list[str]) -> None:
   from convex_jax import errors, startup
 
   startup.keep_compiled_programs()
-  startup.convolve_with_eigen()
-  startup.keep_freed_memory()
+  startup.tune_cpu()
   from convex_jax import train
   from convex_jax.check import check
 

@@ -11,6 +11,12 @@ import sys
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
+def tune_cpu() -> None:
+  """Both below: what training on the CPU gains by. To be called before JAX computes."""
+  convolve_with_eigen()
+  keep_freed_memory()
+
+
 def keep_freed_memory() -> bool:
   """Makes glibc keep what is freed; says whether it could (Linux with glibc alone).
 
@@ -19,8 +25,8 @@ def keep_freed_memory() -> bool:
   zeroed by the kernel again: a quarter of a Mixer's step (308 MB at batch 128), two thirds of
   an EfficientNet's (3.8 GB at batch 16; 2 cores).
 
-  To be called before JAX computes; imports it. No buffer is mapped on its own, the heap is never trimmed:
-  the process stays as large as it ever was. Only the main thread's heap can hold such buffers,
+  To be called before JAX computes; imports it. No buffer is mapped on its own, the heap is
+  never trimmed: the process stays as large as it ever was. Only the main thread's heap can hold such buffers,
   so computations on one CPU run in the thread that asks for them. (The other way, one heap
   for all threads, leaves it in splinters where XLA has just compiled: malloc's search took 19 %
   of an EfficientNet's step, and calls waiting for their turn had a buffer each.)

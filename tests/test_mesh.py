@@ -4,13 +4,24 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import of
 from test_step import leaves_close, run_steps
 
 from configs import mixer_ioc, mlp
-from convex_jax import augment, checkpoint, constraints, mesh, models, optimizer, step, train
+from convex_jax import (
+  augment,
+  checkpoint,
+  constraints,
+  linear,
+  mesh,
+  models,
+  optimizer,
+  step,
+  train,
+)
 from convex_jax.check import mistakes
 from convex_jax.data.feed import Feed
 from convex_jax.errors import Mistake
@@ -140,3 +151,34 @@ def test_weights_that_cannot_be_split_evenly_are_refused(tiny_config, tmp_path):
   assert any(
     "batch_norm" in line for line in mistakes(of(tiny_config, fsdp=2, batch_norm="device"))
   )
+
+
+def merged(x_SxBxC, kernel):
+  return (x_SxBxC.reshape(-1, x_SxBxC.shape[-1]) @ kernel).reshape(*x_SxBxC.shape[:-1], -1)
+
+
+@pytest.mark.parametrize(
+  "product,shape,batch,gathers",
+  [
+    (linear.along_last, (64, 16, 4, 8), 0, False),
+    (linear.along_last, (4, 64, 8), 1, False),
+    (lambda x, kernel: linear.along_first(kernel, x), (8, 64, 4), 1, False),
+    (merged, (4, 64, 8), 1, True),  # The control: the batch is inside of a merged axis.
+  ],
+  ids=["maps", "tokens", "token mixing", "merged tokens"],
+)
+def test_products_leave_the_batch_where_it_is(product, shape, batch, gathers):
+  axes = [None] * len(shape)
+  axes[batch] = "data"
+  over = jax.make_mesh((8,), ("data",))
+  shared = jax.NamedSharding(over, jax.P(*axes))
+  whole = jax.NamedSharding(over, jax.P())
+
+  def loss(x, kernel):
+    return (jnp.tanh(product(x, kernel)) ** 2).sum()
+
+  gradient = jax.jit(
+    jax.grad(loss, (0, 1)), in_shardings=(shared, whole), out_shardings=(shared, whole)
+  )
+  program = gradient.lower(jnp.ones(shape), jnp.ones((8, 16))).compile().as_text()
+  assert ("all-gather" in program) == gathers

@@ -53,8 +53,7 @@ def exponent(sizes: list[float], values: list[float]) -> float:
 
 def main() -> None:
   argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
-  startup.convolve_with_eigen()
-  startup.keep_freed_memory()
+  startup.tune_cpu()
   rows = []
   for (network, what), sizes in track(SWEEPS.items(), "growing"):
     nets = [

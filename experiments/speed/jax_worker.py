@@ -109,6 +109,5 @@ if __name__ == "__main__":
   case, parts, *norm = sys.argv[1:]
   if norm:
     models.make_parts = with_norm(*norm)
-  startup.convolve_with_eigen()
-  startup.keep_freed_memory()
+  startup.tune_cpu()
   worker.serve(lambda: Ours(CASES[case], parts))

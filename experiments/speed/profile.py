@@ -86,8 +86,7 @@ def main() -> None:
   parser.add_argument("--cases", default=";".join(CASES), help="names, with ; between")
   parser.add_argument("--parts", default="base,ioc")
   args = parser.parse_args()
-  startup.convolve_with_eigen()
-  startup.keep_freed_memory()
+  startup.tune_cpu()
   console = Console()
   for name in track(args.cases.split(";"), "tracing", console=console):
     rows = [row for parts in args.parts.split(",") for row in rows_of(name, parts)]

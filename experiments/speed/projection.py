@@ -55,8 +55,7 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--cases", default=";".join(CASES), help="names, with ; between")
   args = parser.parse_args()
-  startup.convolve_with_eigen()
-  startup.keep_freed_memory()
+  startup.tune_cpu()
   console = Console()
   for name in track(args.cases.split(";"), "projecting", console=console):
     net = Ours(CASES[name], "ioc")
