@@ -29,6 +29,7 @@ from convex_jax.linear import along_first, along_last, conv_general_dilated
 Activation = Callable[[jax.Array], jax.Array]
 
 
+@jax.custom_jvp
 def elu(x: jax.Array) -> jax.Array:
   """ELU of alpha 1 (Clevert et al. 2016): x where x > 0, else exp(x) - 1.
 
@@ -36,6 +37,13 @@ def elu(x: jax.Array) -> jax.Array:
   below 0 is off by at most 6e-8.
   """
   return jnp.where(x > 0, x, jnp.exp(jnp.where(x > 0, 0, x)) - 1)
+
+
+@elu.defjvp
+def _elu_jvp(primals, tangents):
+  """The slope is min(y, 0) + 1: y is kept in any case, as the next layer's input."""
+  y = elu(primals[0])
+  return y, (jnp.minimum(y, 0) + 1) * tangents[0]
 
 
 class Dense(nn.Module):
