@@ -16,6 +16,8 @@ import numpy as np
 from convex_jax.errors import Mistake
 
 Arrays = dict[str, np.ndarray]
+MAX_GROWTH = 20  # Weights hardly compress; zeros a thousandfold.
+MIN_BOMB = 2**26  # Bytes that no memory lacks.
 
 
 def read(path: str) -> Arrays:
@@ -27,6 +29,7 @@ def read(path: str) -> Arrays:
     raise Mistake(f"{path} is no public checkpoint; allowed: files in {', '.join(reader)}")
   if not os.path.isfile(path):
     raise Mistake(f"{path} does not exist; give the path of a file in {', '.join(reader)}")
+  _refuse_bomb(path)
   arrays = {}
   for key, array in reader[suffix](path).items():
     if key.endswith(".num_batches_tracked"):
@@ -44,6 +47,19 @@ def read(path: str) -> Arrays:
       raise Mistake(f"{path}: {key} holds variances below 0")
     arrays[key] = array
   return arrays
+
+
+def _refuse_bomb(path: str) -> None:
+  """Raises `Mistake` for an archive that grows as no weights do, before it fills the memory."""
+  if not zipfile.is_zipfile(path):
+    return
+  with zipfile.ZipFile(path) as archive:
+    unpacked = sum(entry.file_size for entry in archive.infolist())
+  if unpacked > max(MIN_BOMB, MAX_GROWTH * os.path.getsize(path)):
+    raise Mistake(
+      f"{path} of {os.path.getsize(path):,} bytes would unpack to {unpacked:,}; allowed:"
+      f" {MAX_GROWTH} times its size. It is no file of weights"
+    )
 
 
 def _damaged(path: str, error: Exception) -> Mistake:

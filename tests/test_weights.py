@@ -9,7 +9,7 @@ from conftest import of
 from safetensors.numpy import save_file
 
 from configs import base
-from convex_jax import data, models, run, train, weights
+from convex_jax import data, models, public_files, run, train, weights
 from convex_jax.errors import Mistake
 
 ALIKE = dict(patch=2, depth=2, channels=6, tokens_hidden=5, channels_hidden=7)
@@ -114,6 +114,16 @@ def test_pickles_and_damaged_files_are_refused(tmp_path):
   for name in ("evil.npz", "cut.npz", "cut.safetensors", "weights.h5", "absent.npz"):
     with pytest.raises(Mistake, match=name):
       weights.load_public(build(), str(tmp_path / name), SHAPE)
+
+
+def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path):
+  """128 MB of zeros in 130 kB; a smaller file of zeros is read."""
+  path = str(tmp_path / "bomb.npz")
+  np.savez_compressed(path, kernel=np.zeros(2**25, np.float32))
+  with pytest.raises(Mistake, match=r"would unpack to 134,\d+,\d+; allowed: 20 times"):
+    public_files.read(path)
+  np.savez_compressed(path, kernel=np.zeros(2**20, np.float32))
+  assert public_files.read(path)["kernel"].shape == (2**20,)
 
 
 def test_damaged_and_hostile_files_end_in_a_mistake(tmp_path):
