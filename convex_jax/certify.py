@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import sys
 import time
@@ -27,7 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from convex_jax import curvature, models, radii_report
+from convex_jax import curvature, files, models, radii_report
 from convex_jax.dcp import Operation, Value
 from convex_jax.errors import Mistake
 from convex_jax.explain import explain
@@ -210,13 +209,9 @@ def write(run: Run, certificate: Certificate, seconds: float) -> dict[str, Any]:
       "logit": run.class_names[found.output],
       "gap": found.gap,
     }
-    with open(os.path.join(run.workdir, name + ".tmp"), "wb") as file:
+    with files.whole(os.path.join(run.workdir, name), "wb") as file:
       np.savez(file, a=found.a, b=found.b)
-    os.replace(os.path.join(run.workdir, name + ".tmp"), os.path.join(run.workdir, name))
-  path = os.path.join(run.workdir, "certificate.json")
-  with open(path + ".tmp", "w") as file:
-    json.dump(content, file, indent=2)
-  os.replace(path + ".tmp", path)
+  files.write_json(os.path.join(run.workdir, "certificate.json"), content)
   return content
 
 

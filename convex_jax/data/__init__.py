@@ -11,15 +11,14 @@ seed and the step (`order`).
 import concurrent.futures
 import dataclasses
 import functools
-import io
+import os
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import rich.progress
 from rich.console import Console
 
-from convex_jax.data.splits import Examples, Records, Split
+from convex_jax.data.splits import Examples, Records, Split, source_of
 from convex_jax.errors import Mistake, refuse_url
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # Mean and deviation of each channel.
@@ -96,7 +95,11 @@ def open_prepared(name: str, data_dir: str) -> Any:
 
   refuse_url("--config.data.dir", data_dir)
   entry = DATASETS[name]
-  builder = prepare.builder_of(name, data_dir, entry.config)
+  try:
+    builder = prepare.builder_of(name, data_dir, entry.config)
+  except Exception as error:  # TFDS raises what the damage makes it meet.
+    folder = os.path.join(data_dir or "~/tensorflow_datasets", name)
+    raise _damaged(name, folder, error) from error
   if not builder.is_prepared() and name == "digits":
     prepare.prepare(name, data_dir)
     builder = prepare.builder_of(name, data_dir)
@@ -121,14 +124,31 @@ def open_prepared(name: str, data_dir: str) -> Any:
       f"data set {name!r} in {builder.data_dir} lacks {', '.join(sorted(missing))}: prepare it"
       " again with all its archives"
     )
+  for split in (entry.train, entry.test):
+    for path in builder.info.splits[split].filepaths:
+      if not os.path.isfile(path):
+        raise _damaged(name, builder.data_dir, FileNotFoundError(f"{path} is missing"))
   return builder
 
 
+def _damaged(name: str, folder: Any, error: Exception) -> Mistake:
+  reason = (str(error).splitlines() or [repr(error)])[0]
+  return Mistake(
+    f"data set {name!r} in {folder} is damaged: {reason}\n"
+    f"  delete that folder, then: python -m convex_jax.data prepare {name}"
+  )
+
+
 def decode_split(builder: Any, split: str, progress: bool) -> Split:
-  """A split of images of one size, decoded; raises `Mistake` for labels out of range."""
+  """A split of images of one size, decoded; raises `Mistake` for others, and wrong labels."""
   import tensorflow_datasets as tfds
 
-  source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+  from convex_jax.data import decode  # OpenCV, which `--help` need not wait for.
+
+  try:
+    source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+  except RuntimeError as error:
+    raise _damaged(builder.name, builder.data_dir, error) from error
   shape, classes = builder.info.features["image"].shape, builder.info.features["label"].num_classes
   images = np.empty((len(source), *shape), np.uint8)
   labels = np.empty(len(source), np.int32)
@@ -136,17 +156,25 @@ def decode_split(builder: Any, split: str, progress: bool) -> Split:
   def read(start):
     stop = min(start + 1000, len(source))
     for i, example in enumerate(source.__getitems__(range(start, stop)), start):
-      image = np.asarray(PIL.Image.open(io.BytesIO(example["image"])))
-      images[i], labels[i] = image.reshape(shape), example["label"]
+      try:
+        images[i], labels[i] = decode.whole_image(example["image"], shape), example["label"]
+      except decode.Unreadable as error:
+        raise Mistake(
+          f"data set {builder.name!r} in {builder.data_dir}, split {split!r}, example {i}: {error};"
+          " prepare it again"
+        ) from error
 
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    done = pool.map(read, range(0, len(source), 1000))
-    description = f"decoding {builder.name} {split}"
-    total = -(-len(source) // 1000)
-    for _ in rich.progress.track(
-      done, description, total, transient=True, disable=not progress, console=Console(stderr=True)
-    ):
-      pass
+  text, total = f"decoding {builder.name} {split}", -(-len(source) // 1000)
+  console, hidden = Console(stderr=True), not progress
+  try:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      done = pool.map(read, range(0, len(source), 1000))
+      for _ in rich.progress.track(
+        done, text, total, transient=True, disable=hidden, console=console
+      ):
+        pass
+  except RuntimeError as error:  # ArrayRecord's, of a file that is not as it was written.
+    raise _damaged(builder.name, builder.data_dir, error) from error
   if not ((labels >= 0) & (labels < classes)).all():
     raise Mistake(
       f"data set {builder.name!r} in {builder.data_dir}, split {split!r}: labels run from"
@@ -210,9 +238,21 @@ def _examples(config: Any, builder: Any, split: str, progress: bool) -> Any:
     every = np.arange(builder.info.splits[split].num_examples)
     area = tuple(config.crop_area)
     folder = str(builder.data_dir)
-    return Records(folder, split, every, config.image_size, area, config.eval_share)
+    classes = builder.info.features["label"].num_classes
+    _refuse_unlike(config.name, folder, split, len(every))
+    return Records(folder, split, every, config.image_size, area, config.eval_share, classes)
   size = config.cache_size or config.image_size
   return cache.read(config.name, builder.data_dir, split, size, config.max_unreadable, progress)
+
+
+def _refuse_unlike(name: str, folder: str, split: str, count: int) -> None:
+  """Raises `Mistake` where the records of a split cannot be opened, or are fewer than it says."""
+  try:
+    found = len(source_of(folder, split))
+  except Exception as error:  # TFDS's and ArrayRecord's.
+    raise _damaged(name, folder, error) from error
+  if found != count:
+    raise _damaged(name, folder, ValueError(f"{found:,} records in {split} instead of {count:,}"))
 
 
 DISTINCT = 4096  # Synthetic images, repeated.

@@ -7,18 +7,16 @@ network costs, where decoding costs a core half an hour. Written in parallel by 
 
 import concurrent.futures
 import contextlib
-import fcntl
-import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from convex_jax import files
 from convex_jax.data import reader
 from convex_jax.data.splits import Records, Split
 from convex_jax.errors import Mistake
@@ -47,19 +45,8 @@ def write(name: str, folder: str, split: str, count: int, size: int, workers: in
   if os.path.exists(path):
     return f"{name} {split}: {path} is there already"
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  with _alone(path):
+  with files.alone(path + ".lock", f"{path} is being written by another command"):
     return _write(name, folder, split, count, size, workers)
-
-
-@contextlib.contextmanager
-def _alone(path: str) -> Iterator[None]:
-  """Raises `Mistake` while another command writes this cache; a dead one holds nothing."""
-  with open(path + ".lock", "w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      raise Mistake(f"{path} is being written by another command; wait for it") from error
-    yield
 
 
 def _write(name: str, folder: str, split: str, count: int, size: int, workers: int) -> str:
@@ -83,7 +70,7 @@ def _write(name: str, folder: str, split: str, count: int, size: int, workers: i
       if i % SAVE_EVERY == SAVE_EVERY - 1 or i == blocks - 1:
         images.flush()
         labels.flush()
-        _save(path + ".partial", about)
+        files.write_json(path + ".partial", about)
   finally:
     made.close()
   os.replace(path + ".partial", path)
@@ -94,12 +81,12 @@ def _write(name: str, folder: str, split: str, count: int, size: int, workers: i
 
 def _begin(path: str, count: int, size: int) -> tuple[np.memmap, np.memmap, dict[str, Any]]:
   """The arrays to fill, and what is known of those filled so far."""
-  files = _arrays(path)
+  image_file, label_file = _arrays(path)
   if os.path.exists(path + ".partial"):
-    about = _read_json(path + ".partial")
-    if about.get("format") == FORMAT and about["examples"] == count:
-      with contextlib.suppress(OSError, ValueError):  # Not whole: begin again.
-        images, labels = (np.lib.format.open_memmap(f, "r+") for f in files)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # Not whole: begin again.
+      about = files.read_json(path + ".partial", signed=False)
+      if about["format"] == FORMAT and about["examples"] == count:
+        images, labels = (np.lib.format.open_memmap(f, "r+") for f in (image_file, label_file))
         if (images.shape, labels.shape) == ((count, size, size, 3), (count,)):
           return images, labels, about
   need, free = count * size * size * 3, shutil.disk_usage(os.path.dirname(path)).free
@@ -108,11 +95,11 @@ def _begin(path: str, count: int, size: int) -> tuple[np.memmap, np.memmap, dict
       f"{os.path.dirname(path)} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; make"
       " room, or choose a smaller --image_size"
     )
-  images = np.lib.format.open_memmap(files[0], "w+", np.uint8, (count, size, size, 3))
-  labels = np.lib.format.open_memmap(files[1], "w+", np.int32, (count,))
+  images = np.lib.format.open_memmap(image_file, "w+", np.uint8, (count, size, size, 3))
+  labels = np.lib.format.open_memmap(label_file, "w+", np.int32, (count,))
   if hasattr(os, "posix_fallocate"):  # A full disk is an error now, not a dead process later.
-    with open(files[0], "r+b") as file:
-      os.posix_fallocate(file.fileno(), 0, os.path.getsize(files[0]))
+    with open(image_file, "r+b") as file:
+      os.posix_fallocate(file.fileno(), 0, os.path.getsize(image_file))
   about = {"format": FORMAT, "examples": count, "image_size": size, "replaced": [], "crc32": []}
   return images, labels, about
 
@@ -120,24 +107,6 @@ def _begin(path: str, count: int, size: int) -> tuple[np.memmap, np.memmap, dict
 def _checksum(images: np.ndarray, labels: np.ndarray, start: int) -> int:
   block = slice(start, start + BLOCK)
   return zlib.crc32(labels[block].tobytes(), zlib.crc32(images[block].tobytes()))
-
-
-def _save(path: str, about: dict[str, Any]) -> None:
-  with open(path + ".tmp", "w") as file:
-    json.dump(about, file)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(path + ".tmp", path)
-
-
-def _read_json(path: str) -> dict[str, Any]:
-  """What a description says; nothing where it is none."""
-  try:
-    with open(path) as file:
-      content = json.load(file)
-  except ValueError:
-    return {}
-  return content if isinstance(content, dict) else {}
 
 
 def read(
@@ -155,7 +124,7 @@ def read(
       f" --data_dir=...\n  or decode as it is needed: --config.data.loader=stream"
     )
   try:
-    about = _read_json(path)
+    about = files.read_json(path, signed=False)
     images, labels = (np.load(f, mmap_mode="r") for f in _arrays(path))
     bad = _damaged(images, labels, about, size, f"checking {name} {split}", progress)
   except (OSError, ValueError, KeyError) as error:

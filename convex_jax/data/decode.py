@@ -81,6 +81,18 @@ def central_crop(data: bytes, size: int, share: float = 1.0) -> tuple[np.ndarray
   return np.asarray(part.resize((size, size), PIL.Image.Resampling.BILINEAR)), state
 
 
+def whole_image(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+  """The pixels of an image that must have `shape` (H, W, C); raises `Unreadable` where not."""
+  try:
+    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+      found = (image.height, image.width, len(image.getbands()))
+      if found == shape:
+        return np.asarray(image).reshape(shape)
+  except _ABOUT_BYTES as error:
+    raise Unreadable(f"no image can be read: {error}") from error
+  raise Unreadable(f"an image of {found} (height, width, channels); allowed: {shape}")
+
+
 def shape_of(data: bytes) -> tuple[int, int]:
   """(height, width) from the header, which is all that is read; raises `Unreadable`."""
   try:

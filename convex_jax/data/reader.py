@@ -76,8 +76,8 @@ def _read(records: Records, examples: np.ndarray, crop: Any) -> dict[str, np.nda
   }
   for i, example in enumerate(examples):
     for step in range(TRIES):  # The next that can be read takes its place, label and all.
-      found = records.read((int(example) + step) % len(records))
       try:
+        found = records.read((int(example) + step) % len(records))
         out["image"][i], state = crop(i, found["image"])
       except Unreadable:
         out["state"][i] = UNREADABLE
@@ -87,6 +87,7 @@ def _read(records: Records, examples: np.ndarray, crop: Any) -> dict[str, np.nda
       break
     else:
       raise Mistake(
-        f"{records.folder}: {TRIES} images in a row that cannot be read, from {int(example)} on"
+        f"{records.folder}: {TRIES} images in a row that cannot be read, from {int(example)} on;"
+        " prepare the data set again"
       )
   return out

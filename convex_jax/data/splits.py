@@ -80,6 +80,7 @@ class Records:
   size: int  # px
   crop_area: tuple[float, float]  # Share of a photograph that a training crop shows.
   eval_share: float  # Of the shorter side that the central crop of evaluation shows.
+  classes: int = 0  # Of which labels are checked; 0: not.
 
   def __len__(self) -> int:
     return len(self.index)
@@ -97,15 +98,15 @@ class Records:
     """Central crops of the first `n` examples, or of all that can be read."""
     found = []
     for i in range(min(n, len(self))):
-      example = self.read(i)
       with contextlib.suppress(Unreadable):
+        example = self.read(i)
         image, _ = central_crop(example["image"], self.size, self.eval_share)
         found.append((image, example["label"]))
     images, labels = zip(*found, strict=True)
     return Split(np.stack(images), np.array(labels, np.int32))
 
   def read(self, i: int) -> dict[str, Any]:
-    """Example i: its "image" as bytes, and its "label".
+    """Example i: its "image" as bytes, and its "label". Raises `Unreadable` for a damaged record.
 
     TFDS's own reading of a record takes longer than the crop's resizing, and holds the
     interpreter meanwhile; this is a `tf.train.Example` with two features of interest.
@@ -114,10 +115,14 @@ class Records:
 
     proto: Any = tf_example_generated_pb2
 
-    record = source_of(self.folder, self.split).data_source[int(self.index[i])]
-    feature = proto.Example.FromString(record).features.feature
-    image, label = feature["image"].bytes_list.value, feature["label"].int64_list.value
-    return {"image": image[0], "label": label[0]}
+    source = source_of(self.folder, self.split).data_source
+    try:
+      record = source[int(self.index[i])]
+      feature = proto.Example.FromString(record).features.feature
+      image, label = feature["image"].bytes_list.value, feature["label"].int64_list.value
+      return {"image": image[0], "label": label[0]}
+    except (RuntimeError, ValueError, IndexError) as error:  # Of ArrayRecord, and of its content.
+      raise Unreadable(str(error)) from error
 
 
 @functools.lru_cache(maxsize=4)

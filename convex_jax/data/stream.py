@@ -143,6 +143,12 @@ class Stream:
     `share` of the examples of an epoch come to this process.
     """
     for part in parts:
+      label, classes = part["label"], self._records.classes
+      if classes and not ((label >= 0) & (label < classes)).all():
+        raise Mistake(
+          f"{self._records.folder}: labels run from {label.min()} to {label.max()}; allowed: 0 to"
+          f" {classes - 1}. Prepare the data set again"
+        )
       for i in np.flatnonzero(part["state"]):
         record, state = int(part["record"][i]), int(part["state"][i])
         if record in self.damaged:
@@ -162,7 +168,10 @@ class Stream:
 
   def name_of(self, record: int) -> str:
     """What to call record number `record` of the split."""
-    example = reader.source_of(self._records.folder, self._records.split)[record]
+    try:
+      example = reader.source_of(self._records.folder, self._records.split)[record]
+    except Exception:  # Not even its name can be read.
+      example = {}
     name = example.get("file_name", b"")
     text = name.decode() if isinstance(name, bytes) else str(name)
     return text or f"{self._records.split} example {record}"
