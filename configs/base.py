@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
   config.label_smoothing = 0.0  # s in targets (1 - s) y + s / classes.
   config.mixup = 0.0  # Alpha of the share that an image keeps; 0: none.
   config.cutmix = 0.0  # The same for rectangles; with both, either at random.
+  config.max_skipped = 10  # Updates in a row that are no finite numbers; then the run ends.
+  config.skip_spikes = 0.0  # Above 0: nor is a loss so many deviations above its mean an update.
+  config.time_limit = 0.0  # Minutes; then the run saves and ends, to be resumed; 0: none.
   config.init_from = ""  # Public weights to start from: .npz, .safetensors, .pth; "": random.
   config.ema_decay = 0.0  # Above 0: weights are averaged, and the average is evaluated.
 
@@ -87,7 +90,9 @@ def get_config() -> ConfigDict:
 
   config.checkpoint = ConfigDict()
   config.checkpoint.every_steps = 0  # Between evaluations, each of which saves as well; 0: none.
-  config.checkpoint.keep = 2  # The latest so many, and the best.
+  config.checkpoint.keep = 2  # The latest so many, and the best; the newest may get damaged.
+  config.checkpoint.must_save = True  # False: where one cannot be written the run goes on.
+  config.checkpoint.patience = 600.0  # Seconds to write one; after them it counts as failed.
 
   config.log = ConfigDict()
   config.log.every_steps = 50  # A line, and a row of metrics.jsonl.

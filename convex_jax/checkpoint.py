@@ -1,27 +1,53 @@
 """Checkpoints: the only module that touches Orbax.
 
 A step is a folder `STEP/` with the items `weights` ({"params", "stats"}), `ema` (the same,
-where weights are averaged) and `training` (step and optimizer state). Orbax writes into a
-temporary folder and renames it, so a step that can be seen is whole.
+where weights are averaged) and `training` (step, optimizer state, the losses' running moments).
+Orbax writes into a temporary folder and renames it; then, last, comes the manifest, by which a
+restored checkpoint is verified.
+
+python -m convex_jax.checkpoint verify WORKDIR   # each file of each checkpoint
+python -m convex_jax.checkpoint seal WORKDIR     # trusts checkpoints that have no manifest
 """
 
+import argparse
+import contextlib
+import glob
+import logging
 import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from convex_jax.errors import Mistake
+from convex_jax import manifest
+from convex_jax.errors import Mistake, Unsaved
 from convex_jax.step import State
 
 _policies = ocp.training.preservation_policies
 
 
+def quieten_orbax() -> None:
+  """A save that fails is told once, by us: not with a trace of each of Orbax's threads."""
+  logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+  show = sys.unraisablehook
+
+  def unraisablehook(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":  # Writes beside the one that failed.
+      show(unraisable)
+
+  sys.unraisablehook = unraisablehook
+
+
 def _items(state: State) -> dict[str, Any]:
   items = {
     "weights": {"params": state.params, "stats": state.stats},
-    "training": {"step": state.step, "opt_state": state.opt_state},
+    "training": {"step": state.step, "opt_state": state.opt_state, "losses": state.losses},
   }
   return items if state.ema is None else {**items, "ema": state.ema}
 
@@ -31,14 +57,38 @@ def _accuracy(metrics: Any) -> float:
 
 
 class Checkpoints:
-  """The checkpoints of a run: the latest `keep` and the best are kept."""
+  """The checkpoints of a run: the latest `keep` and the best are kept.
 
-  def __init__(self, folder: str, keep: int):
+  What cannot be written is told by `tell`, once; then `check` raises, unless `go_on`, which is
+  of one process alone. A save that takes more than `patience` seconds is told as well, and
+  nothing waits for it any longer.
+  """
+
+  def __init__(
+    self,
+    folder: str,
+    keep: int,
+    *,
+    tell: Callable[[str], None] = print,
+    go_on: bool = False,
+    patience: float = 600.0,
+  ):
     best = _policies.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
-    policy = _policies.AnyPreservationPolicy([_policies.LatestN(keep), best])
-    self._checkpointer = ocp.training.Checkpointer(
-      os.path.abspath(folder),
-      preservation_policy=policy,  # pyright: ignore[reportArgumentType]
+    self._policy = _policies.AnyPreservationPolicy([_policies.LatestN(keep), best])
+    self._folder = os.path.abspath(folder)
+    self._checkpointer = self._open()
+    go_on &= jax.process_count() == 1  # Others would wait for the one that failed.
+    self._tell, self._go_on, self._patience = tell, go_on, patience
+    self._saved: int | None = self.latest_step()
+    self._failure: str | None = None
+    self._writing: threading.Thread | None = None
+    self._settled = threading.Event()  # The last save is done, has failed, or is late.
+    self._late = self._abandoned = False
+
+  def _open(self) -> ocp.training.Checkpointer:
+    return ocp.training.Checkpointer(
+      self._folder,
+      preservation_policy=self._policy,  # pyright: ignore[reportArgumentType]
       cleanup_tmp_directories=True,
     )
 
@@ -53,13 +103,89 @@ class Checkpoints:
     `accuracy`, where the step was evaluated, decides which checkpoint is the best.
     """
     step = int(state.step)
-    if step != self.latest_step():
-      self._checkpointer.save_checkpointables_async(
+    if step == self._saved:
+      return
+    on_time = self.wait()
+    self.check()
+    if not on_time:
+      self._fail(step, "an older one is still being written")
+      return
+    if self._failure is not None:  # Of which Orbax would tell again, each time.
+      with contextlib.suppress(Exception):
+        self._checkpointer.close()
+      self._checkpointer = self._open()
+    self._saved, self._failure = step, None
+    self._settled.clear()
+    try:
+      response = self._checkpointer.save_checkpointables_async(
         step,
         _items(state),
         force=True,
         metrics=None if accuracy is None else {"accuracy": accuracy},
       )
+    except Exception as error:
+      self._clear(step)
+      self._fail(step, str(error))
+      return
+    self._writing = threading.Thread(
+      target=self._finish, args=(step, accuracy, response), daemon=True
+    )
+    self._writing.start()
+
+  def _finish(self, step: int, accuracy: float | None, response: Any) -> None:
+    """Waits for Orbax, then seals: in a thread of its own."""
+    try:
+      try:
+        response.result(self._patience)
+      except TimeoutError:
+        self._is_late(step)
+        failure = self._failure
+        response.result()
+        if self._failure is failure:  # Not a later checkpoint's.
+          self._failure = None
+        self._tell(f"the checkpoint of step {step} is written at last")
+      if jax.process_index() == 0:
+        manifest.seal(os.path.join(self._folder, str(step)), step, accuracy)
+    except Exception as error:  # Orbax raises what the storage makes it meet.
+      self._clear(step)
+      self._fail(step, str(error))
+    finally:
+      self._late = False
+      self._settled.set()
+
+  def _is_late(self, step: int) -> None:
+    self._late = True
+    self._fail(step, f"it is not written after {self._patience:g} s")
+
+  def _fail(self, step: int, reason: str) -> None:
+    self._failure = (
+      f"the checkpoint of step {step} could not be written: {(reason.splitlines() or ['?'])[0]}\n"
+      f"  the older ones in {self._folder} are as they were"
+    )
+    if self._go_on:
+      self._tell(self._failure)
+    self._settled.set()
+
+  def _clear(self, step: int) -> None:
+    """Removes what there is of a failed checkpoint, so that the disk is as full as before."""
+    if jax.process_index() == 0:
+      begun = glob.glob(os.path.join(glob.escape(self._folder), f"{step}.*tmp*"))
+      for path in [*begun, os.path.join(self._folder, str(step))]:
+        shutil.rmtree(path, ignore_errors=True)
+
+  def check(self) -> None:
+    """Raises `Unsaved` where a save failed, unless the run is to go on."""
+    if self._failure is not None and not self._go_on:
+      raise Unsaved(self._failure)
+
+  def wait(self) -> bool:
+    """Waits for the last save; False where it is late and still being written."""
+    if self._writing is not None:
+      if not self._settled.wait(self._patience + 1):  # The manifest is what hangs.
+        self._is_late(self._saved or 0)
+      if not self._late:
+        self._writing.join()
+    return not self._late
 
   def restore(self, like: State) -> State:
     """The newest checkpoint, as a state of the shapes and the layout of `like`."""
@@ -72,28 +198,92 @@ class Checkpoints:
       params=items["weights"]["params"],
       stats=items["weights"]["stats"],
       opt_state=items["training"]["opt_state"],
+      losses=items["training"]["losses"],
       ema=items.get("ema"),
     )
 
+  def abandon(self) -> None:
+    """Makes `close` wait for nothing: others, with whom it would be written, are gone."""
+    self._abandoned = True
+
   def close(self) -> None:
-    """Waits until everything is written."""
-    self._checkpointer.close()
+    """Waits until everything is written; raises `Unsaved` where the last save failed."""
+    if self._abandoned:
+      return
+    on_time = self.wait()
+    if self._failure is not None:
+      raise Unsaved(self._failure)  # Orbax, closed, would tell of it again, or wait.
+    if on_time:
+      self._checkpointer.close()
+
+
+def steps_in(folder: str) -> list[int]:
+  """The steps of which there is a checkpoint, sound or not, oldest first."""
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  return sorted(int(name) for name in names if name.isdigit())
+
+
+def faults(folder: str) -> dict[int, str | None]:
+  """What is wrong with each checkpoint in a folder; None where nothing is."""
+  return {step: manifest.fault(os.path.join(folder, str(step)), step) for step in steps_in(folder)}
+
+
+def set_aside_damaged(folder: str) -> list[str]:
+  """Leaves a folder whose checkpoints are all sound; returns what is to be told.
+
+  Those that are damaged or unfinished move to `damaged/` beside the folder. Called by every
+  process of a run; the first acts. Raises `Mistake`, and moves nothing, where none is sound,
+  but for a single unfinished one: that run was killed while it wrote its first.
+  """
+  lines, refusal = [], ""
+  if jax.process_index() == 0:
+    try:
+      lines = _set_aside(folder)
+    except Mistake as mistake:
+      refusal = str(mistake)
+  if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.bool_(refusal)):
+    refusal = refusal or f"{folder} has no sound checkpoint; process 0 tells more"
+  if refusal:
+    raise Mistake(refusal)
+  return lines
+
+
+def _set_aside(folder: str) -> list[str]:
+  found = faults(folder)
+  wrong = {step: reason for step, reason in found.items() if reason is not None}
+  if wrong and wrong == found and list(wrong.values()) != [manifest.UNFINISHED]:
+    raise Mistake(_none_is_sound(folder, wrong))
+  lines = []
+  for step, reason in wrong.items():
+    target = os.path.join(os.path.dirname(os.path.abspath(folder)), "damaged", str(step))
+    shutil.rmtree(target, ignore_errors=True)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    os.rename(os.path.join(folder, str(step)), target)
+    lines.append(f"checkpoint {step} {reason}; it is now {target}")
+  return lines
+
+
+def _none_is_sound(folder: str, wrong: dict[int, str]) -> str:
+  workdir = os.path.dirname(os.path.abspath(folder))
+  lines = [f"no checkpoint in {folder} is sound:"]
+  lines += [f"  step {step}: {reason}" for step, reason in wrong.items()]
+  lines += [f"  begin anew: delete {workdir}, or give another --workdir"]
+  if manifest.UNFINISHED in wrong.values():
+    lines += [f"  trust what has no manifest: python -m convex_jax.checkpoint seal {workdir}"]
+  return "\n".join(lines)
 
 
 def saved_steps(folder: str) -> dict[int, float | None]:
-  """The whole checkpoints in a folder: step to accuracy, None where not evaluated."""
-  if not os.path.isdir(folder):
-    return {}
-  with ocp.training.Checkpointer(os.path.abspath(folder)) as checkpointer:
-    found = {c.step: c.metrics and _accuracy(c.metrics) for c in checkpointer.checkpoints}
-  return dict(sorted(found.items()))
+  """The finished checkpoints in a folder: step to accuracy, None where not evaluated."""
+  paths = {step: os.path.join(folder, str(step)) for step in steps_in(folder)}
+  return {s: manifest.accuracy(path) for s, path in paths.items() if manifest.is_sealed(path)}
 
 
 def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[str, Any]]:
   """(step, {"params", "stats"}) as numpy arrays, on any machine, without the run's code.
 
   `step` is a number, "latest" or "best"; `which` is "ema", "raw", or "auto": averages
-  where there are any. Raises `Mistake` when there is no such checkpoint.
+  where there are any. Raises `Mistake` when there is no such checkpoint, or it is damaged.
   """
   found = saved_steps(folder)
   chosen = step
@@ -105,6 +295,9 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
     names = ", ".join(map(str, found)) or "none"
     raise Mistake(f"no checkpoint {step!r} in {folder}; there: {names}, 'latest', 'best'")
   path = os.path.join(os.path.abspath(folder), str(chosen))
+  if reason := manifest.fault(path, int(chosen)):
+    sound = [s for s, fault in faults(folder).items() if fault is None]
+    raise Mistake(f"checkpoint {chosen} in {folder}: {reason}; sound ones: {sound or 'none'}")
   has_ema = os.path.isdir(os.path.join(path, "ema"))
   if which == "ema" and not has_ema:
     raise Mistake(f"checkpoint {chosen} in {folder} has no averaged weights; allowed: raw, auto")
@@ -113,3 +306,32 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
   target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), shapes)
   weights = ocp.load(path, target, checkpointable_name=item)
   return int(chosen), {"params": weights["params"], "stats": weights.get("stats") or {}}
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Verifies, or seals, a run's checkpoints; returns 0 where all are sound, 1 where not."""
+  parser = argparse.ArgumentParser("python -m convex_jax.checkpoint", description=main.__doc__)
+  parser.add_argument("command", choices=["verify", "seal"])
+  parser.add_argument("workdir", help="folder of a run")
+  args = parser.parse_args(argv)
+  folder = os.path.join(args.workdir, "checkpoints")
+  steps = steps_in(folder)
+  try:
+    if not steps:
+      raise Mistake(f"{args.workdir} holds no checkpoints: there is none in {folder}")
+    if args.command == "seal":
+      for step in steps:
+        path = os.path.join(folder, str(step))
+        if not manifest.is_sealed(path):
+          manifest.seal(path, step, accuracy=None)
+    found = faults(folder)
+  except Mistake as mistake:
+    print(mistake, file=sys.stderr)
+    return mistake.code
+  for step, reason in found.items():
+    print(f"step {step}: {reason or 'sound'}")
+  return int(any(found.values()))
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -5,6 +5,7 @@ class Ended(Exception):
   """A run that ends early; `main` prints the message and exits with `code`."""
 
   code: int
+  at_once = False  # Whether threads may wait for ever for what does not come.
 
 
 class Mistake(Ended, ValueError):
@@ -14,9 +15,23 @@ class Mistake(Ended, ValueError):
 
 
 class Diverged(Ended):
-  """A loss that is no number any more; the last checkpoint is from before."""
+  """Too many updates in a row that could not be made; the last checkpoint is finite."""
 
   code = 3
+
+
+class Unsaved(Ended):
+  """A checkpoint that the storage would not take; those before it are as they were."""
+
+  code = 74
+  at_once = True
+
+
+class Lost(Ended):
+  """Another process of the run is gone: the same command everywhere goes on."""
+
+  code = 75
+  at_once = True
 
 
 class Stopped(Ended):

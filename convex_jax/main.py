@@ -1,8 +1,8 @@
 """Trains one network: `python -m convex_jax.main --config=configs/mixer_ioc.py`.
 
 Flags and exit codes only; what happens is in `train.run`, where notebooks and tests can
-import it. Exit codes: 0 done, 2 a mistake of the user's, 3 diverged, 75 stopped and
-saved.
+import it. Exit codes: 0 done, 2 a mistake of the user's, 3 diverged, 74 a checkpoint could not
+be written, 75 stopped and saved, or another process lost.
 """
 
 import os
@@ -87,9 +87,10 @@ def main(argv: list[str]) -> None:
 
   startup.keep_compiled_programs()
   startup.tune_cpu()
-  from convex_jax import train
+  from convex_jax import checkpoint, train
   from convex_jax.check import check
 
+  checkpoint.quieten_orbax()
   try:
     if len(argv) > 1:
       raise errors.Mistake(f"unknown arguments {argv[1:]}; flags begin with --")
@@ -102,7 +103,9 @@ def main(argv: list[str]) -> None:
       _join()
     train.run(FLAGS.config, FLAGS.workdir or _default_workdir())
   except errors.Ended as end:
-    print(end, file=sys.stderr)
+    print(end, file=sys.stderr, flush=True)
+    if end.at_once:
+      os._exit(end.code)
     sys.exit(end.code)
 
 

@@ -8,6 +8,7 @@ device holds all. The same program runs on one CPU, one GPU or every chip of a p
 
 import collections
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,3 +97,12 @@ def refuse_uneven(devices: int, batch_size: int, fsdp: int) -> None:
     raise Mistake(
       f"config.batch_size is {batch_size} on {devices} devices; allowed: multiples of {devices}"
     )
+
+
+# Of what XLA raises where a collective fails: a JaxRuntimeError, or a ValueError (jax 0.10, Gloo).
+_STATUS = re.compile(r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
+
+
+def tells_of_a_collective(error: Exception) -> bool:
+  """Whether an error is XLA's, about what several processes do together."""
+  return isinstance(error, ValueError | RuntimeError) and bool(_STATUS.match(str(error)))

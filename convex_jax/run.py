@@ -4,11 +4,13 @@ Needs neither the data, nor the devices it was trained on, nor the config's code
 needs stands in the workdir's config.json, written and read here.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -17,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from convex_jax import models, watch
+from convex_jax import files, models, rows
 from convex_jax.augment import make_prepare
-from convex_jax.check import flatten
+from convex_jax.check import flatten, mistakes
 from convex_jax.checkpoint import read_weights
-from convex_jax.errors import Mistake, refuse_url
+from convex_jax.errors import Mistake, Unsaved, refuse_url
 from convex_jax.step import apply
 
 FORMAT = 1  # Of a workdir; rises when an older `load` could not read it.
@@ -41,9 +43,15 @@ ADDED = (  # Keys younger than some runs, and what those mean.
   ("data", "workers", -1),
   ("data", "max_unreadable", 0.001),
   ("model", "one_logit", False),
+  ("", "max_skipped", 10),
+  ("", "skip_spikes", 0.0),
+  ("", "time_limit", 0.0),
+  ("checkpoint", "must_save", True),
+  ("checkpoint", "patience", 600.0),
 )
 # Between two commands of one run.
-FREE_TO_CHANGE = ("log.", "fsdp", "data.dir", "data.workers", "data.max_unreadable")
+FREE_TO_CHANGE = ("log.", "fsdp", "data.dir", "data.workers", "data.max_unreadable", "max_skipped")
+FREE_TO_CHANGE += ("time_limit", "checkpoint.keep", "checkpoint.must_save", "checkpoint.patience")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +112,8 @@ class Run:
 
   def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, all or of one `kind`: "train", "eval", "final"."""
-    rows = watch.read_metrics(os.path.join(self.workdir, "metrics.jsonl"))
-    return [row for row in rows if kind in (None, row["kind"])]
+    every = rows.read_metrics(os.path.join(self.workdir, "metrics.jsonl"))
+    return [row for row in every if kind in (None, row["kind"])]
 
   @property
   def certificate(self) -> dict[str, Any] | None:
@@ -113,8 +121,13 @@ class Run:
     path = os.path.join(self.workdir, "certificate.json")
     if not os.path.exists(path):
       return None
-    with open(path) as file:
-      return json.load(file)
+    try:
+      return files.read_json(path, signed=False)
+    except files.Damaged as error:
+      raise Mistake(
+        f"{path} is damaged: {error}\n  python -m convex_jax.certify --workdir={self.workdir}"
+        " writes it anew"
+      ) from error
 
   def __repr__(self) -> str:
     count = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
@@ -140,15 +153,36 @@ def describe(
     "data": {"class_names": class_names, "image_shape": image_shape, "mean": mean, "std": std},
     "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "optax")},
   }
-  os.makedirs(workdir, exist_ok=True)
-  path = os.path.join(workdir, "config.json")
-  with open(path + ".tmp", "w") as file:
-    json.dump(content, file, indent=2)
-  os.replace(path + ".tmp", path)
+  files.write_json(os.path.join(workdir, "config.json"), content)
 
 
-def claim(config: Any, workdir: str) -> None:
-  """Raises `Mistake` where a workdir holds a run of another config, or cannot be written."""
+@contextlib.contextmanager
+def claim(config: Any, workdir: str) -> Iterator[None]:
+  """Within, the workdir is this run's alone, on one host.
+
+  Raises `Mistake` where it holds a run of another config, or cannot be written, or another
+  process is running in it.
+  """
+  _refuse_unfit(config, workdir)
+  path, is_new = os.path.join(workdir, ".lock"), not os.path.exists(workdir)
+  lead = jax.process_index() == 0
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    words = f"{workdir} is in use by another run"
+    with files.alone(path, words) if lead else contextlib.nullcontext():
+      try:
+        yield
+      finally:
+        if lead and is_new and os.listdir(workdir) == [".lock"]:  # Refused before it began.
+          shutil.rmtree(workdir)
+  except OSError as error:
+    inside = os.path.abspath(workdir) + os.sep
+    if not os.path.abspath(str(error.filename or "")).startswith(inside):
+      raise
+    raise Unsaved(f"{error.filename}: {error.strerror}") from error
+
+
+def _refuse_unfit(config: Any, workdir: str) -> None:
   refuse_url("--workdir", workdir)
   there = os.path.abspath(workdir)
   while not os.path.exists(there):
@@ -175,15 +209,40 @@ def claim(config: Any, workdir: str) -> None:
 
 
 def _read(workdir: str) -> dict[str, Any]:
+  """config.json, with the keys that are younger; raises `Mistake` where it is not what we wrote."""
   path = os.path.join(workdir, "config.json")
   if not os.path.exists(path):
     raise Mistake(f"{workdir} holds no run: there is no {path}")
-  with open(path) as file:
-    content = json.load(file)
-  for section, key, meant in ADDED:
-    config = content["config"]
-    (config[section] if section else config).setdefault(key, meant)
+  try:
+    content = files.read_json(path, signed=False)
+    if content["format"] > FORMAT:
+      raise Mistake(
+        f"{path} is of format {content['format']}, written by convex_jax"
+        f" {content['versions']['convex_jax']}; allowed: up to {FORMAT}. Install that version"
+      )
+    config, about = content["config"], content["data"]
+    for section, key, meant in ADDED:
+      (config[section] if section else config).setdefault(key, meant)
+    if lines := mistakes(FrozenConfigDict(ConfigDict(config))):  # Whose lists are tuples.
+      raise files.Damaged("; ".join(lines))
+    _check_data(about)
+  except (files.Damaged, LookupError, TypeError, AttributeError) as error:
+    raise Mistake(
+      f"{path} is damaged: {error}\n  delete it: the command that trained the run, given again,"
+      " writes it anew"
+    ) from error
   return content
+
+
+def _check_data(about: dict[str, Any]) -> None:
+  """Raises `Damaged` unless what is said of the data has the form that `describe` gives it."""
+  names, shape, mean, std = (about[key] for key in ("class_names", "image_shape", "mean", "std"))
+  fine = isinstance(names, list) and all(isinstance(name, str) for name in names)
+  fine &= len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)
+  for numbers in (mean, std):
+    fine &= len(numbers) == shape[2] and all(isinstance(v, float | int) for v in numbers)
+  if not fine:
+    raise files.Damaged("what it says of the data is not of its form")
 
 
 def load(workdir: str, step: int | str = "latest", weights: str = "auto") -> Run:

@@ -18,6 +18,7 @@ from flax import struct
 from convex_jax.metrics import Evaluation
 
 Batch = dict[str, jax.Array]
+SETTLED = 50  # Losses, before one can be a spike.
 _DROPOUT, _MIX = 2**32 - 1, 2**32 - 2  # No example's position in a run.
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -31,6 +32,7 @@ class State(struct.PyTreeNode):
   stats: Any  # BatchNorm's running averages; an empty dict without BatchNorm.
   opt_state: Any
   ema: Any  # Averages of {"params": ..., "stats": ...}.
+  losses: jax.Array  # (3,): number, running mean and variance of the losses.
 
   def weights(self) -> dict[str, Any]:
     """What evaluation, a checkpoint's reader and a certificate use."""
@@ -64,6 +66,7 @@ def init_state(
     stats=weights["stats"],
     opt_state=tx.init(weights["params"]),
     ema=jax.tree.map(jnp.copy, weights) if average else None,
+    losses=jnp.zeros(3),
   )
 
 
@@ -84,6 +87,19 @@ def cross_entropy(logits_BxK: jax.Array, label_B: jax.Array, smoothing: float = 
   return optax.softmax_cross_entropy(logits_BxK, target_BxK)
 
 
+def _seen(losses: jax.Array, loss: jax.Array) -> jax.Array:
+  """The running moments with one loss more: means of all, from the 100th on exponential."""
+  number, mean, variance = losses
+  share = 1 / jnp.minimum(number + 1, 100)
+  away = loss - mean
+  return jnp.stack([number + 1, mean + share * away, (1 - share) * (variance + share * away**2)])
+
+
+def _is_spike(losses: jax.Array, loss: jax.Array, deviations: float) -> jax.Array:
+  number, mean, variance = losses
+  return (number >= SETTLED) & (loss > mean + deviations * jnp.sqrt(variance))
+
+
 def train_step(
   state: State,
   batch: Batch,
@@ -94,6 +110,7 @@ def train_step(
   key: jax.Array,
   label_smoothing: float,
   ema_decay: float,
+  skip_spikes: float = 0.0,
   mix: Mix | None = None,
   axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
@@ -102,6 +119,9 @@ def train_step(
   Augmentation is a function of `key` and of an example's position in the run, dropout of
   `key` and the step, `mix` (of images and targets) too: none depends on an interruption nor,
   but for the latter two under a mapped axis, on the number of devices.
+
+  A loss or gradient that is not finite, or, with `skip_spikes` = k above 0, a loss more than k
+  standard deviations above its running mean, changes nothing but the step.
   """
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["position"])
   image_BxHxWxC = augment(keys_B, batch["image"])
@@ -128,17 +148,27 @@ def train_step(
   accuracy = jnp.mean(logits_BxK.argmax(-1) == batch["label"])
   if axis_name is not None:
     grads, loss, accuracy, stats = jax.lax.pmean((grads, loss, accuracy, stats), axis_name)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  ema = state.ema
-  if ema is not None:
-    # Short runs: the average forgets its start, as 1 / t, before `ema_decay` takes over.
-    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-    ema = optax.incremental_update({"params": params, "stats": stats}, ema, 1 - decay)
   # Halved: of the gradients themselves XLA would store the squares, for which Adam asks too.
   gradient_norm = 2 * optax.tree.norm(optax.tree.scale(0.5, grads))
+  fine = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+  if skip_spikes:
+    fine &= ~_is_spike(state.losses, loss, skip_spikes)
+
+  def update(state, grads, stats):
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+      # Short runs: the average forgets its start, as 1 / t, before `ema_decay` takes over.
+      decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+      ema = optax.incremental_update({"params": params, "stats": stats}, ema, 1 - decay)
+    return State(state.step, params, stats, opt_state, ema, _seen(state.losses, loss))
+
+  # Not `optax.apply_if_finite`: BatchNorm's averages, and those of weights, are to wait as well.
+  # Not `jnp.where`: an eighth slower in a wide MLP, for copies of what may be kept.
+  state = jax.lax.cond(fine, update, lambda state, *_: state, state, grads, stats)
   metrics = {"loss": loss, "accuracy": accuracy, "gradient_norm": gradient_norm}
-  return State(state.step + 1, params, stats, opt_state, ema), metrics
+  return state.replace(step=state.step + 1), metrics | {"skipped": ~fine}
 
 
 def eval_step(

@@ -1,11 +1,10 @@
 """The host's story of a run, top to bottom."""
 
 import collections
+import contextlib
 import functools
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 from ml_collections import FrozenConfigDict
 from rich.table import Table
@@ -22,9 +20,10 @@ from convex_jax import augment, certify, constraints, data, metrics, models, opt
 from convex_jax import mesh as meshes
 from convex_jax import run as runs
 from convex_jax.check import check
-from convex_jax.checkpoint import Checkpoints, saved_steps
+from convex_jax.checkpoint import Checkpoints, set_aside_damaged, steps_in
 from convex_jax.data import feed as feeds
-from convex_jax.errors import Stopped
+from convex_jax.errors import Diverged, Lost, Stopped
+from convex_jax.stopping import Stopping
 from convex_jax.watch import Watch, parameter_table
 from convex_jax.weights import load_public
 
@@ -34,11 +33,17 @@ MAX_IN_FLIGHT = 16  # Calls ahead of the device. CPU collectives deadlock far ah
 def run(config: Any, workdir: str) -> dict[str, float]:
   """Trains, or goes on training, what `config` describes; returns the final figures.
 
-  Raises `Mistake` for a config, a data set or a workdir that does not fit, `Diverged`
-  when the loss is no number, `Stopped` after SIGTERM or SIGINT once all is saved.
+  Raises `Mistake` for a config, a data set or a workdir that does not fit, `Diverged` when
+  updates cannot be made, `Unsaved` when the storage takes no checkpoint, `Lost` when another
+  process is gone, `Stopped` after SIGTERM, SIGINT or `time_limit` once all is saved.
   """
   check(config)
-  runs.claim(config, workdir)
+  with runs.claim(config, workdir):
+    return _run(config, workdir)
+
+
+def _run(config: Any, workdir: str) -> dict[str, float]:
+  began = time.monotonic()
   lead = jax.process_index() == 0
   examples = data.load(config.data, config.seed, progress=lead)
   meshes.refuse_unlike_hosts([device.process_index for device in jax.devices()])
@@ -47,35 +52,54 @@ def run(config: Any, workdir: str) -> dict[str, float]:
   job = Job(config, examples, mesh)
   folder = os.path.join(workdir, "checkpoints")
   public = None
-  if config.init_from and not saved_steps(folder):  # Refused before anything is written.
+  if config.init_from and not steps_in(folder):  # Refused before anything is written.
     path = os.path.expanduser(config.init_from)
     public = load_public(job.model, path, job.image_shape, config.seed)
+  set_aside = set_aside_damaged(folder)
   if lead:
     shape, names = examples.train.image_shape, examples.class_names
     runs.describe(config, workdir, names, shape, examples.statistics)
-  checkpoints = Checkpoints(folder, config.checkpoint.keep)
-  state = job.init()
-  resumed = checkpoints.latest_step()
-  if resumed is not None:
-    state = checkpoints.restore(state)
-  elif public is not None:
-    weights = {"params": state.params, "stats": state.stats}
-    state = step.start_from(state, meshes.place_like(weights, public.weights))
-  watch = Watch(workdir, resumed or 0, job.total_steps, job.epochs, config, lead)
-  if resumed is None:
-    watch.say(parameter_table(state.params, job.constraints))
-    if public is not None:
-      watch.say(f"weights from {config.init_from}: {public}")
-  else:
-    watch.say(f"resumed {workdir} at step {resumed} of {job.total_steps}")
-  try:
-    state = train(job, state, checkpoints, watch, workdir)
-    figures = job.evaluate(state, final=True)
+  with contextlib.ExitStack() as stack:
+    limit = config.time_limit and max(60 * config.time_limit - (time.monotonic() - began), 1e-3)
+    stopping = stack.enter_context(Stopping(limit))  # Left last: no signal hurts what is saved.
+    stack.callback(job.close)
+    checkpoints = Checkpoints(
+      folder,
+      config.checkpoint.keep,
+      tell=lambda text: watch.say(text),
+      go_on=not config.checkpoint.must_save,
+      patience=config.checkpoint.patience,
+    )
+    stack.callback(checkpoints.close)
+    resumed = checkpoints.latest_step()
+    state = job.init()
+    if resumed is not None:
+      state = checkpoints.restore(state)
+    elif public is not None:
+      weights = {"params": state.params, "stats": state.stats}
+      state = step.start_from(state, meshes.place_like(weights, public.weights))
+    watch = Watch(workdir, resumed or 0, job.total_steps, job.epochs, config, lead)
+    stack.callback(watch.close)
+    for line in set_aside:
+      watch.say(line)
+    if resumed is None:
+      watch.say(parameter_table(state.params, job.constraints))
+      if public is not None:
+        watch.say(f"weights from {config.init_from}: {public}")
+    else:
+      watch.say(f"resumed {workdir} at step {resumed} of {job.total_steps}")
+    try:
+      state = train(job, state, checkpoints, watch, stopping, workdir)
+      figures = job.evaluate(state, final=True)
+    except Exception as error:
+      if jax.process_count() == 1 or not meshes.tells_of_a_collective(error):
+        raise
+      checkpoints.abandon()
+      raise Lost(
+        f"another process is gone, or cannot be reached: {str(error).splitlines()[0][:200]}\n"
+        "  start the same command on every host: it goes on from the newest checkpoint"
+      ) from error
     watch.evaluated("final", int(state.step), figures)
-  finally:
-    job.close()
-    watch.close()
-    checkpoints.close()
   watch.show(report(config, figures))
   if config.model.parts == "ioc":
     weights = job.gathered(state.weights())  # In which all hosts take part.
@@ -105,7 +129,12 @@ def finished(
 
 
 def train(
-  job: "Job", state: step.State, checkpoints: Checkpoints, watch: Watch, workdir: str
+  job: "Job",
+  state: step.State,
+  checkpoints: Checkpoints,
+  watch: Watch,
+  stopping: Stopping,
+  workdir: str,
 ) -> step.State:
   """The loop: calls of a few steps each, logs, evaluations, checkpoints."""
   in_flight = collections.deque()
@@ -116,30 +145,32 @@ def train(
 
   first = int(state.step)
   watch.restart_clock()
-  with Stopping() as stopping:
-    for steps in job.calls(first):
-      watch.profile(steps)
-      began = time.monotonic()
-      plan = job.batches(steps)
-      if not in_flight or in_flight[-1][1]["loss"].is_ready():
-        watch.waited(time.monotonic() - began)
-      state, measured = job.train_call(state, plan)
-      if steps.start == first:  # Compiling, and starting workers, is no rate.
-        watch.restart_clock()
-      in_flight.append((steps.stop, measured))
-      take_in(MAX_IN_FLIGHT)
-      evaluates, saves = job.evaluates_at(steps.stop), job.saves_at(steps.stop)
-      stops = stopping.asked(steps.stop)
-      if evaluates or saves or stops:
-        take_in(0)  # Whatever is not finite is found before it is saved.
-        watch.flush()
-        figures = job.evaluate(state, final=False) if evaluates else None
-        if figures is not None:
-          watch.evaluated("eval", steps.stop, figures)
-        checkpoints.save(state, figures[job.decides] if figures else None)
-        watch.restart_clock()
-      if stops:
-        raise Stopped(f"stopped at step {steps.stop}, saved in {workdir}; the same command resumes")
+  for steps in job.calls(first):
+    watch.profile(steps)
+    began = time.monotonic()
+    plan = job.batches(steps)
+    if not in_flight or in_flight[-1][1]["loss"].is_ready():
+      watch.waited(time.monotonic() - began)
+    state, measured = job.train_call(state, plan)
+    if steps.start == first:  # Compiling, and starting workers, is no rate.
+      watch.restart_clock()
+    in_flight.append((steps.stop, measured))
+    take_in(MAX_IN_FLIGHT)
+    checkpoints.check()
+    evaluates, saves = job.evaluates_at(steps.stop), job.saves_at(steps.stop)
+    stops = stopping.asked(steps.stop)
+    if evaluates or saves or stops:
+      take_in(0)  # Updates that cannot be made end the run before it is saved.
+      job.refuse_not_finite(state)
+      watch.flush()
+      figures = job.evaluate(state, final=False) if evaluates else None
+      if figures is not None:
+        watch.evaluated("eval", steps.stop, figures)
+      watch.sync()
+      checkpoints.save(state, figures[job.decides] if figures else None)
+      watch.restart_clock()
+    if stops:
+      raise Stopped(f"stopped at step {steps.stop}, saved in {workdir}; the same command resumes")
   return state
 
 
@@ -186,6 +217,7 @@ class Job:
       mix=augment.make_mix(config.mixup, config.cutmix, config.data.repeats),
       key=train_key,
       label_smoothing=config.label_smoothing,
+      skip_spikes=config.skip_spikes,
       ema_decay=config.ema_decay,
     )
     if config.batch_norm == "device":
@@ -222,6 +254,7 @@ class Job:
     self._gather = jax.jit(lambda weights: weights, out_shardings=everywhere)
     self._eval_call = jax.jit(eval_call, out_shardings=everywhere)
     self._nothing = jax.jit(metrics.Evaluation.empty, out_shardings=everywhere)
+    self._is_finite = jax.jit(_is_finite, out_shardings=everywhere)
     self._mean = jax.jit(metrics.Evaluation.compute, out_shardings=everywhere)
     self._summary = jax.jit(
       lambda params: constraints.summary(params, self.constraints), out_shardings=everywhere
@@ -269,6 +302,14 @@ class Job:
     row["gap"] = row["train_accuracy"] - row["test_accuracy"]
     return row | {key: float(v) for key, v in self._summary(weights["params"]).items()}
 
+  def refuse_not_finite(self, state: step.State) -> None:
+    """Raises `Diverged` where weights, averages or optimizer state overflowed."""
+    if not self._is_finite(state):
+      raise Diverged(
+        f"after step {int(state.step)} some weights are no finite numbers, and are not saved; the"
+        " newest checkpoint is from before. A smaller optimizer.learning_rate may help"
+      )
+
   def gathered(self, weights: Any) -> Any:
     """Weights as host arrays, whole in every process."""
     return jax.tree.map(np.asarray, self._gather(weights))
@@ -279,33 +320,8 @@ class Job:
       feed.close()
 
 
-class Stopping:
-  """Within, SIGTERM and SIGINT ask for a stop instead of ending the program.
-
-  Of several processes any may be asked: JAX's preemption service lets all of them see it
-  at the same step.
-  """
-
-  def __init__(self):
-    self._signalled = threading.Event()
-    self._before: dict[int, Any] = {}
-    self._alone = jax.process_count() == 1
-
-  def asked(self, step: int) -> bool:
-    """Whether to stop after `step`, the same answer in every process."""
-    if self._alone:
-      return self._signalled.is_set()
-    return multihost_utils.reached_preemption_sync_point(step)
-
-  def __enter__(self) -> "Stopping":
-    if self._alone and threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._before[number] = signal.signal(number, lambda *_: self._signalled.set())
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
+def _is_finite(state: step.State) -> jax.Array:
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state)]))
 
 
 def report(config: Any, figures: dict[str, float]) -> Table:

@@ -1,17 +1,9 @@
-"""What a run tells: a live line or plain lines, metrics.jsonl, TensorBoard events.
-
-`metrics.jsonl` is the truth: one JSON object a row, `kind` "train" (means since the row
-before), "eval" (inference mode, images not augmented) or "final" (the same, on every
-example). After a resume it holds every step once.
-"""
+"""What a run tells: a live line or plain lines, and rows of what was measured."""
 
 import dataclasses
-import importlib.util
-import json
 import math
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from convex_jax.errors import Diverged
+from convex_jax.errors import Diverged, Unsaved
+from convex_jax.rows import Rows
 
 ADVISE_AT = 50  # Steps, after which the first row tells whether the input is too slow.
 WAITS_LONG = 0.2  # Share of the time.
@@ -47,24 +40,6 @@ def parameter_table(params: Any, constraints: Any) -> str:
   return f"{table}\n{total:,} parameters, {bound:,} of them constrained"
 
 
-def _event_writer(folder: str) -> tuple[Callable[[int, dict[str, float]], None], Callable]:
-  """(write, close) of TensorBoard events: clu's writer with TensorFlow, else tensorboardX."""
-  if importlib.util.find_spec("tensorflow") and importlib.util.find_spec("tensorboard"):
-    from clu import metric_writers
-
-    writer = metric_writers.SummaryWriter(folder)
-    return writer.write_scalars, writer.close
-  import tensorboardX
-
-  writer = tensorboardX.SummaryWriter(folder, write_to_disk=True)
-
-  def write(step, scalars):
-    for name, value in scalars.items():
-      writer.add_scalar(name, value, step)
-
-  return write, writer.close
-
-
 class Watch:
   """The watcher of one run; only process 0's (`active`) speaks and writes."""
 
@@ -78,11 +53,13 @@ class Watch:
     self._logged = start
     self._clock, self._waited, self._advised = time.monotonic(), 0.0, False
     self._workdir, self._tracing = workdir, False
+    self._skipped: list[str] = []
+    self._skipped_in_a_row, self._told = 0, False
     if not active:
       return
-    self._path = os.path.join(workdir, "metrics.jsonl")
-    self._truncate(start)
-    self._write_events, self._close_events = _event_writer(workdir)
+    self._rows = Rows(workdir, start)
+    if self._rows.torn:
+      self.say(f"{self._rows.torn} lines of {self._rows.path} were damaged and are left out")
     self._progress = Progress(
       TextColumn("{task.description}"),
       BarColumn(),
@@ -94,14 +71,6 @@ class Watch:
     )
     self._task = self._progress.add_task("starting", total=total, completed=start)
     self._progress.start()
-
-  def _truncate(self, step: int) -> None:
-    """Drops rows of steps that will be done again, and a last line cut short."""
-    rows = read_metrics(self._path) if os.path.exists(self._path) else []
-    kept = [row for row in rows if row["step"] <= step and row["kind"] != "final"]
-    with open(self._path + ".tmp", "w") as file:
-      file.writelines(json.dumps(row) + "\n" for row in kept)
-    os.replace(self._path + ".tmp", self._path)
 
   def say(self, text: str) -> None:
     """A plain line, above the live one."""
@@ -138,16 +107,23 @@ class Watch:
   def train(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """Takes the metrics of the steps of one call, the last of which is `step`.
 
-    Raises `Diverged` when a loss is not finite.
+    Raises `Diverged` after `max_skipped` updates in a row that could not be made.
     """
     host = {name: np.atleast_1d(np.asarray(values)) for name, values in metrics.items()}
-    bad = np.flatnonzero(~np.isfinite(host["loss"]))
-    if bad.size:
-      at = step - len(host["loss"]) + 1 + int(bad[0])
-      raise Diverged(
-        f"the loss of step {at} is {host['loss'][bad[0]]}; the newest checkpoint is from before."
-        " A smaller optimizer.learning_rate or optimizer.clip_norm=1 may help"
+    for i, skipped in enumerate(host["skipped"]):
+      self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+      if not skipped:
+        continue
+      at = step - len(host["skipped"]) + 1 + i
+      words = ", ".join(
+        f"{name.replace('_', ' ')} {host[name][i]:.4g}" for name in ("loss", "gradient_norm")
       )
+      self._skipped.append(f"step {at} made no update: {words}")
+      if self._skipped_in_a_row == self._config.max_skipped:
+        raise Diverged(
+          f"{self._skipped[-1]}, the {self._config.max_skipped}. in a row; the weights before"
+          " are kept. A smaller optimizer.learning_rate or optimizer.clip_norm=1 may help"
+        )
     self._train.append((step, host))
     if self._active:
       self._progress.update(self._task, completed=step)
@@ -159,15 +135,22 @@ class Watch:
     if not self._train:
       return
     step = self._train[-1][0]
-    means = {
-      name: float(np.mean(np.concatenate([host[name] for _, host in self._train])))
-      for name in self._train[0][1]
+    columns = {
+      name: np.concatenate([host[name] for _, host in self._train]) for name in self._train[0][1]
     }
+    skipped = columns.pop("skipped") > 0
+    # Of updates that were made: a mean with a NaN in it is none. None made: no mean.
+    means = {n: float(np.mean(c[~skipped])) for n, c in columns.items() if not skipped.all()}
+    if self._skipped:
+      more = len(self._skipped) - 1
+      self.say(self._skipped[0] + (f" (and {more} more up to step {step})" if more else ""))
+      self._skipped = []
     now = time.monotonic()
     images = (step - self._logged) * self._config.batch_size
     seconds = max(now - self._clock, 1e-9)
     share = min(self._waited / seconds, 1.0)
-    row = {**means, "images_per_second": images / seconds, "input_wait_frac": share}
+    row = {**means, "skipped": int(skipped.sum())}
+    row |= {"images_per_second": images / seconds, "input_wait_frac": share}
     self._train, self._logged, self._clock, self._waited = [], step, now, 0.0
     self._write("train", step, row)
     if step >= ADVISE_AT and not self._advised:
@@ -190,9 +173,11 @@ class Watch:
     if not self._active:
       return
     row = {"epoch": self._epochs * step / self._total, **row}
-    with open(self._path, "a") as file:
-      file.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
-    self._write_events(step, {f"{kind}/{name}": value for name, value in row.items()})
+    now = {"step": step, "kind": kind, "time": round(time.time(), 3)}
+    failure = self._rows.append(now | row)
+    if failure and not self._told:
+      self.say(f"{failure}; rows are kept in memory and tried again with the next")
+    self._told = failure is not None
     self._last |= row
     text = self._line()
     self._progress.update(self._task, completed=step, description=text)
@@ -215,20 +200,16 @@ class Watch:
         words.append(f"{100 * last['input_wait_frac']:.0f} % waiting for them")
     return "  ".join(words)
 
+  def sync(self) -> None:
+    """Returns when the disk has every row."""
+    if self._active and not self._told:
+      self._rows.sync()
+
   def close(self) -> None:
-    """Ends the live line and the event file."""
+    """Ends the live line and the event file; raises `Unsaved` where rows could not be written."""
     if self._tracing:
       self._stop_tracing()
     if self._active:
       self._progress.stop()
-      self._close_events()
-
-
-def read_metrics(path: str) -> list[dict[str, Any]]:
-  """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-  rows = []
-  with open(path) as file:
-    for line in file:
-      if line.endswith("\n"):
-        rows.append(json.loads(line))
-  return rows
+      if failure := self._rows.close():
+        raise Unsaved(f"{failure}; the last rows are lost")

@@ -36,16 +36,9 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def photo_dir(tmp_path_factory):
   """A folder with a prepared imagenet2012 of 70 training and 11 validation photographs."""
-  from convex_jax.data import prepare
-  from tests import photos
+  from tests import bad_input
 
-  manual, folder = (tmp_path_factory.mktemp(name) for name in ("manual", "photos"))
-  photos.write_archives(manual, train=70, val=11)
-  photos.official_archives.folder = manual
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(prepare, "official_archives", photos.official_archives)
-    prepare.prepare("imagenet2012", str(folder), str(manual))
-  return str(folder)
+  return bad_input.prepare_photos(tmp_path_factory.mktemp("photos"), 70, 11)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ BAD = {  # path: (value, words that the line must hold)
   "optimizer.learning_rate": (0.0, "above 0"),
   "optimizer.decay_at": ((0.9, 0.5), "rising"),
   "optimizer.b1": (1.0, "below 1"),
-  "checkpoint.keep": (0, "from 1"),
+  "checkpoint.keep": (1, "from 2"),
   "log.profile_steps": ((3, 1), "first and last"),
 }
 

@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_train import free_port, rows_without_clock, run_main
+from test_train import run_main
 
 import convex_jax
+from tests.injections import free_port, rows_without_clock
 
 pytestmark = pytest.mark.slow
 

@@ -20,11 +20,12 @@ from conftest import ROOT, SHARED_DATA, of
 
 import convex_jax
 from configs import base, mixer_ioc
-from convex_jax import data, mesh, train
+from convex_jax import data, files, mesh, train
 from convex_jax.data import __main__ as command
 from convex_jax.data import cache, convert, decode, order, prepare, reader, splits, stream
 from convex_jax.errors import Mistake
 from tests import photos
+from tests.bad_input import children, lost_workers, streaming
 
 
 def config_of(photo_dir, **changes):
@@ -427,7 +428,8 @@ def test_two_commands_do_not_write_one_cache(photo_dir):
   folder = os.path.join(photo_dir, "imagenet2012", "5.1.0")
   path = cache.path_of(folder, "train", 28)
   os.makedirs(os.path.dirname(path))
-  with cache._alone(path), pytest.raises(Mistake, match="written by another command"):
+  alone = files.alone(path + ".lock", "")
+  with alone, pytest.raises(Mistake, match="written by another command"):
     cache.write("imagenet2012", folder, "train", 70, 28, 0)
 
 
@@ -469,30 +471,6 @@ def test_a_run_on_photographs_trains_resumes_and_reloads(photo_dir, tmp_path, lo
   assert all("input_wait_frac" in row for row in run.metrics("train"))
 
 
-def children(pid):
-  """Processes that it started and that are alive."""
-  found = subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(pid)], capture_output=True)
-  rows = [line.split() for line in found.stdout.decode().splitlines()]
-  return [int(child) for child, state in rows if not state.startswith("Z")]
-
-
-def start_streaming(photo_dir, workdir):
-  """A run with two workers, in a process group of its own, once it has saved a step."""
-  args = ["--config=configs/mixer_ioc.py:imagenet2012", f"--config.data.dir={photo_dir}"]
-  args += ["--config.data.image_size=16", "--config.model.size=tiny", "--config.model.patch=4"]
-  args += ["--config.batch_size=16", "--config.steps=100000", "--config.data.workers=2"]
-  args += ["--config.checkpoint.every_steps=2", "--config.data.cache_size=0"]
-  program = [sys.executable, "-m", "convex_jax.main", *args, f"--workdir={workdir}"]
-  pipe = subprocess.PIPE
-  process = subprocess.Popen(
-    program, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-  )
-  while not (workdir / "checkpoints" / "2").exists():
-    assert process.poll() is None, process.communicate()
-    time.sleep(0.1)
-  return process
-
-
 def gone(pids, seconds=20):
   """Whether all these processes end in time."""
   until = time.monotonic() + seconds
@@ -505,7 +483,7 @@ def gone(pids, seconds=20):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=str)
 def test_a_signal_to_the_whole_group_saves_and_leaves_no_worker(photo_dir, tmp_path, number):
   """Ctrl-C reaches the workers too, and must not keep the trainer from saving."""
-  process = start_streaming(photo_dir, tmp_path / "run")
+  process = streaming(photo_dir, tmp_path / "run")
   workers = children(process.pid)
   assert len(workers) >= 2
   if number == signal.SIGKILL:
@@ -519,13 +497,8 @@ def test_a_signal_to_the_whole_group_saves_and_leaves_no_worker(photo_dir, tmp_p
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="looks at /proc")
 def test_a_worker_that_dies_ends_the_run_with_one_message(photo_dir, tmp_path):
-  process = start_streaming(photo_dir, tmp_path / "run")
-  for pid in children(process.pid):
-    command_line = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
-    if b"spawn_main" in command_line:
-      os.kill(pid, signal.SIGKILL)
-  _, errors = process.communicate(timeout=120)
-  assert process.returncode == 2 and "a process that decodes images died" in errors
+  result = lost_workers(photo_dir, tmp_path, 1)
+  assert result.survived == 1, result
 
 
 @pytest.mark.slow

@@ -1,0 +1,188 @@
+"""Files that are whole or absent, signed JSON, locks; manifests and what they find."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from convex_jax import files, manifest, rows
+from convex_jax.errors import Mistake
+from tests import injections
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+  path = tmp_path / "a.json"
+  files.write_json(str(path), {"a": 1})
+
+  def fails():
+    with files.whole(str(path)) as file:
+      file.write("half")
+      raise RuntimeError
+
+  with pytest.raises(RuntimeError):
+    fails()
+  assert files.read_json(str(path)) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_json_knows_when_it_was_changed(tmp_path):
+  path = tmp_path / "a.json"
+  content = {"numbers": [1, 2.5, None], "words": {"ü": True}}
+  files.write_json(str(path), content)
+  assert files.read_json(str(path)) == content
+  text = path.read_text()
+  path.write_text(text.replace("2.5", "2.6"))
+  with pytest.raises(files.Damaged, match="was changed"):
+    files.read_json(str(path))
+  path.write_text(json.dumps(content))  # By hand, or by an older version.
+  assert files.read_json(str(path), signed=False) == content
+  with pytest.raises(files.Damaged):
+    files.read_json(str(path))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 10**5, "\xff", "nan"])
+def test_what_is_no_json_object_is_told(tmp_path, text):
+  (tmp_path / "a.json").write_bytes(text.encode("latin1"))
+  with pytest.raises(files.Damaged):
+    files.read_json(str(tmp_path / "a.json"), signed=False)
+
+
+def test_one_at_a_time_and_a_dead_one_holds_nothing(tmp_path):
+  lock = str(tmp_path / ".lock")
+  program = (
+    "from convex_jax import files; import os, sys, time\n"
+    f"with files.alone({lock!r}, 'it is in use'):\n"
+    "  print(os.getpid(), flush=True); time.sleep(60)"
+  )
+  with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE) as other:
+    pid = int(other.stdout.readline())
+    with (
+      pytest.raises(Mistake, match=f"it is in use \\(process {pid} on"),
+      files.alone(lock, "it is in use"),
+    ):
+      pass
+    other.kill()
+  with files.alone(lock, "it is in use"):
+    pass
+
+
+@pytest.fixture
+def sealed(tmp_path):
+  folder = tmp_path / "20"
+  (folder / "weights" / "d").mkdir(parents=True)
+  rng = np.random.default_rng(0)
+  for name in ("a", "weights/b", "weights/d/c"):
+    (folder / name).write_bytes(rng.bytes(100))
+  manifest.seal(str(folder), 20, 0.5)
+  assert manifest.fault(str(folder), 20) is None
+  return folder
+
+
+def test_a_manifest_finds_any_flipped_bit(sealed):
+  """Every bit of three small files, and every byte of the manifest itself."""
+  for path in [p for p in sealed.rglob("*") if p.is_file()]:
+    good = path.read_bytes()
+    bits = range(8 * len(good)) if path.name != manifest.NAME else range(0, 8 * len(good), 8)
+    for bit in bits:
+      bad = bytearray(good)
+      bad[bit // 8] ^= 1 << bit % 8
+      path.write_bytes(bad)
+      reason = manifest.fault(str(sealed), 20)
+      assert reason and path.name in reason, (path, bit)
+    path.write_bytes(good)
+  assert manifest.fault(str(sealed), 20) is None
+
+
+def swap(folder):
+  a, b = folder / "a", folder / "weights" / "b"
+  first, second = a.read_bytes(), b.read_bytes()
+  a.write_bytes(second)
+  b.write_bytes(first)
+
+
+@pytest.mark.parametrize(
+  "change,words",
+  [
+    (lambda f: (f / "weights" / "b").write_bytes(b"short"), "weights/b has 5 bytes instead of 100"),
+    (lambda f: os.remove(f / "weights" / "d" / "c"), "weights/d/c is missing"),
+    (lambda f: (f / "weights" / "more").write_bytes(b""), "weights/more is no file of it"),
+    (swap, "a is damaged"),
+    (lambda f: os.remove(f / manifest.NAME), "was not finished"),
+    (lambda f: (f / manifest.NAME).write_text("{}"), "manifest.json is damaged"),
+  ],
+)
+def test_a_manifest_names_the_file(sealed, change, words):
+  change(sealed)
+  assert words in manifest.fault(str(sealed), 20)
+
+
+def test_a_link_out_of_the_folder_is_never_followed(sealed, tmp_path):
+  secret = tmp_path / "secret"
+  shutil.copy(sealed / "a", secret)
+  os.remove(sealed / "a")
+  os.symlink(secret, sealed / "a")
+  assert "a is no regular file" in manifest.fault(str(sealed), 20)
+
+
+def test_a_checkpoint_of_another_step_is_told(sealed):
+  assert manifest.fault(str(sealed), 30) == "it is the checkpoint of step 20"
+
+
+def test_a_newer_format_is_refused_and_not_called_damaged(sealed):
+  path = str(sealed / manifest.NAME)
+  files.write_json(path, files.read_json(path) | {"format": manifest.FORMAT + 1})
+  with pytest.raises(Mistake, match=r"allowed: 1\. Install that version"):
+    manifest.fault(str(sealed), 20)
+
+
+@pytest.mark.parametrize(
+  "wrong", [{"files": []}, {"files": {"a": 3}}, {"files": None}, {"step": []}]
+)
+def test_a_forged_manifest_is_an_answer_not_a_crash(sealed, wrong):
+  """Whoever can write the folder can sign: the digest is against damage, not against them."""
+  path = str(sealed / manifest.NAME)
+  files.write_json(path, files.read_json(path) | wrong)
+  assert manifest.fault(str(sealed), 20)
+
+
+# Rows.
+
+
+def row(step, kind="train", **more):
+  return {"step": step, "kind": kind, "time": 1e9 + step, **more}
+
+
+def test_after_a_resume_rows_and_events_hold_every_step_once(tmp_path):
+  first = rows.Rows(str(tmp_path), 0)
+  for step in (2, 4, 6):
+    first.append(row(step, loss=float(step)))
+  del first  # Killed: nothing is closed.
+  with open(tmp_path / "metrics.jsonl", "a") as file:
+    file.write('{"step": 8, "ki')
+  again = rows.Rows(str(tmp_path), 4)
+  again.append(row(6, loss=6.0))
+  assert again.close() is None and again.torn == 0
+  assert [r["step"] for r in rows.read_metrics(again.path)] == [2, 4, 6]
+  want = [(step, "train", {"train/loss": float(step)}) for step in (2, 4, 6)]
+  assert injections.events(tmp_path) == want
+
+
+def test_damaged_lines_are_counted(tmp_path):
+  lines = [json.dumps(row(2)), "garbage", "[]", '{"step": "x", "kind": 1}', json.dumps(row(4))]
+  (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+  again = rows.Rows(str(tmp_path), 4)
+  assert again.torn == 3 and [r["step"] for r in rows.read_metrics(again.path)] == [2, 4]
+
+
+def test_rows_that_cannot_be_written_wait(tmp_path, monkeypatch):
+  ours = rows.Rows(str(tmp_path), 0)
+  ours.append(row(1))
+  monkeypatch.setattr(ours, "path", str(tmp_path / "no" / "such"))
+  assert "No such file" in ours.append(row(2)) and ours.append(row(3))
+  monkeypatch.undo()
+  assert ours.append(row(4)) is None and ours.close() is None
+  assert [r["step"] for r in rows.read_metrics(ours.path)] == [1, 2, 3, 4]
