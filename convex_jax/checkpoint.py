@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -169,9 +170,15 @@ class Checkpoints:
   def _clear(self, step: int) -> None:
     """Removes what there is of a failed checkpoint, so that the disk is as full as before."""
     if jax.process_index() == 0:
-      begun = glob.glob(os.path.join(glob.escape(self._folder), f"{step}.*tmp*"))
-      for path in [*begun, os.path.join(self._folder, str(step))]:
-        shutil.rmtree(path, ignore_errors=True)
+      pattern = os.path.join(glob.escape(self._folder), f"{step}.*tmp*")
+      for _ in range(
+        40
+      ):  # Others of Orbax's threads may still be writing beside the one that failed.
+        for path in [*glob.glob(pattern), os.path.join(self._folder, str(step))]:
+          shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.05)
+        if not glob.glob(pattern):
+          break
 
   def check(self) -> None:
     """Raises `Unsaved` where a save failed, unless the run is to go on."""
@@ -211,8 +218,10 @@ class Checkpoints:
     if self._abandoned:
       return
     on_time = self.wait()
-    if self._failure is not None:
-      raise Unsaved(self._failure)  # Orbax, closed, would tell of it again, or wait.
+    if self._failure is not None:  # Orbax, closed, would tell of it again, or wait.
+      if on_time:
+        self._clear(self._saved or 0)
+      raise Unsaved(self._failure)
     if on_time:
       self._checkpointer.close()
 

@@ -247,3 +247,23 @@ def along_first(kernel_SxT: jax.Array, x_SxBxD: jax.Array) -> jax.Array:
   x_SxN = x_SxBxD.reshape(len(x_SxBxD), -1)
   y_TxN = lax.dot_general(kernel_SxT, x_SxN, (((0,), (0,)), ((), ())))
   return y_TxN.reshape(-1, *x_SxBxD.shape[1:])
+
+
+def once(g: jax.Array) -> jax.Array:
+  """g, computed once, whoever uses it.
+
+  XLA's CPU backend else fuses a cheap sum of many terms into each of its users, and computes it
+  as often. It fuses nothing into a conditional, which here always goes the same way: what a NaN
+  begins with is no gradient of which anything can be saved.
+  """
+  first = g[(0,) * g.ndim]
+  return jax.lax.cond(first == first, lambda g: g, lambda g: jnp.full_like(g, jnp.nan), g)
+
+
+@jax.custom_vjp
+def gradient_once(x: jax.Array) -> jax.Array:
+  """x, whose gradient is computed `once`."""
+  return x
+
+
+gradient_once.defvjp(lambda x: (x, None), lambda _, g: (once(g),))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from convex_jax import linear
 from convex_jax.linear import conv_general_dilated
 
 KERNELS = ((1, 1), (3, 3), (5, 1), (2, 3))
@@ -80,3 +81,16 @@ def test_flax_accepts_it():
   ours = nn.Conv(5, (3, 3), strides=(2, 2), conv_general_dilated=conv_general_dilated)
   variables = plain.init(jax.random.key(0), x)
   np.testing.assert_allclose(ours.apply(variables, x), plain.apply(variables, x), atol=1e-6)
+
+
+def test_a_gradient_computed_once_is_the_same_gradient():
+  x = jax.random.normal(jax.random.key(0), (3, 4))
+
+  def f(x, keep):
+    y = keep(jnp.sin(x))
+    return jnp.sum(y**2) + jnp.sum(jnp.cos(y))
+
+  got = jax.jit(jax.grad(lambda x: f(x, linear.gradient_once)))(x)
+  np.testing.assert_allclose(got, jax.grad(lambda x: f(x, lambda y: y))(x), rtol=1e-6)
+  program = jax.jit(jax.grad(lambda x: f(x, linear.gradient_once))).lower(x).compile().as_text()
+  assert "conditional(" in program  # What XLA fuses nothing into; it may not be simplified away.

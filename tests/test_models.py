@@ -93,6 +93,28 @@ def test_the_papers_twin_has_the_bases_weights(name):
   assert overview.describe(name, size, "paper", classes, px)[0] == parameters
 
 
+@pytest.mark.parametrize("parts", ["base", "ioc"])
+def test_densenets_transitions_may_pool_first(parts):
+  """As published, with dropout, they pool last: the same at inference, and to the gradients."""
+  config = config_of("densenet", "tiny", parts)
+  variables = nn.meta.unbox(init(models.build(config, 10), (16, 16, 3)))
+  x = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+
+  def loss(params, x, dropout):
+    model = models.build({**config, "dropout": dropout}, 10)
+    logits = step.apply(model, {**variables, "params": params}, x)
+    return jnp.sum(jnp.sin(logits)), logits
+
+  (first, last) = (
+    jax.jit(jax.grad(functools.partial(loss, dropout=dropout), (0, 1), has_aux=True))(
+      variables["params"], x
+    )
+    for dropout in (0.0, 0.5)
+  )
+  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(last), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_the_2021_papers_all_cnn_twin_doubles_the_first_convolution():
   """Sivaprasad et al. 2021: more units in the one layer whose signs are free."""
   boxed = {p: abstract(config_of("all_cnn", "ioc_paper", p), 10, 32) for p in layers.PARTS}

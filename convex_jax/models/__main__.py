@@ -23,7 +23,10 @@ def describe(name: str, size: str, parts: str, classes: int, image_size: int) ->
   ingredients = make_parts(
     parts, constraint="clamp", passthrough=True, convolve=jax.lax.conv_general_dilated
   )
-  model = module.Model(classes=classes, parts=ingredients, **module.SIZES[size])
+  fields = dict(module.SIZES[size])
+  if name == "densenet":  # With dropout its transitions pool after their products, as published.
+    fields["dropout"] = 0.1
+  model = module.Model(classes=classes, parts=ingredients, **fields)
   image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
   variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from convex_jax.initializers import ELU
 from convex_jax.layers import Parts
+from convex_jax.linear import gradient_once
 
 PAPER_BREAKS = ""  # BatchNorm with a scale >= 0 is affine and monotone at inference.
 
@@ -152,15 +153,19 @@ class Model(nn.Module):
       if b > 0:
         width = self.transition or int(x_BxHxWxD.shape[-1] * self.compression)
         x_BxHxWxD = act(norm(x_BxHxWxD, name=f"transition_{b}_norm"))
+        pool = functools.partial(nn.avg_pool, window_shape=(2, 2), strides=(2, 2))
+        if not self.dropout:  # A 1x1 map commutes with the pooling: a quarter of its products.
+          x_BxHxWxD = pool(x_BxHxWxD)
         x_BxHxWxD = conv(x_BxHxWxD, width, (1, 1), name=f"transition_{b}")
-        x_BxHxWxD = parts.dropout(x_BxHxWxD, self.dropout, train)
-        x_BxHxWxD = nn.avg_pool(x_BxHxWxD, (2, 2), strides=(2, 2))
+        if self.dropout:
+          x_BxHxWxD = pool(parts.dropout(x_BxHxWxD, self.dropout, train))
         if parts.passthrough:
           x_BxHxWxD += parts.passthrough_map(y_BxHxWxE, x_BxHxWxD, name=f"passthrough_{b}")
       for i in range(layers):
         layer = parts.block(Layer)(
           self.growth, self.bottleneck, self.dropout, parts, name=f"block_{b}_layer_{i}"
         )
+        x_BxHxWxD = gradient_once(x_BxHxWxD)  # A sum over all later layers.
         x_BxHxWxD = jnp.concatenate([x_BxHxWxD, layer(x_BxHxWxD, train)], axis=-1)
     x_BxHxWxD = act(norm(x_BxHxWxD, name="norm"))
     if self.pool == "2x2":
