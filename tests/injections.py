@@ -196,6 +196,8 @@ def chain(
     with killed_at_the_end(run.start({"sleep": 0.02, **faults(rng)})) as process:
       wait_for(lambda n=before: len(run.logged()) > n, process)
       seconds.append(time.monotonic() - began)
+      if interrupt is not by_itself:  # The first step is still being compiled.
+        wait_for(lambda n=before: len(run.logged()) > n + 2, process)
       interrupt(process, run, rng)
       process.wait(timeout=120)
       fine.append(process.returncode == code)
@@ -243,10 +245,10 @@ def events(workdir: pathlib.Path) -> list[tuple[int, str, dict[str, float]]]:
 
 
 def after_a_moment(number: int) -> Callable[..., None]:
-  """Sends a signal within half a second of the first step."""
+  """Sends a signal within two seconds of the first steps."""
 
   def interrupt(process, run, rng):
-    time.sleep(rng.uniform(0, 0.5))
+    time.sleep(rng.uniform(0, 2.0))
     process.send_signal(number)
 
   return interrupt
@@ -539,7 +541,7 @@ def other_devices(data_dir: str, folder: pathlib.Path, n: int) -> Result:
     before = len(run.logged())
     devices = {"JAX_NUM_CPU_DEVICES": str(counts[i % 4])}
     with killed_at_the_end(run.start({"sleep": 0.02}, **devices)) as process:
-      wait_for(lambda n=before: len(run.logged()) > n, process)
+      wait_for(lambda n=before: len(run.logged()) > n + 2, process)
       time.sleep(rng.uniform(0, 0.4))
       process.terminate()
       fine.append(process.wait(timeout=120) == 75)
