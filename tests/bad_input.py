@@ -34,12 +34,7 @@ def tiny_config(data_dir: str, **changes: Any) -> Any:
   config.update(batch_size=16, steps=20, ema_decay=0.9)
   config.model.update(size="tiny", patch=4)
   config.data.update(dir=data_dir, train_fraction=0.2)
-  for key, value in changes.items():
-    *parents, last = key.split("__")
-    target = config
-    for parent in parents:
-      target = target[parent]
-    target[last] = value
+  config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
   return config
 
 

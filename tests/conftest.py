@@ -60,12 +60,7 @@ def tiny_config(data_dir):
 def of(config: ConfigDict, **changes) -> ConfigDict:
   """A copy of a config with some keys changed; `optimizer__name="sgd"` sets a nested one."""
   copy = ConfigDict(config.to_dict())
-  for key, value in changes.items():
-    *parents, last = key.split("__")
-    target = copy
-    for parent in parents:
-      target = target[parent]
-    target[last] = value
+  copy.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
   return copy
 
 

@@ -57,6 +57,11 @@ class Result:
   seconds: list[float] = dataclasses.field(default_factory=list)  # Command to first step beyond.
   note: str = ""
 
+  @property
+  def all_survived(self) -> bool:
+    """Something was injected, all of it survived, no example was lost or came twice."""
+    return self.injected == self.survived > 0 and not self.lost and not self.repeated
+
   def add(self, survived: bool, seconds: float | None = None, note: str = "") -> None:
     """One fault more."""
     self.injected += 1

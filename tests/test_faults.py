@@ -18,11 +18,6 @@ from convex_jax.errors import Diverged, Mistake, Unsaved
 from tests import bad_input, injections
 
 
-def all_survived(result):
-  assert result.injected == result.survived > 0, result
-  assert not result.lost and not result.repeated, result
-
-
 @pytest.fixture(scope="module")
 def whole(data_dir, tmp_path_factory):
   """An undisturbed run."""
@@ -31,63 +26,63 @@ def whole(data_dir, tmp_path_factory):
 
 def test_a_killed_run_goes_on_to_the_same_bits_and_rows(data_dir, tmp_path, whole):
   result, run, _ = injections.killed(data_dir, tmp_path, 2, whole)
-  all_survived(result)
+  assert result.all_survived
   # That a kill undid a step: else it came before there was one to undo.
   assert 1 < result.redone <= 2 * injections.SAVE_EVERY
   assert len(list(run.workdir.glob("events.out.tfevents.*"))) == 1
 
 
 def test_a_kill_inside_a_save_leaves_the_old_or_the_new_one(data_dir, tmp_path, whole):
-  all_survived(injections.killed_while_saving(data_dir, tmp_path, 2, whole))
+  assert injections.killed_while_saving(data_dir, tmp_path, 2, whole).all_survived
 
 
 @pytest.mark.parametrize(
   "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_and_ends_by_75(data_dir, tmp_path, number, whole):
-  all_survived(injections.signalled(data_dir, tmp_path, 1, number, whole))
+  assert injections.signalled(data_dir, tmp_path, 1, number, whole).all_survived
 
 
 @pytest.mark.slow
 def test_more_signals_while_it_saves_do_no_damage(data_dir, tmp_path, whole):
-  all_survived(injections.signalled_while_saving(data_dir, tmp_path, 1, whole))
+  assert injections.signalled_while_saving(data_dir, tmp_path, 1, whole).all_survived
 
 
 def test_damage_is_found_named_and_walked_back_from(whole, tmp_path):
   damages = [injections.flip_bit, injections.truncate, injections.delete, injections.swap]
-  all_survived(injections.damaged(whole, tmp_path, 24, damages))
+  assert injections.damaged(whole, tmp_path, 24, damages).all_survived
 
 
 def test_a_damaged_run_ends_as_an_undamaged_one(whole, tmp_path):
-  all_survived(injections.resumed_after_damage(whole, tmp_path, 1))
+  assert injections.resumed_after_damage(whole, tmp_path, 1).all_survived
 
 
 def test_a_run_without_a_sound_checkpoint_does_not_begin_anew(whole, tmp_path):
-  all_survived(injections.all_damaged(whole, tmp_path, 1))
+  assert injections.all_damaged(whole, tmp_path, 1).all_survived
 
 
 @pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_is_told_once_and_loses_nothing(data_dir, tmp_path, whole, n):
-  all_survived(injections.full_disk(data_dir, tmp_path, n, whole=whole))
+  assert injections.full_disk(data_dir, tmp_path, n, whole=whole).all_survived
 
 
 @pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_save_that_hangs_is_waited_for_no_longer_than_asked(data_dir, tmp_path, whole, n):
-  all_survived(injections.hung_save(data_dir, tmp_path, n, whole))
+  assert injections.hung_save(data_dir, tmp_path, n, whole).all_survived
 
 
 def test_a_workdir_in_use_is_refused(data_dir, tmp_path):
-  all_survived(injections.used_workdir(data_dir, tmp_path, 1))
+  assert injections.used_workdir(data_dir, tmp_path, 1).all_survived
 
 
 @pytest.mark.slow
 def test_a_run_moves_between_numbers_of_devices(data_dir, tmp_path):
-  all_survived(injections.other_devices(data_dir, tmp_path, 4))
+  assert injections.other_devices(data_dir, tmp_path, 4).all_survived
 
 
 @pytest.mark.slow
 def test_a_process_that_loses_another_says_so(data_dir, tmp_path):
-  all_survived(injections.lost_process(data_dir, tmp_path, 2))
+  assert injections.lost_process(data_dir, tmp_path, 2).all_survived
 
 
 def test_time_runs_out(tiny_config, few_digits, tmp_path, monkeypatch):
@@ -136,7 +131,7 @@ def test_skipped_updates_are_counted_and_told(
 
 
 def test_too_many_in_a_row_end_the_run_and_keep_the_last_good_one(data_dir, tmp_path):
-  all_survived(bad_input.bad_batches(data_dir, tmp_path, n=3, streaks=1))
+  assert bad_input.bad_batches(data_dir, tmp_path, n=3, streaks=1).all_survived
 
 
 @pytest.mark.parametrize("deviations", [0.0, 6.0])
@@ -245,7 +240,7 @@ def test_the_command_verifies_and_seals(tiny_config, few_digits, tmp_path, capsy
 
 
 def test_what_8_devices_saved_fewer_restore(data_dir, tmp_path):
-  all_survived(bad_input.other_meshes(data_dir, tmp_path, 3))
+  assert bad_input.other_meshes(data_dir, tmp_path, 3).all_survived
 
 
 @pytest.mark.parametrize("fixture", bad_input.FIXTURES, ids=lambda path: path.name)
@@ -278,7 +273,7 @@ def test_there_is_a_fixture_of_the_present_format():
 def test_mutated_descriptions_are_refused_or_change_nothing(whole, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(whole.workdir, workdir)
-  all_survived(bad_input.mutated_descriptions(workdir, 600))
+  assert bad_input.mutated_descriptions(workdir, 600).all_survived
 
 
 def test_a_config_that_lies_about_its_values_is_refused(whole, tmp_path):
@@ -309,16 +304,16 @@ def test_a_config_that_lies_about_its_values_is_refused(whole, tmp_path):
 
 
 def test_odd_images_are_read_or_refused():
-  all_survived(bad_input.odd_images(100))
+  assert bad_input.odd_images(100).all_survived
 
 
 def test_no_data_is_told_with_a_cure(data_dir, photo_dir, tmp_path):
-  all_survived(bad_input.no_data(data_dir, photo_dir, tmp_path, 99))
+  assert bad_input.no_data(data_dir, photo_dir, tmp_path, 99).all_survived
 
 
 def test_bad_configs_are_told_whole_and_before_any_device():
-  all_survived(bad_input.bad_configs(40))
+  assert bad_input.bad_configs(40).all_survived
 
 
 def test_no_update_leaves_a_constrained_weight_below_zero():
-  all_survived(bad_input.constrained_updates(36))
+  assert bad_input.constrained_updates(36).all_survived
