@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from convex_jax import manifest
@@ -226,75 +225,13 @@ class Checkpoints:
       self._checkpointer.close()
 
 
-def steps_in(folder: str) -> list[int]:
-  """The steps of which there is a checkpoint, sound or not, oldest first."""
-  names = os.listdir(folder) if os.path.isdir(folder) else []
-  return sorted(int(name) for name in names if name.isdigit())
-
-
-def faults(folder: str) -> dict[int, str | None]:
-  """What is wrong with each checkpoint in a folder; None where nothing is."""
-  return {step: manifest.fault(os.path.join(folder, str(step)), step) for step in steps_in(folder)}
-
-
-def set_aside_damaged(folder: str) -> list[str]:
-  """Leaves a folder whose checkpoints are all sound; returns what is to be told.
-
-  Those that are damaged or unfinished move to `damaged/` beside the folder. Called by every
-  process of a run; the first acts. Raises `Mistake`, and moves nothing, where none is sound,
-  but for a single unfinished one: that run was killed while it wrote its first.
-  """
-  lines, refusal = [], ""
-  if jax.process_index() == 0:
-    try:
-      lines = _set_aside(folder)
-    except Mistake as mistake:
-      refusal = str(mistake)
-  if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.bool_(refusal)):
-    refusal = refusal or f"{folder} has no sound checkpoint; process 0 tells more"
-  if refusal:
-    raise Mistake(refusal)
-  return lines
-
-
-def _set_aside(folder: str) -> list[str]:
-  found = faults(folder)
-  wrong = {step: reason for step, reason in found.items() if reason is not None}
-  if wrong and wrong == found and list(wrong.values()) != [manifest.UNFINISHED]:
-    raise Mistake(_none_is_sound(folder, wrong))
-  lines = []
-  for step, reason in wrong.items():
-    target = os.path.join(os.path.dirname(os.path.abspath(folder)), "damaged", str(step))
-    shutil.rmtree(target, ignore_errors=True)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    os.rename(os.path.join(folder, str(step)), target)
-    lines.append(f"checkpoint {step} {reason}; it is now {target}")
-  return lines
-
-
-def _none_is_sound(folder: str, wrong: dict[int, str]) -> str:
-  workdir = os.path.dirname(os.path.abspath(folder))
-  lines = [f"no checkpoint in {folder} is sound:"]
-  lines += [f"  step {step}: {reason}" for step, reason in wrong.items()]
-  lines += [f"  begin anew: delete {workdir}, or give another --workdir"]
-  if manifest.UNFINISHED in wrong.values():
-    lines += [f"  trust what has no manifest: python -m convex_jax.checkpoint seal {workdir}"]
-  return "\n".join(lines)
-
-
-def saved_steps(folder: str) -> dict[int, float | None]:
-  """The finished checkpoints in a folder: step to accuracy, None where not evaluated."""
-  paths = {step: os.path.join(folder, str(step)) for step in steps_in(folder)}
-  return {s: manifest.accuracy(path) for s, path in paths.items() if manifest.is_sealed(path)}
-
-
 def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[str, Any]]:
   """(step, {"params", "stats"}) as numpy arrays, on any machine, without the run's code.
 
   `step` is a number, "latest" or "best"; `which` is "ema", "raw", or "auto": averages
   where there are any. Raises `Mistake` when there is no such checkpoint, or it is damaged.
   """
-  found = saved_steps(folder)
+  found = manifest.saved_steps(folder)
   chosen = step
   if step == "latest" and found:
     chosen = max(found)
@@ -305,7 +242,7 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
     raise Mistake(f"no checkpoint {step!r} in {folder}; there: {names}, 'latest', 'best'")
   path = os.path.join(os.path.abspath(folder), str(chosen))
   if reason := manifest.fault(path, int(chosen)):
-    sound = [s for s, fault in faults(folder).items() if fault is None]
+    sound = [s for s, fault in manifest.faults(folder).items() if fault is None]
     raise Mistake(f"checkpoint {chosen} in {folder}: {reason}; sound ones: {sound or 'none'}")
   has_ema = os.path.isdir(os.path.join(path, "ema"))
   if which == "ema" and not has_ema:
@@ -324,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("workdir", help="folder of a run")
   args = parser.parse_args(argv)
   folder = os.path.join(args.workdir, "checkpoints")
-  steps = steps_in(folder)
+  steps = manifest.steps_in(folder)
   try:
     if not steps:
       raise Mistake(f"{args.workdir} holds no checkpoints: there is none in {folder}")
@@ -333,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         path = os.path.join(folder, str(step))
         if not manifest.is_sealed(path):
           manifest.seal(path, step, accuracy=None)
-    found = faults(folder)
+    found = manifest.faults(folder)
   except Mistake as mistake:
     print(mistake, file=sys.stderr)
     return mistake.code

@@ -1,4 +1,4 @@
-"""What a finished checkpoint holds: a digest of each of its files, written last.
+"""Which checkpoints are sound: each has a digest of each of its files, written last.
 
 `manifest.json` in a checkpoint's folder: format, step, accuracy where it was evaluated,
 versions of the libraries, and for each file its size in bytes and its SHA-256. A folder without one was not finished. No path of a
@@ -7,9 +7,14 @@ manifest is ever opened: the folder's own files are compared with it.
 
 import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from importlib import metadata
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from convex_jax import files
 from convex_jax.errors import Mistake
@@ -80,6 +85,68 @@ def fault(folder: str, step: int) -> str | None:
     if _sha256(there[name]) != digest:
       return f"{name} is damaged: its SHA-256 is another"
   return None
+
+
+def steps_in(folder: str) -> list[int]:
+  """The steps of which there is a checkpoint, sound or not, oldest first."""
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  return sorted(int(name) for name in names if name.isdigit())
+
+
+def faults(folder: str) -> dict[int, str | None]:
+  """What is wrong with each checkpoint in a folder; None where nothing is."""
+  return {step: fault(os.path.join(folder, str(step)), step) for step in steps_in(folder)}
+
+
+def set_aside_damaged(folder: str) -> list[str]:
+  """Leaves a folder whose checkpoints are all sound; returns what is to be told.
+
+  Those that are damaged or unfinished move to `damaged/` beside the folder. Called by every
+  process of a run; the first acts. Raises `Mistake`, and moves nothing, where none is sound,
+  but for a single unfinished one: that run was killed while it wrote its first.
+  """
+  lines, refusal = [], ""
+  if jax.process_index() == 0:
+    try:
+      lines = _set_aside(folder)
+    except Mistake as mistake:
+      refusal = str(mistake)
+  if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.bool_(refusal)):
+    refusal = refusal or f"{folder} has no sound checkpoint; process 0 tells more"
+  if refusal:
+    raise Mistake(refusal)
+  return lines
+
+
+def _set_aside(folder: str) -> list[str]:
+  found = faults(folder)
+  wrong = {step: reason for step, reason in found.items() if reason is not None}
+  if wrong and wrong == found and list(wrong.values()) != [UNFINISHED]:
+    raise Mistake(_none_is_sound(folder, wrong))
+  lines = []
+  for step, reason in wrong.items():
+    target = os.path.join(os.path.dirname(os.path.abspath(folder)), "damaged", str(step))
+    shutil.rmtree(target, ignore_errors=True)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    os.rename(os.path.join(folder, str(step)), target)
+    lines.append(f"checkpoint {step} {reason}; it is now {target}")
+  return lines
+
+
+def _none_is_sound(folder: str, wrong: dict[int, str]) -> str:
+  workdir = os.path.dirname(os.path.abspath(folder))
+  lines = [f"no checkpoint in {folder} is sound:"]
+  lines += [f"  step {step}: {reason}" for step, reason in wrong.items()]
+  lines += [f"  begin anew: delete {workdir}, or give another --workdir"]
+  if UNFINISHED in wrong.values():
+    lines += [f"  trust what has no manifest: python -m convex_jax.checkpoint seal {workdir}"]
+  return "\n".join(lines)
+
+
+def saved_steps(folder: str) -> dict[int, float | None]:
+  """The finished checkpoints in a folder: step to accuracy, None where not evaluated."""
+  paths = {step: os.path.join(folder, str(step)) for step in steps_in(folder)}
+  return {s: accuracy(path) for s, path in paths.items() if is_sealed(path)}
 
 
 def _files(folder: str) -> Iterator[tuple[str, str]]:

@@ -14,13 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from ml_collections import FrozenConfigDict
-from rich.table import Table
 
-from convex_jax import augment, certify, constraints, data, metrics, models, optimizer, step
+from convex_jax import (
+  augment,
+  certify,
+  constraints,
+  data,
+  manifest,
+  metrics,
+  models,
+  optimizer,
+  step,
+)
 from convex_jax import mesh as meshes
 from convex_jax import run as runs
 from convex_jax.check import check
-from convex_jax.checkpoint import Checkpoints, set_aside_damaged, steps_in
+from convex_jax.checkpoint import Checkpoints
 from convex_jax.data import feed as feeds
 from convex_jax.errors import Diverged, Lost, Stopped
 from convex_jax.stopping import Stopping
@@ -52,10 +61,10 @@ def _run(config: Any, workdir: str) -> dict[str, float]:
   job = Job(config, examples, mesh)
   folder = os.path.join(workdir, "checkpoints")
   public = None
-  if config.init_from and not steps_in(folder):  # Refused before anything is written.
+  if config.init_from and not manifest.steps_in(folder):  # Refused before anything is written.
     path = os.path.expanduser(config.init_from)
     public = load_public(job.model, path, job.image_shape, config.seed)
-  set_aside = set_aside_damaged(folder)
+  set_aside = manifest.set_aside_damaged(folder)
   if lead:
     shape, names = examples.train.image_shape, examples.class_names
     runs.describe(config, workdir, names, shape, examples.statistics)
@@ -100,7 +109,7 @@ def _run(config: Any, workdir: str) -> dict[str, float]:
         "  start the same command on every host: it goes on from the newest checkpoint"
       ) from error
     watch.evaluated("final", int(state.step), figures)
-  watch.show(report(config, figures))
+  watch.report(figures)
   if config.model.parts == "ioc":
     weights = job.gathered(state.weights())  # In which all hosts take part.
     if lead:
@@ -322,23 +331,3 @@ class Job:
 
 def _is_finite(state: step.State) -> jax.Array:
   return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state)]))
-
-
-def report(config: Any, figures: dict[str, float]) -> Table:
-  """The figures of a finished run, as a table."""
-  name = f"{config.model.name} {config.model.parts} on {config.data.name}"
-  table = Table("split", "accuracy", "loss", "calibration error", title=name)
-  for split in ("train", "valid", "test"):
-    if f"{split}_accuracy" in figures:
-      accuracy, loss, error = (
-        figures[f"{split}_{key}"] for key in ("accuracy", "loss", "calibration_error")
-      )
-      table.add_row(split, f"{100 * accuracy:.2f} %", f"{loss:.4f}", f"{100 * error:.2f} %")
-  caption = f"generalisation gap {100 * figures['gap']:.2f} points"
-  if "zero_share" in figures:
-    caption += (
-      f"; smallest constrained weight {figures['smallest_constrained']:g},"
-      f" {100 * figures['zero_share']:.1f} % of them exactly 0"
-    )
-  table.caption = caption
-  return table

@@ -77,10 +77,26 @@ class Watch:
     if self._active:
       self._console.print(text, markup=False)
 
-  def show(self, table: Table) -> None:
-    """A table."""
-    if self._active:
-      self._console.print(table)
+  def report(self, figures: dict[str, float]) -> None:
+    """The figures of a finished run, as a table."""
+    if not self._active:
+      return
+    model = self._config.model
+    name = f"{model.name} {model.parts} on {self._config.data.name}"
+    table = Table("split", "accuracy", "loss", "calibration error", title=name)
+    for split in ("train", "valid", "test"):
+      if f"{split}_accuracy" in figures:
+        accuracy, loss, error = (
+          figures[f"{split}_{key}"] for key in ("accuracy", "loss", "calibration_error")
+        )
+        table.add_row(split, f"{100 * accuracy:.2f} %", f"{loss:.4f}", f"{100 * error:.2f} %")
+    table.caption = f"generalisation gap {100 * figures['gap']:.2f} points"
+    if "zero_share" in figures:
+      table.caption += (
+        f"; smallest constrained weight {figures['smallest_constrained']:g},"
+        f" {100 * figures['zero_share']:.1f} % of them exactly 0"
+      )
+    self._console.print(table)
 
   def restart_clock(self) -> None:
     """Leaves what happened since the last row (an evaluation, say) out of images/s."""

@@ -499,11 +499,11 @@ def mutated_descriptions(workdir: pathlib.Path, n: int) -> Result:
 
   rng, result = np.random.default_rng(3), Result()
   folder = workdir / "checkpoints"
-  newest = checkpoint.steps_in(str(folder))[-1]
+  newest = manifest.steps_in(str(folder))[-1]
   readers = {
     "config.json": lambda: runs._read(str(workdir)),
     "certificate.json": lambda: convex_jax.Run.certificate.fget(mock.Mock(workdir=str(workdir))),
-    f"checkpoints/{newest}/manifest.json": lambda: checkpoint.faults(str(folder))[newest],
+    f"checkpoints/{newest}/manifest.json": lambda: manifest.faults(str(folder))[newest],
   }
   for i in range(n):
     name, read = list(readers.items())[i % 3]

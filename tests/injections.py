@@ -27,7 +27,7 @@ import numpy as np
 from tensorboardX.proto import event_pb2
 
 import convex_jax
-from convex_jax import checkpoint, rows
+from convex_jax import manifest, rows
 from convex_jax.errors import Mistake
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -132,7 +132,7 @@ def last_bits(workdir: pathlib.Path) -> tuple[int, list[bytes]]:
   """Every array of the last checkpoint, optimizer state included."""
   from orbax.checkpoint import v1 as ocp
 
-  step = checkpoint.steps_in(str(workdir / "checkpoints"))[-1]
+  step = manifest.steps_in(str(workdir / "checkpoints"))[-1]
   path = str(workdir / "checkpoints" / str(step))
   items = {}
   for name in ("weights", "ema", "training"):
@@ -346,7 +346,7 @@ def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
 def damaged(
   whole: Run, folder: pathlib.Path, n: int, damages: list[Callable], seed: int = 0
 ) -> Result:
-  """Damages a file of the newest checkpoint of a finished run; half the time to be read again.
+  """Damages a file of the newest checkpoint of a finished run, each time of a fresh copy.
 
   Survived: reading the newest is refused, the file named, the older one found in its place.
   """
@@ -354,16 +354,16 @@ def damaged(
   for i in range(n):
     workdir = folder / f"damaged_{i}"
     shutil.copytree(whole.workdir, workdir)
-    steps = checkpoint.steps_in(str(workdir / "checkpoints"))
+    steps = manifest.steps_in(str(workdir / "checkpoints"))
     newest = workdir / "checkpoints" / str(steps[-1])
     path = rng.choice(files_of(newest))
     damages[i % len(damages)](path, rng)
     name = path.relative_to(newest).as_posix()
     try:
       told = refusal(lambda w=workdir: convex_jax.load(str(w)))
-      lines = checkpoint.set_aside_damaged(str(workdir / "checkpoints"))
+      lines = manifest.set_aside_damaged(str(workdir / "checkpoints"))
       named = len(lines) == 1 and name in lines[0] and f"checkpoint {steps[-1]} " in lines[0]
-      found = checkpoint.steps_in(str(workdir / "checkpoints")) == steps[:-1]
+      found = manifest.steps_in(str(workdir / "checkpoints")) == steps[:-1]
       loads = i % 10 or convex_jax.load(str(workdir)).step == steps[-2]
       unfinished = name == "manifest.json" and not path.exists()
       result.add((name in told or unfinished) and named and found and loads, note=f"{name}: {told}")
@@ -388,8 +388,8 @@ def resumed_after_damage(whole: Run, folder: pathlib.Path, n: int) -> Result:
     run = Run("", folder / f"resumed_{i}", whole.steps)
     run.arguments = whole.arguments
     shutil.copytree(whole.workdir, run.workdir)
-    newest = checkpoint.steps_in(str(run.workdir / "checkpoints"))[-1]
-    older = checkpoint.steps_in(str(run.workdir / "checkpoints"))[-2]
+    newest = manifest.steps_in(str(run.workdir / "checkpoints"))[-1]
+    older = manifest.steps_in(str(run.workdir / "checkpoints"))[-2]
     flip_bit(rng.choice(files_of(run.workdir / "checkpoints" / str(newest))), rng)
     began = time.monotonic()
     code, out, err = run.finish()
@@ -408,12 +408,12 @@ def all_damaged(whole: Run, folder: pathlib.Path, n: int) -> Result:
     run = Run("", folder / f"all_damaged_{i}", whole.steps)
     run.arguments = whole.arguments
     shutil.copytree(whole.workdir, run.workdir)
-    steps = checkpoint.steps_in(str(run.workdir / "checkpoints"))
+    steps = manifest.steps_in(str(run.workdir / "checkpoints"))
     for step in steps:
       flip_bit(rng.choice(files_of(run.workdir / "checkpoints" / str(step))), rng)
     code, _, err = run.finish()
     named = all(f"step {step}: " in err for step in steps) and "begin anew" in err
-    kept = checkpoint.steps_in(str(run.workdir / "checkpoints")) == steps
+    kept = manifest.steps_in(str(run.workdir / "checkpoints")) == steps
     result.add(code == 2 and named and kept and "Traceback" not in err, note=err[-200:])
   return result
 
@@ -451,7 +451,7 @@ def full_disk(
     else:
       with contextlib.suppress(OSError):
         (mount or folder).joinpath("ballast").unlink()
-      sound = not any(checkpoint.faults(str(run.workdir / "checkpoints")).values())
+      sound = not any(manifest.faults(str(run.workdir / "checkpoints")).values())
       fine = code == 74 and told in ([28], [21]) and sound
       fine &= run.finish()[0] == 0
     fine &= not left and run.outcome() == whole.outcome()

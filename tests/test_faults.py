@@ -12,7 +12,7 @@ import pytest
 from conftest import of
 
 import convex_jax
-from convex_jax import checkpoint, data, mesh, step, train
+from convex_jax import checkpoint, data, manifest, mesh, step, train
 from convex_jax.checkpoint import Checkpoints
 from convex_jax.errors import Diverged, Mistake, Unsaved
 from tests import bad_input, injections
@@ -165,7 +165,7 @@ def test_a_state_that_overflowed_is_not_saved(tiny_config, few_digits, tmp_path,
   monkeypatch.setattr(train.Job, "train_call", overflows)
   with pytest.raises(Diverged, match="after step 5 some weights are no finite numbers"):
     train.run(of(tiny_config, checkpoint__every_steps=5), str(tmp_path / "run"))
-  assert checkpoint.steps_in(str(tmp_path / "run" / "checkpoints")) == [3, 4]
+  assert manifest.steps_in(str(tmp_path / "run" / "checkpoints")) == [3, 4]
 
 
 # Checkpoints.
@@ -184,8 +184,6 @@ def test_an_error_of_a_save_is_told_once_and_at_its_step(
   tiny_config, few_digits, tmp_path, monkeypatch
 ):
   """The second of three saves meets a full disk while it is sealed."""
-  from convex_jax import manifest
-
   seal = manifest.seal
 
   def full(folder, at, accuracy):
@@ -198,7 +196,7 @@ def test_an_error_of_a_save_is_told_once_and_at_its_step(
   _, _, ours = saved(tiny_config, few_digits, tmp_path, tell=told.append, go_on=True)
   ours.close()
   assert len(told) == 1 and "step 2 could not be written: [Errno 28] No space left" in told[0]
-  assert checkpoint.faults(str(tmp_path)) == {1: None, 3: None}
+  assert manifest.faults(str(tmp_path)) == {1: None, 3: None}
   assert sorted(os.listdir(tmp_path)) == ["1", "3"]
   _, _, strict = saved(tiny_config, few_digits, tmp_path / "strict", count=2)
   with pytest.raises(Unsaved, match="step 2 could not be written") as caught:
@@ -214,7 +212,7 @@ def test_a_run_killed_in_its_first_save_begins_anew_and_says_so(
   _, _, ours = saved(tiny_config, few_digits, tmp_path / "checkpoints", count=1)
   ours.close()
   os.remove(tmp_path / "checkpoints" / "1" / "manifest.json")
-  lines = checkpoint.set_aside_damaged(str(tmp_path / "checkpoints"))
+  lines = manifest.set_aside_damaged(str(tmp_path / "checkpoints"))
   assert len(lines) == 1 and "checkpoint 1 has no manifest.json: it was not finished" in lines[0]
   assert os.listdir(tmp_path / "checkpoints") == [] and os.listdir(tmp_path / "damaged") == ["1"]
 
@@ -233,7 +231,7 @@ def test_the_command_verifies_and_seals(tiny_config, few_digits, tmp_path, capsy
   out = capsys.readouterr().out
   assert "step 2: has no manifest.json" in out and "step 3: " in out and "0 bytes" in out
   with pytest.raises(Mistake, match=r"python -m convex_jax\.checkpoint seal"):
-    checkpoint.set_aside_damaged(str(tmp_path / "checkpoints"))
+    manifest.set_aside_damaged(str(tmp_path / "checkpoints"))
   assert checkpoint.main(["seal", str(tmp_path)]) == 1  # 3 stays damaged.
   assert capsys.readouterr().out.startswith("step 2: sound\nstep 3: ")
   assert checkpoint.main(["verify", str(tmp_path / "nothing")]) == 2
@@ -259,7 +257,7 @@ def test_runs_of_every_format_load_and_go_on(fixture, tmp_path, data_dir):
 
 
 def test_there_is_a_fixture_of_the_present_format():
-  from convex_jax import manifest, run
+  from convex_jax import run
 
   assert (
     injections.ROOT.joinpath(f"tests/fixtures/run_{run.FORMAT}_{manifest.FORMAT}")

@@ -18,6 +18,7 @@ ROOM = {  # module: what it may import of ours; see CONTRIBUTING.md.
     "data",
     "data.feed",
     "errors",
+    "manifest",
     "mesh",
     "metrics",
     "models",
