@@ -20,7 +20,18 @@ import optax
 
 import convex_jax
 from configs import base, mixer_ioc
-from convex_jax import augment, certify, check, checkpoint, data, mesh, models, optimizer, train
+from convex_jax import (
+  augment,
+  certify,
+  check,
+  checkpoint,
+  data,
+  manifest,
+  mesh,
+  models,
+  optimizer,
+  train,
+)
 from convex_jax import step as steps
 from convex_jax.data import decode, prepare, stream
 from convex_jax.errors import Diverged, Mistake
