@@ -168,16 +168,18 @@ class Checkpoints:
 
   def _clear(self, step: int) -> None:
     """Removes what there is of a failed checkpoint, so that the disk is as full as before."""
-    if jax.process_index() == 0:
-      pattern = os.path.join(glob.escape(self._folder), f"{step}.*tmp*")
-      for _ in range(
-        40
-      ):  # Others of Orbax's threads may still be writing beside the one that failed.
-        for path in [*glob.glob(pattern), os.path.join(self._folder, str(step))]:
-          shutil.rmtree(path, ignore_errors=True)
-        time.sleep(0.05)
-        if not glob.glob(pattern):
-          break
+    if jax.process_index():
+      return
+    whole = os.path.join(self._folder, str(step))
+    if not manifest.is_sealed(whole):
+      shutil.rmtree(whole, ignore_errors=True)
+    pattern = os.path.join(glob.escape(self._folder), f"{step}.*tmp*")
+    for _ in range(40):  # Orbax's other threads may still write beside the one that failed.
+      for path in glob.glob(pattern):
+        shutil.rmtree(path, ignore_errors=True)
+      time.sleep(0.05)
+      if not glob.glob(pattern):
+        break
 
   def check(self) -> None:
     """Raises `Unsaved` where a save failed, unless the run is to go on."""

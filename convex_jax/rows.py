@@ -42,8 +42,8 @@ class Rows:
     return self.write()
 
   def write(self) -> str | None:
-    """Writes the rows that wait, if any; returns why not, where that was not possible."""
-    if not self._waiting:
+    """Writes the rows that wait, and events that lack; returns why not, where it cannot."""
+    if not self._waiting and self._events is not None:
       return None
     try:
       with open(self.path, "ab", buffering=0) as file:

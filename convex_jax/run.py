@@ -226,7 +226,9 @@ def _read(workdir: str) -> dict[str, Any]:
     if lines := mistakes(FrozenConfigDict(ConfigDict(config))):  # Whose lists are tuples.
       raise files.Damaged("; ".join(lines))
     _check_data(about)
-  except (files.Damaged, LookupError, TypeError, AttributeError) as error:
+  except Mistake:
+    raise
+  except (ValueError, LookupError, TypeError, AttributeError) as error:
     raise Mistake(
       f"{path} is damaged: {error}\n  delete it: the command that trained the run, given again,"
       " writes it anew"

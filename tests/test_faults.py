@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -204,6 +205,30 @@ def test_an_error_of_a_save_is_told_once_and_at_its_step(
   assert caught.value.code == 74
   with pytest.raises(Unsaved):
     strict.close()
+
+
+def test_a_late_checkpoint_outlives_the_failure_of_a_later_one(
+  tiny_config, few_digits, tmp_path, monkeypatch
+):
+  """The second is written after the third was given up: it is sealed, and stays."""
+  seal, gate, told = manifest.seal, threading.Event(), []
+
+  def slow(folder, at, accuracy):
+    if at == 2:
+      gate.wait()
+    seal(folder, at, accuracy)
+
+  monkeypatch.setattr(manifest, "seal", slow)
+  _, state, ours = saved(tiny_config, few_digits, tmp_path, 1, tell=told.append, go_on=True)
+  ours._patience = 0.2
+  ours.save(state.replace(step=state.step + 2), accuracy=None)
+  ours.save(state.replace(step=state.step + 3), accuracy=None)
+  assert "step 3 could not be written: an older one" in told[-1] and "step 2" in told[0]
+  gate.set()
+  ours._writing.join()
+  with pytest.raises(Unsaved, match="step 3"):
+    ours.close()
+  assert manifest.faults(str(tmp_path)) == {1: None, 2: None}
 
 
 def test_a_run_killed_in_its_first_save_begins_anew_and_says_so(

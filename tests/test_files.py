@@ -186,3 +186,16 @@ def test_rows_that_cannot_be_written_wait(tmp_path, monkeypatch):
   monkeypatch.undo()
   assert ours.append(row(4)) is None and ours.close() is None
   assert [r["step"] for r in rows.read_metrics(ours.path)] == [1, 2, 3, 4]
+
+
+def test_events_that_could_not_be_written_come_with_the_close(tmp_path, monkeypatch):
+  ours = rows.Rows(str(tmp_path), 0)
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(rows, "_write_events", full)
+    assert "No space left" in ours.append(row(1, loss=1.0))
+  assert ours.close() is None
+  assert injections.events(tmp_path) == [(1, "train", {"train/loss": 1.0})]
