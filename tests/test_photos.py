@@ -512,7 +512,8 @@ def test_real_photographs_train_and_a_stopped_run_goes_on(name, tmp_path):
     args.append("--config.data.image_size=64")
   program = [sys.executable, "-m", "convex_jax.main", *args, f"--workdir={tmp_path / 'run'}"]
   with subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
-    while not (tmp_path / "run" / "checkpoints" / "2").exists():
+    # A checkpoint's folder appears before it is sealed; one without a manifest is set aside.
+    while not (tmp_path / "run" / "checkpoints" / "2" / "manifest.json").exists():
       assert first.poll() is None
       time.sleep(0.2)
     first.kill()
