@@ -62,6 +62,9 @@ def get_config() -> ConfigDict:
   config.model.parts = "base"  # base: as published; ioc: exactly convex; paper: the report's.
   config.model.constraint = "clamp"  # max(w, 0); exponentiate: w < 0 becomes exp(w - 5).
   config.model.passthrough = True  # Free-sign maps of the image's affine part; `ioc` only.
+  config.model.log_normal_init = True  # `ioc` only; False: its own, with negative weights set to 0.
+  config.model.branch_scales = True  # Learnt scales >= 0 on residual branches; `ioc` only.
+  config.model.norm = "twin"  # As parts say; own: as published; batch, layer, affine: every twin's.
   config.model.convex_from = "image"  # head: the parts make the head alone, on a free trunk.
   config.model.head_depth = 0  # Hidden layers of the head; 0: linear, as published.
   config.model.head_width = 256  # Units of each.

@@ -11,7 +11,7 @@ from convex_jax import models
 from convex_jax.constraints import PROJECTIONS
 from convex_jax.data import DATASETS
 from convex_jax.errors import Mistake
-from convex_jax.layers import CONVEX_FROM, PARTS
+from convex_jax.layers import CONVEX_FROM, NORMS, PARTS
 from convex_jax.optimizer import OPTIMIZERS, SCHEDULES
 
 
@@ -153,6 +153,9 @@ RULES = {
   "model.parts": one_of(PARTS),
   "model.constraint": one_of([name for name in PROJECTIONS if name not in ("free", "shift")]),
   "model.passthrough": SWITCH,
+  "model.log_normal_init": SWITCH,
+  "model.branch_scales": SWITCH,
+  "model.norm": one_of(NORMS),
   "model.convex_from": one_of(CONVEX_FROM),
   "model.head_depth": whole(0),
   "model.head_width": whole(1),

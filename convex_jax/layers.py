@@ -99,6 +99,20 @@ class Scale(nn.Module):
     return (scale if self.axis == -1 else _upright(scale, x.ndim)) * x
 
 
+class Affine(nn.Module):
+  """v x + b for each feature: a norm without statistics (Touvron et al. 2021, ResMLP, 3)."""
+
+  dtype: Any
+  scale_init: Callable[..., Any]
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", self.scale_init, (x.shape[-1],))
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+    x, scale, bias = promote_dtype(x, scale, bias, dtype=self.dtype)
+    return scale * x + bias
+
+
 @dataclasses.dataclass(frozen=True)
 class Parts:
   """A set of ingredients. Its methods act inside a model's `nn.compact` call."""
@@ -107,8 +121,9 @@ class Parts:
   constraint: str = FREE  # Of every weight past the first affine part.
   head_constraint: str = FREE  # Of the classifier's weights.
   activation: Activation | None = None  # None: the architecture's own.
-  norm_kind: str | None = None  # "batch", "layer"; None: the architecture's own.
-  principled: bool = False  # Log-normal initialisation, residual branch scales.
+  norm_kind: str | None = None  # "batch", "layer", "affine"; None: the architecture's own.
+  principled: bool = False  # Log-normal initialisation.
+  branch_scales: bool = False  # Learnt scales on residual branches.
   passthrough: bool = False  # Free-sign maps of y, affine in the image, to later layers.
   gates: bool = True  # Products of features and gates made of features: never convex.
   widened: bool = False  # The 2021 paper's convex All-CNN: twice the first convolution.
@@ -185,15 +200,15 @@ class Parts:
 
     What to start it from was measured in a Mixer of 4 blocks: 1 learns faster than 0.1.
     """
-    if not self.principled:
-      return self.dense(x, features, own_init=own_init, name=name, **fields)
+    if not self.branch_scales:
+      return self.dense(x, features, inputs=inputs, own_init=own_init, name=name, **fields)
     layer = self._affine(
       Dense,
       x.shape[fields.get("axis", -1)],
       False,
       inputs,
       False,
-      None,
+      own_init,
       features=features,
       scale_constraint=self.constraint,
       initial_scale=initial_scale,
@@ -315,6 +330,8 @@ class Parts:
     if kind == "layer":
       layer = nn.LayerNorm(epsilon or 1e-6, dtype=self.dtype, scale_init=scale_init, name=name)
       return layer(x)
+    if kind == "affine":
+      return Affine(self.dtype, scale_init, name=name)(x)
     layer = nn.BatchNorm(
       use_running_average=not train,
       momentum=momentum,
@@ -358,18 +375,16 @@ def base(**fields) -> Parts:
   return Parts("base", **fields)
 
 
-def ioc(constraint: str, passthrough: bool, **fields) -> Parts:
+def ioc(constraint: str, **fields) -> Parts:
   """Exactly convex at inference."""
+  of_ioc = {"norm_kind": "batch", "principled": True, "branch_scales": True, "passthrough": True}
   return Parts(
     "ioc",
     constraint=constraint,
     head_constraint="shift",
     activation=elu,
-    norm_kind="batch",
-    principled=True,
-    passthrough=passthrough,
     gates=False,
-    **fields,
+    **of_ioc | fields,
   )
 
 
@@ -386,24 +401,35 @@ def paper(constraint: str, **fields) -> Parts:
 
 
 PARTS = ("base", "ioc", "paper")
-
-
+NORMS = {"twin": {}, "own": {"norm_kind": None}} | {
+  kind: {"norm_kind": kind} for kind in ("batch", "layer", "affine")
+}
 CONVEX_FROM = ("image", "head")
 
 
 def make_parts(
-  name: str, constraint: str, passthrough: bool, convex_from: str = "image", **fields
+  name: str,
+  constraint: str,
+  passthrough: bool = True,
+  log_normal_init: bool = True,
+  branch_scales: bool = True,
+  norm: str = "twin",
+  convex_from: str = "image",
+  **fields,
 ) -> Parts:
   """The `Parts` called `name`; `fields` are those of `Parts` from `head_depth` on.
 
-  With `convex_from` "head" the parts make the head alone, on a trunk as published.
+  `passthrough`, `log_normal_init` and `branch_scales` are of `ioc` alone. `norm`: the twin's
+  ("twin"), the architecture's ("own"), or a kind. With `convex_from` "head" the parts make
+  the head alone, on a trunk as published.
   """
-  if name == "base":
-    parts = base(**fields)
-  elif name == "ioc":
-    parts = ioc(constraint, passthrough, **fields)
-  elif name == "paper":
-    parts = paper(constraint, **fields)
-  else:
+  if name not in PARTS:
     raise ValueError(f"model.parts is {name!r}; allowed: {', '.join(PARTS)}")
+  if name == "base":
+    parts = base(**NORMS[norm], **fields)
+  elif name == "paper":
+    parts = paper(constraint, **NORMS[norm], **fields)
+  else:
+    choice = {"passthrough": passthrough, "branch_scales": branch_scales}
+    parts = ioc(constraint, principled=log_normal_init, **choice, **NORMS[norm], **fields)
   return parts if convex_from == "image" else base(classifier=parts, **fields)

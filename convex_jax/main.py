@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import threading
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -49,7 +50,7 @@ def _config_mistakes(argv: list[str]) -> list[str]:
   if not file:
     return []
   try:
-    known = [path for path, _ in check.flatten(_load(file))]
+    known = [path for path, _ in check.flatten(load_config(file))]
   except Exception as error:
     return [f"{file[0]} cannot be read: {error.__cause__ or error}"]
   good, lines = [], []
@@ -59,7 +60,7 @@ def _config_mistakes(argv: list[str]) -> list[str]:
       continue
     path = match[1]
     try:
-      _load([*file, arg])
+      load_config([*file, arg])
       good.append(arg)
     except (AttributeError, KeyError):
       lines.append(f"config.{path} is no key{check.nearest(path, known)}")
@@ -68,12 +69,12 @@ def _config_mistakes(argv: list[str]) -> list[str]:
       allowed = f"; allowed: {rule.allowed}" if rule else f": {error}"
       lines.append(f"{arg.lstrip('-')} does not fit{allowed}")
   if lines:
-    lines += [f"config.{line}" for line in check.mistakes(_load([*file, *good]))]
+    lines += [f"config.{line}" for line in check.mistakes(load_config([*file, *good]))]
   return lines
 
 
-def _load(args: list[str]):
-  """The config that these arguments alone would make."""
+def load_config(args: list[str]) -> Any:
+  """The config that the arguments ["--config=FILE", "--config.KEY=VALUE", ...] make."""
   command = ["convex_jax", *args]
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)

@@ -7,8 +7,10 @@ needs stands in the workdir's config.json, written and read here.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -43,6 +45,9 @@ ADDED = (  # Keys younger than some runs, and what those mean.
   ("data", "workers", -1),
   ("data", "max_unreadable", 0.001),
   ("model", "one_logit", False),
+  ("model", "log_normal_init", True),
+  ("model", "branch_scales", True),
+  ("model", "norm", "twin"),
   ("", "max_skipped", 10),
   ("", "skip_spikes", 0.0),
   ("", "time_limit", 0.0),
@@ -152,8 +157,34 @@ def describe(
     "config": json.loads(config.to_json_best_effort()),
     "data": {"class_names": class_names, "image_shape": image_shape, "mean": mean, "std": std},
     "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "optax")},
+    "hardware": f"{jax.device_count()} x {_device_kind()}",
   }
   files.write_json(os.path.join(workdir, "config.json"), content)
+
+
+def _device_kind() -> str:
+  kind = jax.devices()[0].device_kind
+  return f"{platform.machine()} CPU, {os.cpu_count()} cores" if kind == "cpu" else kind
+
+
+def digest(config: Any) -> str:
+  """Twelve hex digits that two configs share when they describe the same run.
+
+  What is free to change is left out, and a key younger than a run that means what that run
+  meant: a result stays its config's when keys are added.
+  """
+  content = config if isinstance(config, dict) else json.loads(config.to_json_best_effort())
+  values = dict(flatten(content))
+  for section, key, meant in ADDED:
+    path = f"{section}.{key}".lstrip(".")
+    if values.get(path) == meant:
+      del values[path]
+  kept = {
+    key: value
+    for key, value in values.items()
+    if value is not None and not key.startswith(FREE_TO_CHANGE)  # None: a size's own.
+  }
+  return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
@@ -191,7 +222,7 @@ def _refuse_unfit(config: Any, workdir: str) -> None:
     raise Mistake(f"--workdir={workdir}: {there} cannot be written; give another --workdir")
   if not os.path.exists(os.path.join(workdir, "config.json")):
     return
-  before = dict(flatten(_read(workdir)["config"]))
+  before = dict(flatten(read_description(workdir)["config"]))
   now = dict(flatten(json.loads(config.to_json_best_effort())))
   lines = [
     f"  config.{key}: {before.get(key)!r} there, {now.get(key)!r} now"
@@ -208,8 +239,8 @@ def _refuse_unfit(config: Any, workdir: str) -> None:
     )
 
 
-def _read(workdir: str) -> dict[str, Any]:
-  """config.json, with the keys that are younger; raises `Mistake` where it is not what we wrote."""
+def read_description(workdir: str) -> dict[str, Any]:
+  """What `describe` wrote to config.json, with the keys that are younger; raises `Mistake` where it is not what we wrote."""
   path = os.path.join(workdir, "config.json")
   if not os.path.exists(path):
     raise Mistake(f"{workdir} holds no run: there is no {path}")
@@ -254,7 +285,7 @@ def load(workdir: str, step: int | str = "latest", weights: str = "auto") -> Run
   Raises `Mistake`, a `ValueError`, when there is no such run or checkpoint.
   """
   workdir = os.path.expanduser(workdir)
-  saved = _read(workdir)
+  saved = read_description(workdir)
   chosen, tree = read_weights(os.path.join(workdir, "checkpoints"), step, weights)
   about = saved["data"]
   return Run(

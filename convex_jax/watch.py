@@ -47,7 +47,8 @@ class Watch:
     self, workdir: str, start: int, total: int, epochs: float, config: Any, active: bool
   ):
     self._active, self._total, self._epochs, self._config = active, total, epochs, config
-    self._console = Console(highlight=False, soft_wrap=True)
+    # In a notebook, too, plain lines: its own kind has a blank one after each.
+    self._console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
     self._last: dict[str, Any] = {}
     self._train: list[tuple[int, dict[str, np.ndarray]]] = []
     self._logged = start

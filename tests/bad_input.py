@@ -512,7 +512,7 @@ def mutated_descriptions(workdir: pathlib.Path, n: int) -> Result:
   folder = workdir / "checkpoints"
   newest = manifest.steps_in(str(folder))[-1]
   readers = {
-    "config.json": lambda: runs._read(str(workdir)),
+    "config.json": lambda: runs.read_description(str(workdir)),
     "certificate.json": lambda: convex_jax.Run.certificate.fget(mock.Mock(workdir=str(workdir))),
     f"checkpoints/{newest}/manifest.json": lambda: manifest.faults(str(folder))[newest],
   }

@@ -173,7 +173,7 @@ def test_every_tagged_value_is_feasible_after_every_step(name, accumulate, dtype
   config = base.get_config().optimizer
   config.update(name=name, accumulate=accumulate, learning_rate=0.3)
   config.weight_decay = 0.0 if name == "adam" else 0.1
-  parts = layers.ioc(constraint, True, dtype=jnp.dtype(dtype))
+  parts = layers.ioc(constraint, passthrough=True, dtype=jnp.dtype(dtype))
   update, state, kinds = make_run(config, parts)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
   for i in range(6):
@@ -187,7 +187,7 @@ def test_without_the_last_link_weights_turn_negative():
   """The control: the steps above are large enough for the constraint to matter."""
   config = base.get_config().optimizer
   config.learning_rate = 0.3
-  update, state, kinds = make_run(config, layers.ioc("clamp", True), enforce=False)
+  update, state, kinds = make_run(config, layers.ioc("clamp", passthrough=True), enforce=False)
   for i in range(6):
     state = update(state, jax.random.key(i))
   assert min(leaf.min() for leaf in tagged(state.params, kinds)) < -0.1

@@ -41,7 +41,7 @@ def test_log_normal_agrees_with_hoedt_and_klambauer_for_relu():
 
 def test_principled_layers_keep_variance_and_centre():
   """Pre-activations of mean 0 and variance 1 stay so through a non-negative layer."""
-  parts = layers.ioc("clamp", False)
+  parts = layers.ioc("clamp", passthrough=False)
   z = np.sqrt(0.5) * jax.random.normal(jax.random.key(1), (4000, 1))
   z = z + np.sqrt(0.5) * jax.random.normal(jax.random.key(2), (4000, 512))  # Correlation 1/2.
 
@@ -110,7 +110,7 @@ def test_one_logit_is_clamped_since_it_cannot_be_shifted():
 
     @layers.nn.compact
     def __call__(self, x):
-      return layers.ioc("clamp", False).linear_head(x, self.classes, name="head")
+      return layers.ioc("clamp", passthrough=False).linear_head(x, self.classes, name="head")
 
   for classes, want in ((1, "clamp"), (2, "shift")):
     boxed = Head(classes).init(jax.random.key(0), jnp.ones((1, 4)))["params"]
@@ -132,3 +132,78 @@ def test_dense_layers_have_forward_derivatives(shape, axis):
   w = variables["params"]["kernel"]
   moved = jnp.moveaxis(v, axis, -1) @ w @ w.T
   np.testing.assert_allclose(hessian_v, jnp.moveaxis(moved, -1, axis), rtol=1e-4, atol=1e-5)
+
+
+def mixer_of(**choices):
+  """A tiny `ioc` Mixer of 8 px with some of its remedies left out, and its weights."""
+  from configs import base
+  from convex_jax import models, step
+
+  model = base.get_config().model
+  model.name, model.size, model.parts = "mixer", "tiny", "ioc"
+  model.update(choices)
+  model.patch = 4
+  network = models.build(model, classes=3)
+  boxed = step.init_variables(network, jax.random.key(0), (8, 8, 3))
+  return network, layers.nn.meta.unbox(boxed)
+
+
+@pytest.mark.parametrize(
+  "choices",
+  [
+    {"norm": "batch"},
+    {"norm": "affine"},
+    {"log_normal_init": False},
+    {"branch_scales": False},
+    {"passthrough": False},
+    {"norm": "affine", "log_normal_init": False, "branch_scales": False, "passthrough": False},
+  ],
+)
+def test_without_its_remedies_a_convex_twin_is_convex(choices):
+  from convex_jax import step
+  from convex_jax.certify import certify
+
+  network, variables = mixer_of(**choices)
+  image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+  assert certify(lambda w, x: step.apply(network, w, x), image, variables)
+
+
+@pytest.mark.parametrize("norm", ["own", "layer"])
+def test_with_layer_norm_it_is_not(norm):
+  from convex_jax import step
+  from convex_jax.certify import certify
+
+  network, variables = mixer_of(norm=norm)
+  image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+  certificate = certify(lambda w, x: step.apply(network, w, x), image, variables, search_steps=0)
+  assert not certificate and "LayerNorm" in certificate.reason
+
+
+def test_a_choice_changes_its_own_part_alone():
+  names = {
+    key: set(flat(mixer_of(**choice)[1]["params"]))
+    for key, choice in (
+      ("all", {}),
+      ("no scales", {"branch_scales": False}),
+      ("own init", {"log_normal_init": False}),
+      ("affine", {"norm": "affine"}),
+    )
+  }
+  assert names["own init"] == names["affine"] == names["all"]
+  lost = names["all"] - names["no scales"]
+  assert lost and all(name.endswith("dense_1/scale") for name in lost)
+  own, ours = (mixer_of(log_normal_init=flag)[1]["params"] for flag in (False, True))
+  kernels = [params["block_1"]["channel_mixing"]["dense_0"]["kernel"] for params in (own, ours)]
+  assert float((kernels[0] == 0).mean()) > 0.3 and (kernels[1] > 0).all()
+
+
+def flat(params):
+  leaves = jax.tree.leaves_with_path(params)
+  return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+
+
+def test_an_affine_norm_is_a_scale_and_a_bias():
+  layer = layers.Affine(jnp.float32, jax.nn.initializers.constant(2.0))
+  x = jax.random.normal(jax.random.key(0), (4, 3))
+  variables = layer.init(jax.random.key(1), x)
+  np.testing.assert_allclose(layer.apply(variables, x), 2 * x)

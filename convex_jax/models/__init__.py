@@ -18,6 +18,9 @@ from convex_jax.layers import Head, Parts, make_parts
 OF_PARTS = (
   "constraint",
   "passthrough",
+  "log_normal_init",
+  "branch_scales",
+  "norm",
   "convex_from",
   "head_depth",
   "head_width",

@@ -31,7 +31,7 @@ CASES = {  # Title: (name, size, px, fields)
 }
 OURS = layers.make_parts("ioc", constraint="clamp", passthrough=True)
 WIRINGS = {
-  "naive": dataclasses.replace(OURS, principled=False, passthrough=False),
+  "naive": dataclasses.replace(OURS, principled=False, branch_scales=False, passthrough=False),
   "ours": OURS,
 }
 SAMPLES = 4096  # Of images and positions.

@@ -1,0 +1,325 @@
+"""Many runs by one command: `python -m convex_jax.sweep experiments/mlp`.
+
+The folder's sweep.py is pure data: TITLE, SCHEDULES (name: what it is, the default first)
+and `get_sweep(schedule)`, which returns the jobs. Each job is the command that a user would
+type, in a process and a workdir of its own below `--out`, where results.csv, curves.csv,
+report.md, report.html and the pictures are made from all that has ended. The same command
+again goes on: what is finished is not run again, what was interrupted resumes, and a result
+that was made from another config is never overwritten.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from convex_jax import report, results, rows
+from convex_jax import run as runs
+from convex_jax.check import mistakes
+from convex_jax.errors import Diverged, Ended, Mistake, Stopped
+from convex_jax.main import load_config
+
+POLL = 0.5  # Seconds between two looks at the processes.
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One run of a sweep: a config file, what is changed in it, a seed."""
+
+  panel: str  # What is compared in one picture.
+  variant: str  # Within it.
+  config: str  # configs/mlp.py:cifar10
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {"model.parts": "ioc"}
+  seed: int = 0
+  source: tuple[float, float] = (math.nan, math.nan)  # Train and test accuracy found elsewhere.
+
+  def arguments(self) -> list[str]:
+    """Of `python -m convex_jax.main`."""
+    changed = {**self.overrides, "seed": self.seed}
+    return [f"--config={self.config}", *(f"--config.{key}={v}" for key, v in changed.items())]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A job, and what names its result."""
+
+  job: Job
+  schedule: str
+  workdir: str
+  digest: str  # `run.digest` of the job's config.
+  total: float  # Epochs or steps, as the config counts.
+  unit: str  # epoch, step.
+
+  @property
+  def key(self) -> tuple[str, str, str, int]:
+    return self.job.panel, self.job.variant, self.schedule, self.job.seed
+
+
+def read_sweep(folder: str) -> Any:
+  """A sweep's module; raises `Mistake` where there is none."""
+  path = os.path.join(folder, "sweep.py")
+  if not os.path.exists(path):
+    raise Mistake(f"there is no {path}; give the folder of a sweep, such as experiments/mlp")
+  spec = importlib.util.spec_from_file_location("sweep", path)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if missing := [n for n in ("TITLE", "SCHEDULES", "get_sweep") if not hasattr(module, n)]:
+    raise Mistake(f"{path} is no sweep: it does not define {', '.join(missing)}")
+  return module
+
+
+def tasks_of(module: Any, schedule: str, out: str) -> list[Task]:
+  """The tasks of a schedule; raises `Mistake` for jobs that could not be run."""
+  if schedule not in module.SCHEDULES:
+    raise Mistake(f"--schedule={schedule} is none; allowed: {', '.join(module.SCHEDULES)}")
+  tasks, lines = [], []
+  for job in module.get_sweep(schedule):
+    words = (schedule, job.panel, job.variant, f"seed {job.seed}")
+    workdir = os.path.join(out, *(re.sub(r"\W+", "_", w).strip("_").lower() for w in words))
+    try:
+      config = load_config(job.arguments())
+    except Exception as error:  # Whatever a config's code, or a value that does not fit, raises.
+      lines.append(f"{workdir}: {' '.join(job.arguments())}: {error}")
+      continue
+    lines += [f"{workdir}: config.{line}" for line in mistakes(config)]
+    total, unit = (config.steps, "step") if config.steps else (config.epochs, "epoch")
+    tasks.append(Task(job, schedule, workdir, runs.digest(config), total, unit))
+  workdirs = [task.workdir for task in tasks]
+  lines += [
+    f"{w} is two jobs; name them apart" for w in {w for w in workdirs if workdirs.count(w) > 1}
+  ]
+  if lines:
+    raise Mistake("\n".join(lines))
+  return tasks
+
+
+def refuse_other_configs(tasks: list[Task], before: results.Results) -> None:
+  """Raises `Mistake` where a result or a workdir of a task's name is of another config."""
+  there = {row.key: row.digest for row in before.rows}
+  lines = []
+  for task in tasks:
+    if there.get(task.key, task.digest) != task.digest:
+      lines.append(f"results.csv has {task.key} of another config ({there[task.key]})")
+    if os.path.exists(os.path.join(task.workdir, "config.json")):
+      found = runs.digest(runs.read_description(task.workdir)["config"])
+      if found != task.digest:
+        lines.append(f"{task.workdir} holds a run of another config ({found})")
+  if lines:
+    cure = "  give another --out, or name the variant anew; or delete what is no longer wanted"
+    raise Mistake("\n".join([*lines, cure]))
+
+
+class Process:
+  """A task's process: its training, then its certificate."""
+
+  def __init__(self, task: Task, data_dir: str, slot: int, slots: int):
+    self.task, self.slot, self._slots = task, slot, slots
+    os.makedirs(task.workdir, exist_ok=True)
+    self.log = os.path.join(task.workdir, "log.txt")
+    command = ["convex_jax.main", *task.job.arguments(), f"--workdir={task.workdir}"]
+    self._start(command + ([f"--config.data.dir={data_dir}"] if data_dir else []))
+    self._certifies = False
+
+  def _start(self, command: list[str]) -> None:
+    environment = dict(os.environ)
+    if self._slots > 1:  # Of a GPU's memory JAX takes three quarters by default.
+      environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / self._slots:.3f}")
+    with open(self.log, "a") as file:
+      self._process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        stdout=file,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,  # A Ctrl-C is the sweep's, which tells its runs.
+      )
+    if self._slots > 1 and hasattr(os, "sched_setaffinity"):
+      cores = sorted(os.sched_getaffinity(0))
+      if len(cores) >= self._slots:  # XLA starts a thread for each core that it may use.
+        with contextlib.suppress(ProcessLookupError):
+          os.sched_setaffinity(self._process.pid, cores[self.slot :: self._slots])
+
+  def poll(self) -> str | None:
+    """None while it runs, then "finished" or "diverged"; raises `Ended` after another end."""
+    code = self._process.poll()
+    if code is None:
+      return None
+    if self._certifies:
+      if code not in (0, 1):  # 1: not proved, which is a result.
+        raise Mistake(f"{self.task.workdir} cannot be certified:{self._tail()}")
+      return "finished"
+    if code == Diverged.code:
+      return "diverged"
+    if code == Stopped.code:
+      raise Stopped(f"{self.task.workdir} was stopped; the same command goes on")
+    if code:
+      command = " ".join(self.task.job.arguments())
+      raise Mistake(f"{command} ended with code {code}:{self._tail()}")
+    if not _lacks_certificate(self.task.workdir):
+      return "finished"
+    self._certifies = True
+    self._start(["convex_jax.certify", f"--workdir={self.task.workdir}"])
+    return None
+
+  def _tail(self) -> str:
+    with open(self.log, errors="replace") as file:
+      return "\n  ".join(["", *file.read().splitlines()[-8:]])
+
+  def progress(self) -> float:
+    """How far it is, in its task's unit, by its rows."""
+    path = os.path.join(self.task.workdir, "metrics.jsonl")
+    every = rows.read_metrics(path) if os.path.exists(path) else []
+    return every[-1][self.task.unit] if every else 0.0
+
+  def stop(self) -> None:
+    """Asks it to save and end; waits until it has."""
+    if self._process.poll() is None:
+      self._process.send_signal(signal.SIGTERM)
+      self._process.wait()
+
+
+def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results.Results:
+  """Runs what is not finished, `at_once` at a time; writes the results after each.
+
+  Raises `Ended`, after its processes have saved, where one of them does not end well.
+  """
+  found = results.read(out)
+  refuse_other_configs(tasks, found)
+  for task in tasks:
+    if task.key not in {row.key for row in found.rows} and _is_finished(task):
+      found = _add(found, task, "finished", out)
+  done = {row.key for row in found.rows}
+  waiting = [task for task in tasks if task.key not in done]
+  progress = Progress(
+    TextColumn("{task.description}", markup=False),
+    BarColumn(),
+    TextColumn("{task.completed:g}/{task.total:g}"),
+    TimeElapsedColumn(),
+    console=Console(highlight=False),
+  )
+  processes: dict[Process, Any] = {}
+  free = list(range(at_once))
+  with progress, _signals():
+    runs_done = progress.add_task("runs", total=len(tasks), completed=len(tasks) - len(waiting))
+    try:
+      while waiting or processes:
+        while waiting and free:
+          process = Process(waiting.pop(0), data_dir, free.pop(0), at_once)
+          words = ", ".join(map(str, process.task.key[:2])) + f", seed {process.task.job.seed}"
+          words = f"  {words}: {process.task.unit}"
+          processes[process] = progress.add_task(words, total=process.task.total)
+        time.sleep(POLL)
+        for process, line in list(processes.items()):
+          progress.update(line, completed=process.progress())
+          outcome = process.poll()
+          if outcome is not None:
+            del processes[process]
+            free.append(process.slot)
+            found = _add(found, process.task, outcome, out)
+            progress.remove_task(line)
+            progress.advance(runs_done)
+            progress.console.print(_line(found.rows[-1]), markup=False, soft_wrap=True)
+    finally:
+      for process in processes:
+        process.stop()
+  order = {task.key: place for place, task in enumerate(tasks)}
+  ordered = sorted(found.rows, key=lambda row: order.get(row.key, len(order)))
+  return dataclasses.replace(found, rows=tuple(ordered))
+
+
+def _is_finished(task: Task) -> bool:
+  return results.is_finished(task.workdir, task.digest) and not _lacks_certificate(task.workdir)
+
+
+def _lacks_certificate(workdir: str) -> bool:
+  """Whether a finished run is still to be certified: a base twin is not meant to be convex."""
+  parts = runs.read_description(workdir)["config"]["model"]["parts"]
+  return parts != "base" and not os.path.exists(os.path.join(workdir, "certificate.json"))
+
+
+def _add(found: results.Results, task: Task, outcome: str, out: str) -> results.Results:
+  """The results with a task's; also in `out`."""
+  job = task.job
+  new = results.of_workdir(task.workdir, job.panel, job.variant, task.schedule, job.source, outcome)
+  found += new
+  results.write(found, out)
+  return found
+
+
+def _line(row: results.Result) -> str:
+  name = f"{row.panel}, {row.variant}, seed {row.seed}"
+  if row.outcome != "finished":
+    return f"{name}: {row.outcome} in epoch {row.epochs:.1f}"
+  words = f"train {100 * row.train_accuracy:.2f} %, test {100 * row.test_accuracy:.2f} %"
+  return f"{name}: {words}, {row.seconds:.0f} s" + (
+    f", {row.certificate}" if row.certificate else ""
+  )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+  """Within, SIGTERM and SIGINT raise `Stopped`."""
+
+  def stop(*_: Any) -> None:
+    raise Stopped("stopped; the runs are saved, and the same command goes on")
+
+  before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a sweep and reports it; returns 0, 2 after a mistake, 75 where it was stopped."""
+  parser = argparse.ArgumentParser("python -m convex_jax.sweep", description=main.__doc__)
+  parser.add_argument("folder", help="folder of a sweep.py")
+  parser.add_argument("--schedule", default="", help="one of the sweep's; default: its first")
+  parser.add_argument("--out", default="", help="folder of runs and results; default: runs/NAME")
+  parser.add_argument("--only", default="", help="those whose panel, variant and seed match this")
+  parser.add_argument("--at_once", type=int, default=1, help="runs at a time, on one device")
+  parser.add_argument("--data_dir", default="", help="of the data; default: TFDS's")
+  parser.add_argument("--list", action="store_true", help="tell what would be run, and end")
+  args = parser.parse_args(argv)
+  sys.path.insert(0, os.getcwd())  # A config imports `configs.base` from where it is run.
+  try:
+    if args.at_once < 1:
+      raise Mistake(f"--at_once={args.at_once} is out of range; allowed: 1 or more")
+    module = read_sweep(args.folder)
+    schedule = args.schedule or next(iter(module.SCHEDULES))
+    name = os.path.basename(os.path.abspath(args.folder))
+    out = args.out or os.path.join("runs", name)
+    every = tasks_of(module, schedule, out)
+    tasks = [task for task in every if re.search(args.only, " ".join(map(str, task.key)))]
+    if not tasks:
+      raise Mistake(f"--only={args.only} matches none of {len(every)} jobs; see --list")
+    if args.list:
+      for task in tasks:
+        print(" ".join(task.job.arguments()), f"--workdir={task.workdir}")
+      return 0
+    found = run_all(tasks, out, args.data_dir, args.at_once)
+    report.write_report(
+      found, out, module.TITLE, f"Schedule {schedule}: {module.SCHEDULES[schedule]}"
+    )
+  except Ended as end:
+    print(end, file=sys.stderr)
+    return end.code
+  print(os.path.join(out, "report.html"))
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,41 @@
+"""Convex only in the head (the report, section 6), and IOC-EfficientNet: first results."""
+
+import itertools
+
+from convex_jax.sweep import Job
+
+TITLE = "Convex only in the head; EfficientNet's convex twin"
+SCHEDULES = {
+  "short": "Mixer: CIFAR-10 at 32 px, 10 epochs, cosine. EfficientNet: digits, 30 epochs.",
+  "full": "Mixer: the report's, 100 epochs. EfficientNet: CIFAR-10, its config's recipe.",
+}
+HEAD = {"model.head_depth": 2}
+MIXERS = {
+  "base, linear head": {"model.parts": "base"},
+  "base, deep head": {"model.parts": "base"} | HEAD,
+  "ioc in the head": {"model.parts": "ioc", "model.convex_from": "head"} | HEAD,
+  "ioc in all": {"model.parts": "ioc"} | HEAD,
+}
+
+
+def get_sweep(schedule):
+  common, data = {}, "cifar10"
+  if schedule == "short":
+    common = {"epochs": 10, "optimizer.schedule": "cosine", "optimizer.warmup_steps": 100}
+    common |= {"batch_size": 256, "data.crop_padding": 4}
+    common |= {"data.image_size": 32, "model.patch": 4}
+    data = "digits"
+  mixers = [
+    Job("Mixer on CIFAR-10", name, "configs/mixer.py", common | changed, seed)
+    for (name, changed), seed in itertools.product(MIXERS.items(), range(3))
+  ]
+  return mixers + [
+    Job(
+      f"EfficientNet-B0 on {data}",
+      parts,
+      f"configs/efficientnet.py:{data}",
+      {"model.parts": parts},
+      seed,
+    )
+    for parts, seed in itertools.product(("base", "paper", "ioc"), range(3))
+  ]
