@@ -2,9 +2,9 @@
 
 The folder's sweep.py is pure data: TITLE, SCHEDULES (name: what it is, the default first)
 and `get_sweep(schedule)`, which returns the jobs. Each job is the command that a user would
-type, in a process and a workdir of its own below `--out`, where results.csv, curves.csv,
-report.md, report.html and the pictures are made from all that has ended. The same command
-again goes on: what is finished is not run again, what was interrupted resumes, and a result
+type, in a process and a workdir of its own below `--workdir`; results.csv, curves.csv,
+report.md, report.html and the pictures in `--out` are made from all that has ended. The same
+command again goes on: what is finished is not run again, what was interrupted resumes, and a result
 that was made from another config is never overwritten.
 """
 
@@ -81,14 +81,14 @@ def read_sweep(folder: str) -> Any:
   return module
 
 
-def tasks_of(module: Any, schedule: str, out: str) -> list[Task]:
-  """The tasks of a schedule; raises `Mistake` for jobs that could not be run."""
+def tasks_of(module: Any, schedule: str, folder: str) -> list[Task]:
+  """The tasks of a schedule, with workdirs below `folder`; raises `Mistake` for jobs that could not be run."""
   if schedule not in module.SCHEDULES:
     raise Mistake(f"--schedule={schedule} is none; allowed: {', '.join(module.SCHEDULES)}")
   tasks, lines = [], []
   for job in module.get_sweep(schedule):
     words = (schedule, job.panel, job.variant, f"seed {job.seed}")
-    workdir = os.path.join(out, *(re.sub(r"\W+", "_", w).strip("_").lower() for w in words))
+    workdir = os.path.join(folder, *(re.sub(r"\W+", "_", w).strip("_").lower() for w in words))
     try:
       config = load_config(job.arguments())
     except Exception as error:  # Whatever a config's code, or a value that does not fit, raises.
@@ -191,11 +191,12 @@ class Process:
 
 
 def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results.Results:
-  """Runs what is not finished, `at_once` at a time; writes the results after each.
+  """Runs what is not finished, `at_once` at a time; writes the results into `out` after each.
 
   Raises `Ended`, after its processes have saved, where one of them does not end well.
   """
   found = results.read(out)
+  os.makedirs(out, exist_ok=True)
   refuse_other_configs(tasks, found)
   for task in tasks:
     if task.key not in {row.key for row in found.rows} and _is_finished(task):
@@ -288,7 +289,8 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser("python -m convex_jax.sweep", description=main.__doc__)
   parser.add_argument("folder", help="folder of a sweep.py")
   parser.add_argument("--schedule", default="", help="one of the sweep's; default: its first")
-  parser.add_argument("--out", default="", help="folder of runs and results; default: runs/NAME")
+  parser.add_argument("--workdir", default="", help="folder of its runs; default: runs/NAME")
+  parser.add_argument("--out", default="", help="folder of the results; default: the workdir")
   parser.add_argument("--only", default="", help="those whose panel, variant and seed match this")
   parser.add_argument("--at_once", type=int, default=1, help="runs at a time, on one device")
   parser.add_argument("--data_dir", default="", help="of the data; default: TFDS's")
@@ -301,8 +303,9 @@ def main(argv: list[str] | None = None) -> int:
     module = read_sweep(args.folder)
     schedule = args.schedule or next(iter(module.SCHEDULES))
     name = os.path.basename(os.path.abspath(args.folder))
-    out = args.out or os.path.join("runs", name)
-    every = tasks_of(module, schedule, out)
+    workdir = args.workdir or os.path.join("runs", name)
+    out = args.out or workdir
+    every = tasks_of(module, schedule, workdir)
     tasks = [task for task in every if re.search(args.only, " ".join(map(str, task.key)))]
     if not tasks:
       raise Mistake(f"--only={args.only} matches none of {len(every)} jobs; see --list")

@@ -37,7 +37,11 @@ RECIPE = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__parts": "base"}, RECIPE], ids=str)
+@pytest.mark.parametrize(
+  "changes",
+  [{}, {"model__parts": "base"}, pytest.param(RECIPE, marks=pytest.mark.slow)],
+  ids=["ioc", "base", "recipe"],
+)
 def test_world_sizes_agree(tiny_config, few_digits, changes):
   """BatchNorm sees the global batch; order, augmentation and mixing know no devices."""
   config = of(tiny_config, optimizer__name="sgd", **changes)

@@ -39,7 +39,7 @@ def folder_of(tmp_path, rate=1e-3, text=FILE):
 
 
 def command(folder, tmp_path, data_dir, *more):
-  args = [str(folder), f"--out={tmp_path / 'out'}", f"--data_dir={data_dir}", *more]
+  args = [str(folder), f"--workdir={tmp_path / 'out'}", f"--data_dir={data_dir}", *more]
   return [sys.executable, "-m", "convex_jax.sweep", *args]
 
 

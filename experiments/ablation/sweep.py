@@ -9,7 +9,7 @@ from convex_jax.sweep import Job
 
 TITLE = "What a convex Mixer needs"
 SCHEDULES = {
-  "short": "8 blocks of width 64, 10,000 images of CIFAR-10, 10 epochs of Adam at 1e-3, cosine.",
+  "short": "8 blocks of width 64, 5,000 images of CIFAR-10, 10 epochs of Adam at 1e-3, cosine.",
   "full": "8 blocks of width 64, CIFAR-10, 100 epochs of Adam at 1e-3, cosine.",
 }
 FACTORS = {
@@ -35,7 +35,7 @@ def get_sweep(schedule):
   common |= {"data.crop_padding": 4}
   common |= {"epochs": 100}
   if schedule == "short":
-    common |= {"epochs": 10, "data.train_fraction": 0.2, "eval.every_epochs": 5.0}
+    common |= {"epochs": 10, "data.train_fraction": 0.1, "eval.every_epochs": 5.0}
   variants = {"base": {"model.parts": "base"}}
   variants["base, BatchNorm"] = {"model.parts": "base", "model.norm": "batch"}
   for values in itertools.product(*FACTORS.values()):
