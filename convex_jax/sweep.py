@@ -82,7 +82,10 @@ def read_sweep(folder: str) -> Any:
 
 
 def tasks_of(module: Any, schedule: str, folder: str) -> list[Task]:
-  """The tasks of a schedule, with workdirs below `folder`; raises `Mistake` for jobs that could not be run."""
+  """The tasks of a schedule, with workdirs below `folder`.
+
+  Raises `Mistake` for jobs that could not be run, all at once.
+  """
   if schedule not in module.SCHEDULES:
     raise Mistake(f"--schedule={schedule} is none; allowed: {', '.join(module.SCHEDULES)}")
   tasks, lines = [], []
@@ -184,10 +187,13 @@ class Process:
     return every[-1][self.task.unit] if every else 0.0
 
   def stop(self) -> None:
-    """Asks it to save and end; waits until it has."""
+    """Asks it to save and end."""
     if self._process.poll() is None:
       self._process.send_signal(signal.SIGTERM)
-      self._process.wait()
+
+  def wait(self) -> None:
+    """Returns when it has ended."""
+    self._process.wait()
 
 
 def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results.Results:
@@ -235,6 +241,8 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
     finally:
       for process in processes:
         process.stop()
+      for process in processes:
+        process.wait()
   order = {task.key: place for place, task in enumerate(tasks)}
   ordered = sorted(found.rows, key=lambda row: order.get(row.key, len(order)))
   return dataclasses.replace(found, rows=tuple(ordered))
@@ -291,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--schedule", default="", help="one of the sweep's; default: its first")
   parser.add_argument("--workdir", default="", help="folder of its runs; default: runs/NAME")
   parser.add_argument("--out", default="", help="folder of the results; default: the workdir")
-  parser.add_argument("--only", default="", help="those whose panel, variant and seed match this")
+  parser.add_argument("--only", default="", help="jobs whose panel and variant hold this text")
   parser.add_argument("--at_once", type=int, default=1, help="runs at a time, on one device")
   parser.add_argument("--data_dir", default="", help="of the data; default: TFDS's")
   parser.add_argument("--list", action="store_true", help="tell what would be run, and end")
@@ -306,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     workdir = args.workdir or os.path.join("runs", name)
     out = args.out or workdir
     every = tasks_of(module, schedule, workdir)
-    tasks = [task for task in every if re.search(args.only, " ".join(map(str, task.key)))]
+    tasks = [task for task in every if args.only in f"{task.job.panel}, {task.job.variant}"]
     if not tasks:
       raise Mistake(f"--only={args.only} matches none of {len(every)} jobs; see --list")
     if args.list:
@@ -314,9 +322,9 @@ def main(argv: list[str] | None = None) -> int:
         print(" ".join(task.job.arguments()), f"--workdir={task.workdir}")
       return 0
     found = run_all(tasks, out, args.data_dir, args.at_once)
-    report.write_report(
-      found, out, module.TITLE, f"Schedule {schedule}: {module.SCHEDULES[schedule]}"
-    )
+    ran = {row.schedule for row in found.rows}
+    words = [f"Schedule `{name}`: {what}" for name, what in module.SCHEDULES.items() if name in ran]
+    report.write_report(found, out, module.TITLE, "\n\n".join(words))
   except Ended as end:
     print(end, file=sys.stderr)
     return end.code

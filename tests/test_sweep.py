@@ -78,7 +78,7 @@ def test_a_sweep_runs_once_what_it_says(tmp_path, data_dir):
 @pytest.mark.slow
 def test_a_stopped_sweep_saves_its_runs_and_goes_on(tmp_path, data_dir):
   folder = folder_of(tmp_path)
-  start = command(folder, tmp_path, data_dir, "--schedule=long", "--only=base")
+  start = command(folder, tmp_path, data_dir, "--schedule=long", "--only=twins, base")
   rows = tmp_path / "out" / "long" / "twins" / "base" / "seed_0" / "metrics.jsonl"
   with subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as first:
     while not rows.exists() or len(rows.read_text().splitlines()) < 3:
