@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 
+import jax
 import numpy as np
 from markdown_it import MarkdownIt
 
@@ -23,7 +24,7 @@ from convex_jax.errors import Mistake
 from convex_jax.results import Point, Result, Results
 
 # Told apart in grey by lightness and marker: colour, marker.
-STYLES = (("0.62", "s"), ("tab:red", "o"), ("navy", "^"), ("tab:green", "D"))
+STYLES = (("0.62", "s"), ("tab:red", "o"), ("navy", "^"), ("gold", "D"))
 MARKS = 12  # Of a curve: a marker at every evaluation hides it.
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -49,17 +50,16 @@ code {{ background: #f3f3f3; padding: 0 0.2em; }}
 
 
 def panels_of(found: Results) -> dict[str, dict[str, list[Result]]]:
-  """The results by panel and variant, in the order in which they stand."""
+  """The results by panel and variant, in the order in which they stand.
+
+  Where there are several schedules each is a panel of its own: they are not to be compared.
+  """
+  several = len({row.schedule for row in found.rows}) > 1
   panels: dict[str, dict[str, list[Result]]] = {}
   for row in found.rows:
-    panels.setdefault(row.panel, {}).setdefault(_label(row, found), []).append(row)
+    name = f"{row.panel} ({row.schedule})" if several else row.panel
+    panels.setdefault(name, {}).setdefault(row.variant, []).append(row)
   return panels
-
-
-def _label(row: Result, found: Results) -> str:
-  """The variant; with its schedule where the results of a report have several."""
-  several = len({other.schedule for other in found.rows}) > 1
-  return f"{row.variant} ({row.schedule})" if several else row.variant
 
 
 def mean_and_spread(values: Iterable[float], scale: float = 1.0, digits: int = 2) -> str:
@@ -235,7 +235,7 @@ def write_report(found: Results, out: str, title: str, words: str = "") -> None:
     picture = re.sub(r"\W+", "_", name).strip("_").lower() + ".png"
     points: dict[str, list[Point]] = {}
     for variant, rows in variants.items():
-      keys = {row.key for row in rows}
+      keys = {row.key for row in rows if row.outcome == "finished"}
       course = [p for p in found.points if (p.panel, p.variant, p.schedule, p.seed) in keys]
       if course:
         points[variant] = course
@@ -260,7 +260,7 @@ def _notes(found: Results) -> str:
   versions = sorted({row.versions for row in found.rows})
   return (
     "Accuracy, loss (mean negative log-likelihood) and expected calibration error (test split,"
-    " 15 bins weighted by count) are at inference, on every example. Mean ± standard deviation"
+    " 15 bins weighted by count) are at inference, in the tables on every example. Mean ± standard deviation"
     " over seeds; a difference ± its standard error. Gap: train less test accuracy. Zero"
     " weights: of those that are constrained. Seconds: of training steps, on"
     f" {' and '.join(hardware) or 'unknown hardware'}. {' | '.join(versions)}."
@@ -286,10 +286,22 @@ def gather(paths: Iterable[str]) -> Results:
     if os.path.exists(os.path.join(path, "config.json")):
       workdirs.append(path)
     elif os.path.exists(os.path.join(path, "results.csv")):
-      found += results.read(path)
+      new, digests = results.read(path), {row.key: row.digest for row in found.rows}
+      for row in new.rows:
+        if digests.get(row.key, row.digest) != row.digest:
+          raise Mistake(f"{path} has {row.key} of another config than a folder before it")
+      found += new
     else:
       raise Mistake(f"{path} holds no run (config.json) and no results (results.csv)")
   return found + results.of_workdirs(workdirs)
+
+
+def refuse_to_lose(found: Results, out: str) -> None:
+  """Raises `Mistake` where `out` holds results of a sweep that are not among these."""
+  kept = {(row.key, row.digest) for row in found.rows}
+  lost = [r for r in results.read(out).rows if r.schedule and (r.key, r.digest) not in kept]
+  if lost:
+    raise Mistake(f"{out} holds results of a sweep, {lost[0].key} for one; give another --out")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -299,8 +311,14 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--out", default="report", help="folder to write to; default: report")
   parser.add_argument("--title", default="Runs side by side")
   args = parser.parse_args(argv)
+  jax.config.update("jax_platforms", "cpu")  # Nothing is computed.
   try:
-    write_report(gather(args.runs), args.out, args.title)
+    found = gather(args.runs)
+    refuse_to_lose(found, args.out)
+    write_report(found, args.out, args.title)
+  except OSError as error:
+    print(f"{error.filename or args.out}: {error.strerror}", file=sys.stderr)
+    return Mistake.code
   except Mistake as mistake:
     print(mistake, file=sys.stderr)
     return mistake.code

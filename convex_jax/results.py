@@ -112,7 +112,7 @@ def of_workdir(
   final = next((row for row in every if row["kind"] == "final"), None)
   if final is None and outcome == "finished":
     raise Mistake(
-      f"{workdir} is not finished: its metrics.jsonl has no final row\n"
+      f"{workdir} is not finished, or diverged: its metrics.jsonl has no final row\n"
       "  give the command that trained it again: it goes on"
     )
   config, names = description["config"], {field.name for field in dataclasses.fields(Result)}
@@ -123,7 +123,8 @@ def of_workdir(
     figures["peak_test_accuracy"] = best["test_accuracy"]
     figures["peak_train_accuracy"] = best["train_accuracy"]
     figures["peak_epoch"] = best["epoch"]
-  figures |= _certificate(workdir)
+  known: dict[str, Any] = {name: _short(value) for name, value in figures.items()}
+  known |= _certificate(workdir)
   versions = "; ".join(f"{name} {version}" for name, version in description["versions"].items())
   result = Result(
     panel,
@@ -133,9 +134,9 @@ def of_workdir(
     runs.digest(config),
     outcome,
     _parameters(description),
-    round(every[-1]["epoch"], 4) if every else 0.0,
+    _short(every[-1]["epoch"]) if every else 0.0,
     config["batch_size"],
-    **figures,
+    **known,
     seconds=_seconds(every, config["batch_size"]),
     hardware=description.get("hardware", ""),
     versions=versions,
@@ -143,7 +144,7 @@ def of_workdir(
     source_test_accuracy=source[1],
   )
   fields = [field.name for field in dataclasses.fields(Point)][4:]
-  points = tuple(Point(*result.key, *(row[name] for name in fields)) for row in evals)
+  points = tuple(Point(*result.key, *(_short(row[name]) for name in fields)) for row in evals)
   return Results((result,), points)
 
 
@@ -174,6 +175,11 @@ def of_workdirs(workdirs: Iterable[str]) -> Results:
   return found
 
 
+def _short(value: float) -> float:
+  """As it will be read back from a table."""
+  return float(f"{value:.6g}")
+
+
 def _read(workdir: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   path = os.path.join(workdir, "metrics.jsonl")
   description = runs.read_description(workdir)
@@ -193,7 +199,12 @@ def _certificate(workdir: str) -> dict[str, str]:
   path = os.path.join(workdir, "certificate.json")
   if not os.path.exists(path):
     return {}
-  content = files.read_json(path, signed=False)
+  try:
+    content = files.read_json(path, signed=False)
+  except files.Damaged as error:
+    raise Mistake(
+      f"{path} is damaged: {error}\n  python -m convex_jax.certify --workdir={workdir} writes it anew"
+    ) from error
   return {"certificate": content["verdict"], "broken_by": content["reason"] or ""}
 
 
@@ -218,9 +229,9 @@ def _seconds(every: list[dict[str, Any]], batch_size: int) -> float:
 
 def write(results: Results, folder: str) -> None:
   """results.csv and curves.csv, each whole or as it was."""
-  for name, kind, items in (
-    ("results.csv", Result, results.rows),
+  for name, kind, items in (  # A row that stands has its curve.
     ("curves.csv", Point, results.points),
+    ("results.csv", Result, results.rows),
   ):
     with files.whole(os.path.join(folder, name)) as file:
       table = csv.writer(file, lineterminator="\n")
@@ -246,17 +257,22 @@ def read(folder: str) -> Results:
 
 
 def _read_csv(path: str, kind: type) -> list[Any]:
+  """Items of a table; a column that it does not have is younger than it, and not known."""
   if not os.path.exists(path):
     return []
-  types, items = typing.get_type_hints(kind), []
-  with open(path, newline="", encoding="utf-8") as file:
-    for number, row in enumerate(csv.DictReader(file), 2):
-      try:
-        items.append(kind(**{name: _value(row[name], of) for name, of in types.items()}))
-      except (KeyError, TypeError, ValueError) as error:
-        raise Mistake(
-          f"{path}, line {number} is no row of ours: {error!r}\n  mend the line, or delete the file"
-        ) from error
+  types, items, number = typing.get_type_hints(kind), [], 1
+  try:
+    with open(path, newline="", encoding="utf-8") as file:
+      table = csv.DictReader(file, strict=True)
+      names = [name for name in types if name in (table.fieldnames or ())]
+      for number, row in enumerate(table, 2):  # noqa: B007
+        if None in row or None in row.values():
+          raise ValueError("it has too few or too many cells")
+        items.append(kind(**{name: _value(row[name], types[name]) for name in names}))
+  except (TypeError, ValueError, csv.Error) as error:
+    raise Mistake(
+      f"{path}, line {number} is no row of ours: {error}\n  mend the line, or delete the file"
+    ) from error
   return items
 
 

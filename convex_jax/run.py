@@ -164,7 +164,10 @@ def describe(
 
 def _device_kind() -> str:
   kind = jax.devices()[0].device_kind
-  return f"{platform.machine()} CPU, {os.cpu_count()} cores" if kind == "cpu" else kind
+  if kind != "cpu":
+    return kind
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return f"{platform.machine()} CPU, {cores} core{'s' if cores != 1 else ''}"
 
 
 def digest(config: Any) -> str:
@@ -179,6 +182,8 @@ def digest(config: Any) -> str:
     path = f"{section}.{key}".lstrip(".")
     if values.get(path) == meant:
       del values[path]
+  if values.get("data.loader") != "stream":  # Where small images lie is the same to a run.
+    values["data.loader"] = "auto"
   kept = {
     key: value
     for key, value in values.items()

@@ -12,9 +12,11 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,16 +24,18 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from convex_jax import report, results, rows
+from convex_jax import files, report, results
 from convex_jax import run as runs
 from convex_jax.check import mistakes
 from convex_jax.errors import Diverged, Ended, Mistake, Stopped
 from convex_jax.main import load_config
 
 POLL = 0.5  # Seconds between two looks at the processes.
+LAST = 4096  # Bytes of metrics.jsonl that hold its last row.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,10 @@ class Task:
   def key(self) -> tuple[str, str, str, int]:
     return self.job.panel, self.job.variant, self.schedule, self.job.seed
 
+  @property
+  def name(self) -> str:
+    return f"{self.job.panel}, {self.job.variant}, seed {self.job.seed}"
+
 
 def read_sweep(folder: str) -> Any:
   """A sweep's module; raises `Mistake` where there is none."""
@@ -75,7 +83,10 @@ def read_sweep(folder: str) -> Any:
   spec = importlib.util.spec_from_file_location("sweep", path)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise Mistake(f"{path} cannot be read: {error!r}") from error
   if missing := [n for n in ("TITLE", "SCHEDULES", "get_sweep") if not hasattr(module, n)]:
     raise Mistake(f"{path} is no sweep: it does not define {', '.join(missing)}")
   return module
@@ -95,7 +106,7 @@ def tasks_of(module: Any, schedule: str, folder: str) -> list[Task]:
     try:
       config = load_config(job.arguments())
     except Exception as error:  # Whatever a config's code, or a value that does not fit, raises.
-      lines.append(f"{workdir}: {' '.join(job.arguments())}: {error}")
+      lines.append(f"{workdir}: {shlex.join(job.arguments())}: {error}")
       continue
     lines += [f"{workdir}: config.{line}" for line in mistakes(config)]
     total, unit = (config.steps, "step") if config.steps else (config.epochs, "epoch")
@@ -155,23 +166,19 @@ class Process:
           os.sched_setaffinity(self._process.pid, cores[self.slot :: self._slots])
 
   def poll(self) -> str | None:
-    """None while it runs, then "finished" or "diverged"; raises `Ended` after another end."""
+    """None while it runs, then how it ended: "finished", "diverged", or what went wrong."""
     code = self._process.poll()
     if code is None:
       return None
-    if self._certifies:
-      if code not in (0, 1):  # 1: not proved, which is a result.
-        raise Mistake(f"{self.task.workdir} cannot be certified:{self._tail()}")
-      return "finished"
-    if code == Diverged.code:
+    if code == Diverged.code and not self._certifies:
       return "diverged"
-    if code == Stopped.code:
-      raise Stopped(f"{self.task.workdir} was stopped; the same command goes on")
-    if code:
-      command = " ".join(self.task.job.arguments())
-      raise Mistake(f"{command} ended with code {code}:{self._tail()}")
+    # Of a certifier 1 says: not proved, which is a result; but so ends an exception.
+    if code and not (self._certifies and code == 1 and not _lacks_certificate(self.task.workdir)):
+      return f"{self.task.workdir} ended with exit code {code}, see {self.log}:{self._tail()}"
     if not _lacks_certificate(self.task.workdir):
       return "finished"
+    if self._certifies:
+      return f"{self.task.workdir} has no certificate, see {self.log}:{self._tail()}"
     self._certifies = True
     self._start(["convex_jax.certify", f"--workdir={self.task.workdir}"])
     return None
@@ -181,10 +188,14 @@ class Process:
       return "\n  ".join(["", *file.read().splitlines()[-8:]])
 
   def progress(self) -> float:
-    """How far it is, in its task's unit, by its rows."""
-    path = os.path.join(self.task.workdir, "metrics.jsonl")
-    every = rows.read_metrics(path) if os.path.exists(path) else []
-    return every[-1][self.task.unit] if every else 0.0
+    """How far it is, in its task's unit, by its last row."""
+    try:
+      with open(os.path.join(self.task.workdir, "metrics.jsonl"), "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LAST))
+        lines = file.read().split(b"\n")
+      return json.loads(lines[-2])[self.task.unit]
+    except (OSError, ValueError, LookupError):  # None yet, or one is being written.
+      return 0.0
 
   def stop(self) -> None:
     """Asks it to save and end."""
@@ -199,10 +210,10 @@ class Process:
 def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results.Results:
   """Runs what is not finished, `at_once` at a time; writes the results into `out` after each.
 
-  Raises `Ended`, after its processes have saved, where one of them does not end well.
+  A job that fails does not keep the others from running. Raises `Mistake` at the end where
+  some did, `Stopped` after SIGTERM, SIGINT or SIGHUP once all processes have ended.
   """
   found = results.read(out)
-  os.makedirs(out, exist_ok=True)
   refuse_other_configs(tasks, found)
   for task in tasks:
     if task.key not in {row.key for row in found.rows} and _is_finished(task):
@@ -217,35 +228,41 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
     console=Console(highlight=False),
   )
   processes: dict[Process, Any] = {}
-  free = list(range(at_once))
-  with progress, _signals():
-    runs_done = progress.add_task("runs", total=len(tasks), completed=len(tasks) - len(waiting))
-    try:
-      while waiting or processes:
-        while waiting and free:
-          process = Process(waiting.pop(0), data_dir, free.pop(0), at_once)
-          words = ", ".join(map(str, process.task.key[:2])) + f", seed {process.task.job.seed}"
-          words = f"  {words}: {process.task.unit}"
-          processes[process] = progress.add_task(words, total=process.task.total)
-        time.sleep(POLL)
-        for process, line in list(processes.items()):
-          progress.update(line, completed=process.progress())
-          outcome = process.poll()
-          if outcome is not None:
-            del processes[process]
-            free.append(process.slot)
-            found = _add(found, process.task, outcome, out)
-            progress.remove_task(line)
-            progress.advance(runs_done)
-            progress.console.print(_line(found.rows[-1]), markup=False, soft_wrap=True)
-    finally:
-      for process in processes:
-        process.stop()
-      for process in processes:
-        process.wait()
-  order = {task.key: place for place, task in enumerate(tasks)}
-  ordered = sorted(found.rows, key=lambda row: order.get(row.key, len(order)))
-  return dataclasses.replace(found, rows=tuple(ordered))
+  free, failures = list(range(at_once)), []
+  with progress, _asked_to_stop() as asked:
+    total = progress.add_task("runs", total=len(tasks), completed=len(tasks) - len(waiting))
+    while (waiting or processes) and not asked:
+      while waiting and free:
+        process = Process(waiting.pop(0), data_dir, free.pop(0), at_once)
+        words = f"  {process.task.name}: {process.task.unit}"
+        processes[process] = progress.add_task(words, total=process.task.total)
+      time.sleep(POLL)
+      for process, line in list(processes.items()):
+        progress.update(line, completed=process.progress())
+        outcome = process.poll()
+        if outcome is None:
+          continue
+        del processes[process]
+        free.append(process.slot)
+        progress.remove_task(line)
+        progress.advance(total)
+        if outcome in ("finished", "diverged"):
+          found = _add(found, process.task, outcome, out)
+          outcome = _line(found.rows[-1])
+        else:
+          failures.append(outcome)
+        progress.console.print(outcome, markup=False, soft_wrap=True)
+    for process in processes:
+      process.stop()
+    for process in processes:
+      process.wait()
+  if asked:
+    raise Stopped("stopped, and so are its runs; the same command goes on")
+  if failures:
+    raise Mistake(
+      "\n".join([*failures, f"{len(failures)} runs failed; the same command tries again"])
+    )
+  return found
 
 
 def _is_finished(task: Task) -> bool:
@@ -278,18 +295,31 @@ def _line(row: results.Result) -> str:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[None]:
-  """Within, SIGTERM and SIGINT raise `Stopped`."""
-
-  def stop(*_: Any) -> None:
-    raise Stopped("stopped; the runs are saved, and the same command goes on")
-
-  before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+def _asked_to_stop() -> Iterator[list[int]]:
+  """Within, SIGTERM, SIGINT and SIGHUP are taken down in a list, and do nothing else."""
+  asked: list[int] = []
+  before = {}
+  for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+    number = getattr(signal, name, None)  # Windows knows no SIGHUP; under nohup it is ignored.
+    if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+      before[number] = signal.signal(number, lambda number, _: asked.append(number))
   try:
-    yield
+    yield asked
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
+
+
+def in_order(found: results.Results, module: Any) -> results.Results:
+  """The results as a sweep's jobs stand in its file; others last."""
+  keys = [
+    (job.panel, job.variant, schedule, job.seed)
+    for schedule in module.SCHEDULES
+    for job in module.get_sweep(schedule)
+  ]
+  place = {key: i for i, key in enumerate(keys)}
+  ordered = sorted(found.rows, key=lambda row: place.get(row.key, len(place)))
+  return dataclasses.replace(found, rows=tuple(ordered))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -304,27 +334,33 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--data_dir", default="", help="of the data; default: TFDS's")
   parser.add_argument("--list", action="store_true", help="tell what would be run, and end")
   args = parser.parse_args(argv)
+  name = os.path.basename(os.path.abspath(args.folder))
+  workdir = args.workdir or os.path.join("runs", name)
+  out = args.out or workdir
   sys.path.insert(0, os.getcwd())  # A config imports `configs.base` from where it is run.
+  jax.config.update("jax_platforms", "cpu")  # The accelerator is for the runs.
   try:
     if args.at_once < 1:
       raise Mistake(f"--at_once={args.at_once} is out of range; allowed: 1 or more")
     module = read_sweep(args.folder)
     schedule = args.schedule or next(iter(module.SCHEDULES))
-    name = os.path.basename(os.path.abspath(args.folder))
-    workdir = args.workdir or os.path.join("runs", name)
-    out = args.out or workdir
     every = tasks_of(module, schedule, workdir)
     tasks = [task for task in every if args.only in f"{task.job.panel}, {task.job.variant}"]
     if not tasks:
       raise Mistake(f"--only={args.only} matches none of {len(every)} jobs; see --list")
     if args.list:
       for task in tasks:
-        print(" ".join(task.job.arguments()), f"--workdir={task.workdir}")
+        print(shlex.join([*task.job.arguments(), f"--workdir={task.workdir}"]))
       return 0
-    found = run_all(tasks, out, args.data_dir, args.at_once)
-    ran = {row.schedule for row in found.rows}
-    words = [f"Schedule `{name}`: {what}" for name, what in module.SCHEDULES.items() if name in ran]
-    report.write_report(found, out, module.TITLE, "\n\n".join(words))
+    os.makedirs(out, exist_ok=True)
+    with files.alone(os.path.join(out, ".lock"), f"{out} is in use by another sweep"):
+      found = in_order(run_all(tasks, out, args.data_dir, args.at_once), module)
+      ran = {row.schedule for row in found.rows}
+      words = [f"Schedule `{n}`: {what}" for n, what in module.SCHEDULES.items() if n in ran]
+      report.write_report(found, out, module.TITLE, "\n\n".join(words))
+  except OSError as error:
+    print(f"{error.filename or out}: {error.strerror}", file=sys.stderr)
+    return Mistake.code
   except Ended as end:
     print(end, file=sys.stderr)
     return end.code

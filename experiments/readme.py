@@ -56,6 +56,11 @@ def speed() -> str:
   return markdown(heads, rows)
 
 
+def median_seconds(rows: list[results.Result]) -> float:
+  known = [row.seconds for row in rows if row.outcome == "finished"]
+  return statistics.median(known) if known else results.UNKNOWN
+
+
 def claims() -> str:
   """The report's figures, and ours: a row a panel, variant and schedule."""
   heads = ["network, data", "schedule", "twin", "source: train / test, %", "train, %", "test, %"]
@@ -66,8 +71,7 @@ def claims() -> str:
     for panel, variants in report.panels_of(found).items():
       first = next(iter(variants.values()))
       for variant, of_variant in variants.items():
-        time = statistics.median(row.seconds for row in of_variant)
-        base = statistics.median(row.seconds for row in first)
+        time, base = (median_seconds(some) for some in (of_variant, first))
         rows.append(
           [
             f"[{panel}](experiments/{claim}/README.md)",

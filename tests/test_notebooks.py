@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, where there is no network."""
+"""The notebooks run from top to bottom; what they need is embedded."""
 
 import os
 import pathlib
@@ -22,8 +22,7 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: pathlib.Path, folder, data_dir, monkeypatch):
-  nbclient = pytest.importorskip("nbclient")
-  import nbformat
+  nbclient, nbformat = (pytest.importorskip(name) for name in ("nbclient", "nbformat"))
 
   monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
   monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
@@ -38,8 +37,7 @@ def test_a_notebook_runs(path: pathlib.Path, folder, data_dir, monkeypatch):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_kept_without_outputs(path):
-  import nbformat
-
+  nbformat = pytest.importorskip("nbformat")
   notebook = nbformat.read(path, as_version=4)
   assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
   assert os.path.getsize(path) < 20_000

@@ -1,6 +1,7 @@
 """Runs to rows, tables, pictures and a page: what is written says what was run."""
 
 import csv
+import dataclasses
 import json
 import math
 import pathlib
@@ -102,6 +103,33 @@ def test_a_damaged_table_is_told(tmp_path):
     results.read(str(tmp_path))
 
 
+def test_a_table_older_than_a_column_is_read_and_a_cut_one_is_told(tmp_path):
+  results.write(Results((result(peak_epoch=2.0),)), str(tmp_path))
+  path = tmp_path / "results.csv"
+  with open(path, newline="") as file:
+    table = list(csv.reader(file))
+  column = table[0].index("peak_epoch")
+  older = [row[:column] + row[column + 1 :] for row in table]
+  with open(path, "w", newline="") as file:
+    csv.writer(file).writerows(older)
+  row = results.read(str(tmp_path)).rows[0]
+  assert math.isnan(row.peak_epoch) and row.certificate == "PROVED"
+  with open(path, "w", newline="") as file:
+    csv.writer(file).writerows([older[0], older[1][:10]])
+  with pytest.raises(Mistake, match="line 2 is no row of ours"):
+    results.read(str(tmp_path))
+  path.write_bytes(b"panel,variant\n\xff\xff,x\n")
+  with pytest.raises(Mistake, match="is no row of ours"):
+    results.read(str(tmp_path))
+
+
+def test_a_damaged_certificate_is_told(tmp_path):
+  workdir = workdir_of(tmp_path, "a")
+  pathlib.Path(workdir, "certificate.json").write_text("{")
+  with pytest.raises(Mistake, match=r"certificate\.json is damaged"):
+    results.of_workdir(workdir, "panel", "variant")
+
+
 def test_later_results_take_the_place_of_their_own_key_alone():
   old = Results((result(test_accuracy=0.1), result(seed=1)), ())
   new = old + Results((result(test_accuracy=0.2),), ())
@@ -131,10 +159,11 @@ def test_a_digest_is_the_configs_and_outlives_new_keys(tiny_config):
   assert runs.digest(changed) != digest
   older = json.loads(tiny_config.to_json_best_effort())
   for section, key, _ in runs.ADDED:
-    where = older[section] if section else older
-    if (section, key) != ("data", "classes"):
-      del where[key]
+    del (older[section] if section else older)[key]
   assert runs.digest(older) == digest
+  changed = tiny_config.copy_and_resolve_references()
+  changed.data.loader = "resident"  # Where small images lie.
+  assert runs.digest(changed) == digest
 
 
 def test_mean_and_spread_are_those_of_the_samples():
@@ -200,6 +229,69 @@ def test_the_command_writes_a_page_with_its_pictures_inside(tmp_path, capsys):
   assert (tmp_path / "again" / "report.md").read_text() == text
 
 
+def test_a_curve_is_the_mean_of_its_seeds_within_their_range():
+  accuracies = {0: (0.1, 0.2, 0.3), 1: (0.3, 0.6, 0.9), 2: (0.2, 0.1)}
+  points = [
+    Point("p", "v", "", seed, epoch, 0.0, accuracy, 0.0, 0.0)
+    for seed, values in accuracies.items()
+    for epoch, accuracy in enumerate(values, 1)
+  ]
+  x, low, mean, high = report._band(points, "test_accuracy", 100)
+  assert x == [1, 2]  # Those that every seed has.
+  np.testing.assert_allclose([low, mean, high], [[10, 10], [20, 30], [30, 60]])
+
+
+def test_curves_of_old_and_new_runs_are_of_the_same_epochs(tmp_path):
+  """Numbers lose digits on their way through a table: a run must not differ before it."""
+  evals = [{"step": s, "epoch": s / 3, "test_accuracy": s / 7} for s in range(1, 7)]
+  workdirs = [workdir_of(tmp_path, f"{seed}", {"seed": seed}, evals) for seed in (0, 1)]
+  old, new = (results.of_workdir(workdir, "p", "v") for workdir in workdirs)
+  results.write(old, str(tmp_path))
+  both = results.read(str(tmp_path)) + new
+  assert len(report._band(list(both.points), "test_accuracy", 1)[0]) == 6
+
+
+def test_schedules_are_not_compared_with_each_other():
+  long, short = result("base", test_accuracy=0.9), result("base", test_accuracy=0.5)
+  rows = [dataclasses.replace(long, schedule="full"), dataclasses.replace(short, schedule="short")]
+  assert list(report.panels_of(Results(tuple(rows)))) == [
+    "net on data (full)", "net on data (short)",
+  ]  # fmt: skip
+
+
+def test_a_sweeps_results_are_not_overwritten(tmp_path, capsys):
+  kept = dataclasses.replace(result(), schedule="full")
+  results.write(Results((kept,)), str(tmp_path))
+  before = (tmp_path / "results.csv").read_bytes()
+  workdir = workdir_of(tmp_path, "a")
+  assert report.main([workdir, f"--out={tmp_path}"]) == 2
+  assert "give another --out" in capsys.readouterr().err
+  assert (tmp_path / "results.csv").read_bytes() == before
+
+
+def test_two_results_of_one_name_and_two_configs_are_told(tmp_path, capsys):
+  for name, digest in (("a", "1"), ("b", "2")):
+    (tmp_path / name).mkdir()
+    results.write(Results((dataclasses.replace(result(), digest=digest),)), str(tmp_path / name))
+  dirs = [str(tmp_path / name) for name in ("a", "b")]
+  assert report.main([*dirs, f"--out={tmp_path / 'out'}"]) == 2
+  assert "of another config" in capsys.readouterr().err
+
+
+def test_a_diverged_run_is_counted_and_drawn_by_nobody(tmp_path):
+  nan = math.nan
+  lost = dataclasses.replace(
+    result(seed=1, train_accuracy=nan, test_accuracy=nan, certificate=""), outcome="diverged"
+  )
+  rows = (result(), lost)
+  points = tuple(
+    Point(*row.key, epoch, 0.5, 0.5, 1.0, 1.0) for row, n in zip(rows, (5, 1)) for epoch in range(n)
+  )
+  report.write_report(Results(rows, points), str(tmp_path), "title")
+  line = (tmp_path / "report.md").read_text().split("| ioc |")[1]
+  assert line.startswith(" 2, 1 diverged ") and "50.00" in line
+
+
 def test_text_of_a_result_is_no_markup(tmp_path):
   bad = result("<script>alert(1)</script>")
   report.write_report(Results((bad,)), str(tmp_path), "a <b>title</b>")
@@ -212,6 +304,9 @@ def test_many_variants_are_drawn_as_ends(tmp_path):
   points = tuple(Point(*row.key, 1.0, 0.5, 0.5, 1.0, 1.0) for row in rows)
   report.write_report(Results(rows, points), str(tmp_path), "title")
   assert "of each run at its end" in (tmp_path / "report.md").read_text()
+  tall = Image.open(tmp_path / "net_on_data.png").size[1]
+  report.write_report(Results(rows[:5], points[:5]), str(tmp_path), "title")
+  assert tall > Image.open(tmp_path / "net_on_data.png").size[1]  # A line a variant.
 
 
 @pytest.mark.parametrize("path", ["nothing", "empty"])

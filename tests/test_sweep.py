@@ -3,17 +3,20 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
-from convex_jax import results, sweep
+from convex_jax import files, results, sweep
 from convex_jax.errors import Mistake
 from tests.conftest import ROOT
 
+SAVED = pathlib.Path(__file__).parent / "fixtures" / "run_1_1"
 FILE = """
 from convex_jax.sweep import Job
 
@@ -43,6 +46,14 @@ def command(folder, tmp_path, data_dir, *more):
   return [sys.executable, "-m", "convex_jax.sweep", *args]
 
 
+def found_workdirs(tmp_path):
+  return sorted((tmp_path / "out" / "tiny" / "twins").glob("*/seed_0"))
+
+
+def rows_of(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_a_sweep_runs_once_what_it_says(tmp_path, data_dir):
   folder = folder_of(tmp_path)
   start = command(folder, tmp_path, data_dir, "--at_once=2")
@@ -56,8 +67,11 @@ def test_a_sweep_runs_once_what_it_says(tmp_path, data_dir):
   # The paper twin keeps its LayerNorm: certified, and not proved.
   assert [bool(row.certificate) for row in found.rows] == [False, True]
   assert found.rows[1].certificate != "PROVED" and found.rows[1].broken_by
+  starts = [(w / "config.json").stat().st_mtime for w in found_workdirs(tmp_path)]
+  ends = [rows_of(w)[-1]["time"] for w in found_workdirs(tmp_path)]
+  assert max(starts) < min(ends)  # At once.
   assert found.points and (tmp_path / "out" / "report.html").exists()
-  workdirs = sorted((tmp_path / "out" / "tiny" / "twins").glob("*/seed_0"))
+  workdirs = found_workdirs(tmp_path)
   assert len(workdirs) == 2
   config = json.loads((workdirs[0] / "config.json").read_text())["config"]
   assert config["steps"] == 4 and config["optimizer"]["learning_rate"] == 1e-3
@@ -75,6 +89,114 @@ def test_a_sweep_runs_once_what_it_says(tmp_path, data_dir):
   assert (tmp_path / "out" / "results.csv").read_bytes() == before
 
 
+class Ended:
+  """A child process that ends at once, by a code."""
+
+  def __init__(self, code):
+    self.pid, self.code = 0, code
+
+  def poll(self):
+    return self.code
+
+  def wait(self):
+    return self.code
+
+
+def run_with(monkeypatch, tmp_path, ends, parts="paper", at_once=1):
+  """`run_all` of jobs whose processes only end: {seed: (code of training, of certifying)}."""
+  started = []
+
+  def popen(command, stdout, **_):
+    workdir = pathlib.Path(next(a for a in command if a.startswith("--workdir="))[10:])
+    seed, certifies = int(workdir.name), "convex_jax.certify" in command
+    started.append((seed, certifies))
+    code, certificate = ends[seed][int(certifies)], workdir / "certificate.json"
+    if not certifies:
+      shutil.copytree(SAVED, workdir, dirs_exist_ok=True)
+      certificate.unlink()
+      content = json.loads((workdir / "config.json").read_text())
+      content.pop("sha256")
+      content["config"]["model"]["parts"], content["config"]["seed"] = parts, seed
+      (workdir / "config.json").write_text(json.dumps(content))
+    elif code == 1:  # Not proved. An exception ends by 1 as well, and writes none.
+      certificate.write_text(json.dumps({"verdict": "REFUTED", "reason": "LayerNorm"}))
+    return Ended(abs(code))
+
+  monkeypatch.setattr(sweep.subprocess, "Popen", popen)
+  monkeypatch.setattr(sweep, "POLL", 0.0)
+  tasks = [
+    sweep.Task(sweep.Job("p", "v", "", {}, s), "x", str(tmp_path / str(s)), "", 1, "step")
+    for s in ends
+  ]
+  return lambda: sweep.run_all(tasks, str(tmp_path), "", at_once), started
+
+
+def test_what_is_not_proved_is_a_result(monkeypatch, tmp_path):
+  run, started = run_with(monkeypatch, tmp_path, {0: (0, 1)})
+  assert [row.certificate for row in run().rows] == ["REFUTED"]
+  assert started == [(0, False), (0, True)]
+
+
+def test_a_base_is_not_certified(monkeypatch, tmp_path):
+  run, started = run_with(monkeypatch, tmp_path, {0: (0, 1)}, parts="base")
+  assert [row.certificate for row in run().rows] == [""] and started == [(0, False)]
+
+
+def test_a_certifier_that_fails_makes_no_result(monkeypatch, tmp_path):
+  run, _ = run_with(monkeypatch, tmp_path, {0: (0, -1)})  # By 1, without a certificate.
+  with pytest.raises(Mistake, match=r"exit code 1, see .*log\.txt"):
+    run()
+  assert not results.read(str(tmp_path)).rows
+
+
+def test_a_job_that_fails_keeps_no_other_from_running(monkeypatch, tmp_path):
+  run, started = run_with(monkeypatch, tmp_path, {0: (137, 0), 1: (3, 0), 2: (0, 1)})
+  with pytest.raises(Mistake, match=r"(?s)exit code 137.*1 runs failed"):
+    run()
+  rows = results.read(str(tmp_path)).rows
+  assert [(row.seed, row.outcome) for row in rows] == [(1, "diverged"), (2, "finished")]
+  assert started == [(0, False), (1, False), (2, False), (2, True)]
+  run, started = run_with(monkeypatch, tmp_path, {0: (0, 1), 1: (0, 1), 2: (0, 1)})
+  monkeypatch.setattr(sweep, "refuse_other_configs", lambda *_: None)
+  assert {row.seed for row in run().rows} == {0, 1, 2}
+  assert started == [(0, False), (0, True)]  # What failed; a diverged one would diverge again.
+
+
+def test_a_sweep_says_how_far_a_run_is(tmp_path):
+  workdir = tmp_path / "0"
+  task = sweep.Task(sweep.Job("p", "v", "", {}, 0), "x", str(workdir), "", 9.0, "epoch")
+  process = sweep.Process.__new__(sweep.Process)
+  process.task = task
+  assert process.progress() == 0.0
+  workdir.mkdir()
+  rows = "".join(json.dumps({"epoch": i / 2, "text": "x" * 100}) + "\n" for i in range(200))
+  (workdir / "metrics.jsonl").write_text(rows)
+  assert process.progress() == 99.5
+  (workdir / "metrics.jsonl").write_text(rows + '{"epoch": 1')  # One is being written.
+  assert process.progress() == 99.5
+
+
+def test_results_stand_as_the_jobs_do():
+  module = types.SimpleNamespace(
+    SCHEDULES={"short": "", "full": ""},
+    get_sweep=lambda _: [sweep.Job("p", v, "", {}, s) for v in ("base", "ioc") for s in (0, 1)],
+  )
+  keys = [("p", "ioc", "full", 1), ("p", "base", "full", 0), ("p", "other", "full", 0)]
+  keys += [("p", "ioc", "short", 0)]
+  rows = tuple(results.Result(*key, "", "finished", 1, 1.0, 1) for key in keys)
+  found = sweep.in_order(results.Results(rows), module).rows
+  assert [row.key for row in found] == [keys[3], keys[1], keys[0], keys[2]]
+
+
+def test_two_sweeps_do_not_write_one_table(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  folder, out = folder_of(tmp_path), tmp_path / "out"
+  out.mkdir()
+  with files.alone(str(out / ".lock"), "in use"):
+    assert sweep.main([str(folder), f"--workdir={out}"]) == 2
+  assert "in use by another sweep" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_stopped_sweep_saves_its_runs_and_goes_on(tmp_path, data_dir):
   folder = folder_of(tmp_path)
@@ -85,6 +207,7 @@ def test_a_stopped_sweep_saves_its_runs_and_goes_on(tmp_path, data_dir):
       assert first.poll() is None
       time.sleep(0.1)
     first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGINT)  # Impatience does no harm.
     _, errors = first.communicate(timeout=60)
   assert first.returncode == 75 and b"the same command goes on" in errors
   saved = max(int(step) for step in os.listdir(rows.parent / "checkpoints") if step.isdigit())

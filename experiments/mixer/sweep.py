@@ -9,7 +9,7 @@ from convex_jax.sweep import Job
 
 TITLE = "MLP-Mixer on CIFAR-10 (the report's Table 1)"
 SCHEDULES = {
-  "short": "10 epochs of Adam at 1e-3, cosine, batches of 256; flips and crops at 64 px.",
+  "short": "10 epochs of Adam at 1e-3, cosine, batches of 256; flips and crops at 32 px, patches of 4 px.",
   "full": "the report's: 100 epochs of Adam at 1e-3, batches of 512, flips, 72 px.",
 }
 VARIANTS = {
@@ -19,7 +19,7 @@ VARIANTS = {
   "ioc": {"model.parts": "ioc"},
 }
 SOURCE = {"base": (0.8572, 0.711), "paper": (0.7857, 0.6797), "ioc": (0.7857, 0.6797)}
-SOURCE["base, BatchNorm"] = SOURCE["base"]
+SOURCE["base, BatchNorm"] = (float("nan"), float("nan"))
 
 
 def get_sweep(schedule):
