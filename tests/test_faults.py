@@ -33,13 +33,13 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_rows(data_dir, tmp_path, whol
   assert len(list(run.workdir.glob("events.out.tfevents.*"))) == 1
 
 
-def test_a_kill_inside_a_save_leaves_the_old_or_the_new_one(data_dir, tmp_path, whole):
-  assert injections.killed_while_saving(data_dir, tmp_path, 2, whole).all_survived
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_kill_inside_a_save_leaves_the_old_or_the_new_one(data_dir, tmp_path, whole, n):
+  assert injections.killed_while_saving(data_dir, tmp_path, n, whole).all_survived
 
 
-@pytest.mark.parametrize(
-  "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # By default one of tests/test_train.py.
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_by_75(data_dir, tmp_path, number, whole):
   assert injections.signalled(data_dir, tmp_path, 1, number, whole).all_survived
 
