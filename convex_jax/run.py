@@ -245,7 +245,10 @@ def _refuse_unfit(config: Any, workdir: str) -> None:
 
 
 def read_description(workdir: str) -> dict[str, Any]:
-  """What `describe` wrote to config.json, with the keys that are younger; raises `Mistake` where it is not what we wrote."""
+  """What `describe` wrote to config.json, and what keys that are younger mean.
+
+  Raises `Mistake` where there is no such file, or it is not what we wrote.
+  """
   path = os.path.join(workdir, "config.json")
   if not os.path.exists(path):
     raise Mistake(f"{workdir} holds no run: there is no {path}")
