@@ -10,130 +10,27 @@ that was made from another config is never overwritten.
 
 import argparse
 import contextlib
-import dataclasses
-import importlib.util
 import json
-import math
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from convex_jax import files, report, results
+from convex_jax import files, jobs, report, results
 from convex_jax import run as runs
-from convex_jax.check import mistakes
 from convex_jax.errors import Diverged, Ended, Mistake, Stopped
-from convex_jax.main import load_config
+from convex_jax.jobs import Task
 
 POLL = 0.5  # Seconds between two looks at the processes.
 LAST = 4096  # Bytes of metrics.jsonl that hold its last row.
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """One run of a sweep: a config file, what is changed in it, a seed."""
-
-  panel: str  # What is compared in one picture.
-  variant: str  # Within it.
-  config: str  # configs/mlp.py:cifar10
-  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {"model.parts": "ioc"}
-  seed: int = 0
-  source: tuple[float, float] = (math.nan, math.nan)  # Train and test accuracy found elsewhere.
-
-  def arguments(self) -> list[str]:
-    """Of `python -m convex_jax.main`."""
-    changed = {**self.overrides, "seed": self.seed}
-    return [f"--config={self.config}", *(f"--config.{key}={v}" for key, v in changed.items())]
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """A job, and what names its result."""
-
-  job: Job
-  schedule: str
-  workdir: str
-  digest: str  # `run.digest` of the job's config.
-  total: float  # Epochs or steps, as the config counts.
-  unit: str  # epoch, step.
-
-  @property
-  def key(self) -> tuple[str, str, str, int]:
-    return self.job.panel, self.job.variant, self.schedule, self.job.seed
-
-  @property
-  def name(self) -> str:
-    return f"{self.job.panel}, {self.job.variant}, seed {self.job.seed}"
-
-
-def read_sweep(folder: str) -> Any:
-  """A sweep's module; raises `Mistake` where there is none."""
-  path = os.path.join(folder, "sweep.py")
-  if not os.path.exists(path):
-    raise Mistake(f"there is no {path}; give the folder of a sweep, such as experiments/mlp")
-  spec = importlib.util.spec_from_file_location("sweep", path)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-  except Exception as error:
-    raise Mistake(f"{path} cannot be read: {error!r}") from error
-  if missing := [n for n in ("TITLE", "SCHEDULES", "get_sweep") if not hasattr(module, n)]:
-    raise Mistake(f"{path} is no sweep: it does not define {', '.join(missing)}")
-  return module
-
-
-def tasks_of(module: Any, schedule: str, folder: str) -> list[Task]:
-  """The tasks of a schedule, with workdirs below `folder`.
-
-  Raises `Mistake` for jobs that could not be run, all at once.
-  """
-  if schedule not in module.SCHEDULES:
-    raise Mistake(f"--schedule={schedule} is none; allowed: {', '.join(module.SCHEDULES)}")
-  tasks, lines = [], []
-  for job in module.get_sweep(schedule):
-    words = (schedule, job.panel, job.variant, f"seed {job.seed}")
-    workdir = os.path.join(folder, *(re.sub(r"\W+", "_", w).strip("_").lower() for w in words))
-    try:
-      config = load_config(job.arguments())
-    except Exception as error:  # Whatever a config's code, or a value that does not fit, raises.
-      lines.append(f"{workdir}: {shlex.join(job.arguments())}: {error}")
-      continue
-    lines += [f"{workdir}: config.{line}" for line in mistakes(config)]
-    total, unit = (config.steps, "step") if config.steps else (config.epochs, "epoch")
-    tasks.append(Task(job, schedule, workdir, runs.digest(config), total, unit))
-  workdirs = [task.workdir for task in tasks]
-  lines += [
-    f"{w} is two jobs; name them apart" for w in {w for w in workdirs if workdirs.count(w) > 1}
-  ]
-  if lines:
-    raise Mistake("\n".join(lines))
-  return tasks
-
-
-def refuse_other_configs(tasks: list[Task], before: results.Results) -> None:
-  """Raises `Mistake` where a result or a workdir of a task's name is of another config."""
-  there = {row.key: row.digest for row in before.rows}
-  lines = []
-  for task in tasks:
-    if there.get(task.key, task.digest) != task.digest:
-      lines.append(f"results.csv has {task.key} of another config ({there[task.key]})")
-    if os.path.exists(os.path.join(task.workdir, "config.json")):
-      found = runs.digest(runs.read_description(task.workdir)["config"])
-      if found != task.digest:
-        lines.append(f"{task.workdir} holds a run of another config ({found})")
-  if lines:
-    cure = "  give another --out, or name the variant anew; or delete what is no longer wanted"
-    raise Mistake("\n".join([*lines, cure]))
 
 
 class Process:
@@ -214,7 +111,7 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
   some did, `Stopped` after SIGTERM, SIGINT or SIGHUP once all processes have ended.
   """
   found = results.read(out)
-  refuse_other_configs(tasks, found)
+  jobs.refuse_other_configs(tasks, found)
   for task in tasks:
     if task.key not in {row.key for row in found.rows} and _is_finished(task):
       found = _add(found, task, "finished", out)
@@ -310,18 +207,6 @@ def _asked_to_stop() -> Iterator[list[int]]:
       signal.signal(number, handler)
 
 
-def in_order(found: results.Results, module: Any) -> results.Results:
-  """The results as a sweep's jobs stand in its file; others last."""
-  keys = [
-    (job.panel, job.variant, schedule, job.seed)
-    for schedule in module.SCHEDULES
-    for job in module.get_sweep(schedule)
-  ]
-  place = {key: i for i, key in enumerate(keys)}
-  ordered = sorted(found.rows, key=lambda row: place.get(row.key, len(place)))
-  return dataclasses.replace(found, rows=tuple(ordered))
-
-
 def main(argv: list[str] | None = None) -> int:
   """Runs a sweep and reports it; returns 0, 2 after a mistake, 75 where it was stopped."""
   parser = argparse.ArgumentParser("python -m convex_jax.sweep", description=main.__doc__)
@@ -342,9 +227,9 @@ def main(argv: list[str] | None = None) -> int:
   try:
     if args.at_once < 1:
       raise Mistake(f"--at_once={args.at_once} is out of range; allowed: 1 or more")
-    module = read_sweep(args.folder)
+    module = jobs.read_sweep(args.folder)
     schedule = args.schedule or next(iter(module.SCHEDULES))
-    every = tasks_of(module, schedule, workdir)
+    every = jobs.tasks_of(module, schedule, workdir)
     tasks = [task for task in every if args.only in f"{task.job.panel}, {task.job.variant}"]
     if not tasks:
       raise Mistake(f"--only={args.only} matches none of {len(every)} jobs; see --list")
@@ -354,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
       return 0
     os.makedirs(out, exist_ok=True)
     with files.alone(os.path.join(out, ".lock"), f"{out} is in use by another sweep"):
-      found = in_order(run_all(tasks, out, args.data_dir, args.at_once), module)
+      found = jobs.in_order(run_all(tasks, out, args.data_dir, args.at_once), module)
       ran = {row.schedule for row in found.rows}
       words = [f"Schedule `{n}`: {what}" for n, what in module.SCHEDULES.items() if n in ran]
       report.write_report(found, out, module.TITLE, "\n\n".join(words))

@@ -12,13 +12,13 @@ import types
 
 import pytest
 
-from convex_jax import files, results, sweep
+from convex_jax import files, jobs, results, sweep
 from convex_jax.errors import Mistake
 from tests.conftest import ROOT
 
 SAVED = pathlib.Path(__file__).parent / "fixtures" / "run_1_1"
 FILE = """
-from convex_jax.sweep import Job
+from convex_jax.jobs import Job
 
 TITLE = "Twins"
 SCHEDULES = {"tiny": "a few steps", "long": "more of them"}
@@ -125,7 +125,7 @@ def run_with(monkeypatch, tmp_path, ends, parts="paper", at_once=1):
   monkeypatch.setattr(sweep.subprocess, "Popen", popen)
   monkeypatch.setattr(sweep, "POLL", 0.0)
   tasks = [
-    sweep.Task(sweep.Job("p", "v", "", {}, s), "x", str(tmp_path / str(s)), "", 1, "step")
+    jobs.Task(jobs.Job("p", "v", "", {}, s), "x", str(tmp_path / str(s)), "", 1, "step")
     for s in ends
   ]
   return lambda: sweep.run_all(tasks, str(tmp_path), "", at_once), started
@@ -157,14 +157,14 @@ def test_a_job_that_fails_keeps_no_other_from_running(monkeypatch, tmp_path):
   assert [(row.seed, row.outcome) for row in rows] == [(1, "diverged"), (2, "finished")]
   assert started == [(0, False), (1, False), (2, False), (2, True)]
   run, started = run_with(monkeypatch, tmp_path, {0: (0, 1), 1: (0, 1), 2: (0, 1)})
-  monkeypatch.setattr(sweep, "refuse_other_configs", lambda *_: None)
+  monkeypatch.setattr(jobs, "refuse_other_configs", lambda *_: None)
   assert {row.seed for row in run().rows} == {0, 1, 2}
   assert started == [(0, False), (0, True)]  # What failed; a diverged one would diverge again.
 
 
 def test_a_sweep_says_how_far_a_run_is(tmp_path):
   workdir = tmp_path / "0"
-  task = sweep.Task(sweep.Job("p", "v", "", {}, 0), "x", str(workdir), "", 9.0, "epoch")
+  task = jobs.Task(jobs.Job("p", "v", "", {}, 0), "x", str(workdir), "", 9.0, "epoch")
   process = sweep.Process.__new__(sweep.Process)
   process.task = task
   assert process.progress() == 0.0
@@ -179,12 +179,12 @@ def test_a_sweep_says_how_far_a_run_is(tmp_path):
 def test_results_stand_as_the_jobs_do():
   module = types.SimpleNamespace(
     SCHEDULES={"short": "", "full": ""},
-    get_sweep=lambda _: [sweep.Job("p", v, "", {}, s) for v in ("base", "ioc") for s in (0, 1)],
+    get_sweep=lambda _: [jobs.Job("p", v, "", {}, s) for v in ("base", "ioc") for s in (0, 1)],
   )
   keys = [("p", "ioc", "full", 1), ("p", "base", "full", 0), ("p", "other", "full", 0)]
   keys += [("p", "ioc", "short", 0)]
   rows = tuple(results.Result(*key, "", "finished", 1, 1.0, 1) for key in keys)
-  found = sweep.in_order(results.Results(rows), module).rows
+  found = jobs.in_order(results.Results(rows), module).rows
   assert [row.key for row in found] == [keys[3], keys[1], keys[0], keys[2]]
 
 
@@ -232,7 +232,7 @@ def test_a_sweep_that_cannot_be_run_is_told_first(tmp_path, monkeypatch, text, s
   monkeypatch.chdir(ROOT)
   folder = folder_of(tmp_path, text=text)
   with pytest.raises(Mistake, match=words):
-    sweep.tasks_of(sweep.read_sweep(str(folder)), schedule, str(tmp_path / "out"))
+    jobs.tasks_of(jobs.read_sweep(str(folder)), schedule, str(tmp_path / "out"))
   assert not (tmp_path / "out").exists()
 
 
@@ -240,6 +240,6 @@ def test_sweeps_that_are_kept_can_be_run(monkeypatch):
   """Each claim's: every schedule's configs fit."""
   monkeypatch.chdir(ROOT)
   for path in sorted(pathlib.Path("experiments").glob("*/sweep.py")):
-    module = sweep.read_sweep(str(path.parent))
+    module = jobs.read_sweep(str(path.parent))
     for schedule in module.SCHEDULES:
-      assert sweep.tasks_of(module, schedule, "runs/x"), (path, schedule)
+      assert jobs.tasks_of(module, schedule, "runs/x"), (path, schedule)

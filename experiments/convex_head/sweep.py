@@ -2,7 +2,7 @@
 
 import itertools
 
-from convex_jax.sweep import Job
+from convex_jax.jobs import Job
 
 TITLE = "Convex only in the head; EfficientNet's convex twin"
 SCHEDULES = {

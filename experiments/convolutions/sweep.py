@@ -6,7 +6,7 @@ networks certified.
 
 import itertools
 
-from convex_jax.sweep import Job
+from convex_jax.jobs import Job
 
 TITLE = "All-CNN and DenseNet on CIFAR-10"
 SCHEDULES = {

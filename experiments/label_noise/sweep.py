@@ -7,7 +7,7 @@ in every row: the peak of the test accuracy and its epoch, beside the end.
 
 import itertools
 
-from convex_jax.sweep import Job
+from convex_jax.jobs import Job
 
 TITLE = "Label noise"
 SCHEDULES = {

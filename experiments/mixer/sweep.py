@@ -5,7 +5,7 @@
 
 import itertools
 
-from convex_jax.sweep import Job
+from convex_jax.jobs import Job
 
 TITLE = "MLP-Mixer on CIFAR-10 (the report's Table 1)"
 SCHEDULES = {
