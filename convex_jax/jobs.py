@@ -9,8 +9,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from convex_jax import results
-from convex_jax import run as runs
+from convex_jax import describe, results
 from convex_jax.check import mistakes
 from convex_jax.errors import Mistake
 from convex_jax.main import load_config
@@ -40,7 +39,7 @@ class Task:
   job: Job
   schedule: str
   workdir: str
-  digest: str  # `run.digest` of the job's config.
+  digest: str  # `describe.digest` of the job's config.
   total: float  # Epochs or steps, as the config counts.
   unit: str  # epoch, step.
 
@@ -88,7 +87,7 @@ def tasks_of(module: Any, schedule: str, folder: str) -> list[Task]:
       continue
     lines += [f"{workdir}: config.{line}" for line in mistakes(config)]
     total, unit = (config.steps, "step") if config.steps else (config.epochs, "epoch")
-    tasks.append(Task(job, schedule, workdir, runs.digest(config), total, unit))
+    tasks.append(Task(job, schedule, workdir, describe.digest(config), total, unit))
   workdirs = [task.workdir for task in tasks]
   lines += [
     f"{w} is two jobs; name them apart" for w in {w for w in workdirs if workdirs.count(w) > 1}
@@ -106,7 +105,7 @@ def refuse_other_configs(tasks: list[Task], before: results.Results) -> None:
     if there.get(task.key, task.digest) != task.digest:
       lines.append(f"results.csv has {task.key} of another config ({there[task.key]})")
     if os.path.exists(os.path.join(task.workdir, "config.json")):
-      found = runs.digest(runs.read_description(task.workdir)["config"])
+      found = describe.digest(describe.read(task.workdir)["config"])
       if found != task.digest:
         lines.append(f"{task.workdir} holds a run of another config ({found})")
   if lines:

@@ -11,8 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from convex_jax import files, models, rows, step
-from convex_jax import run as runs
+from convex_jax import describe, files, models, rows, step
 from convex_jax.check import flatten
 from convex_jax.errors import Mistake
 
@@ -31,7 +30,7 @@ class Result:
   variant: str  # Within it: base, ioc.
   schedule: str  # Of a sweep: "full" is its source's; others are shorter, as its file says.
   seed: int
-  digest: str  # `run.digest` of the config.
+  digest: str  # `describe.digest` of the config.
   outcome: str  # finished, diverged.
   parameters: int
   epochs: float  # That were run.
@@ -131,7 +130,7 @@ def of_workdir(
     variant,
     schedule,
     config["seed"],
-    runs.digest(config),
+    describe.digest(config),
     outcome,
     _parameters(description),
     _short(every[-1]["epoch"]) if every else 0.0,
@@ -155,7 +154,7 @@ def of_workdirs(workdirs: Iterable[str]) -> Results:
   config (but the seed) in which the runs of a panel differ.
   """
   dirs = [os.path.expanduser(workdir) for workdir in workdirs]
-  configs = [dict(flatten(runs.read_description(workdir)["config"])) for workdir in dirs]
+  configs = [dict(flatten(describe.read(workdir)["config"])) for workdir in dirs]
   panels = [f"{c['model.name']} {c['model.size']} on {c['data.name']}" for c in configs]
   found = Results()
   for workdir, config, panel in zip(dirs, configs, panels, strict=True):
@@ -164,7 +163,7 @@ def of_workdirs(workdirs: Iterable[str]) -> Results:
       key
       for key in sorted(config)
       if key not in ("seed", "model.parts")
-      and not key.startswith(runs.FREE_TO_CHANGE)
+      and not key.startswith(describe.FREE_TO_CHANGE)
       and any(c.get(key) != config[key] for c in beside)
     ]
     words = [f"{key.rpartition('.')[2]} {config[key]}" for key in apart]
@@ -182,7 +181,7 @@ def _short(value: float) -> float:
 
 def _read(workdir: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   path = os.path.join(workdir, "metrics.jsonl")
-  description = runs.read_description(workdir)
+  description = describe.read(workdir)
   return description, rows.read_metrics(path) if os.path.exists(path) else []
 
 
@@ -192,7 +191,7 @@ def is_finished(workdir: str, digest: str) -> bool:
     return False
   description, every = _read(workdir)
   done = any(row["kind"] == "final" for row in every)
-  return done and runs.digest(description["config"]) == digest
+  return done and describe.digest(description["config"]) == digest
 
 
 def _certificate(workdir: str) -> dict[str, str]:

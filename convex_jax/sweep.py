@@ -24,8 +24,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from convex_jax import files, jobs, report, results
-from convex_jax import run as runs
+from convex_jax import describe, files, jobs, report, results
 from convex_jax.errors import Diverged, Ended, Mistake, Stopped
 from convex_jax.jobs import Task
 
@@ -168,7 +167,7 @@ def _is_finished(task: Task) -> bool:
 
 def _lacks_certificate(workdir: str) -> bool:
   """Whether a finished run is still to be certified: a base twin is not meant to be convex."""
-  parts = runs.read_description(workdir)["config"]["model"]["parts"]
+  parts = describe.read(workdir)["config"]["model"]["parts"]
   return parts != "base" and not os.path.exists(os.path.join(workdir, "certificate.json"))
 
 

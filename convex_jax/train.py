@@ -20,6 +20,7 @@ from convex_jax import (
   certify,
   constraints,
   data,
+  describe,
   manifest,
   metrics,
   models,
@@ -27,11 +28,11 @@ from convex_jax import (
   step,
 )
 from convex_jax import mesh as meshes
-from convex_jax import run as runs
 from convex_jax.check import check
 from convex_jax.checkpoint import Checkpoints
 from convex_jax.data import feed as feeds
 from convex_jax.errors import Diverged, Lost, Stopped
+from convex_jax.run import Run
 from convex_jax.stopping import Stopping
 from convex_jax.watch import Watch, parameter_table
 from convex_jax.weights import load_public
@@ -47,7 +48,7 @@ def run(config: Any, workdir: str) -> dict[str, float]:
   process is gone, `Stopped` after SIGTERM, SIGINT or `time_limit` once all is saved.
   """
   check(config)
-  with runs.claim(config, workdir):
+  with describe.claim(config, workdir):
     return _run(config, workdir)
 
 
@@ -67,7 +68,7 @@ def _run(config: Any, workdir: str) -> dict[str, float]:
   set_aside = manifest.set_aside_damaged(folder)
   if lead:
     shape, names = examples.train.image_shape, examples.class_names
-    runs.describe(config, workdir, names, shape, examples.statistics)
+    describe.write(config, workdir, names, shape, examples.statistics)
   with contextlib.ExitStack() as stack:
     limit = config.time_limit and max(60 * config.time_limit - (time.monotonic() - began), 1e-3)
     stopping = stack.enter_context(Stopping(limit))  # Left last: no signal hurts what is saved.
@@ -121,10 +122,10 @@ def _run(config: Any, workdir: str) -> dict[str, float]:
 
 def finished(
   config: Any, workdir: str, examples: data.Data, at: jax.Array, weights: dict[str, Any]
-) -> runs.Run:
+) -> Run:
   """The run as `load` would give it, without the reading, in which all hosts would take part."""
   mean, std = examples.statistics
-  return runs.Run(
+  return Run(
     workdir,
     FrozenConfigDict(config),
     int(at),

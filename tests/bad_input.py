@@ -506,13 +506,13 @@ def mutated(content: bytes, rng: np.random.Generator) -> bytes:
 
 def mutated_descriptions(workdir: pathlib.Path, n: int) -> Result:
   """config.json, the newest manifest and certificate.json, mutated: refused, or read as before."""
-  from convex_jax import run as runs
+  from convex_jax import describe
 
   rng, result = np.random.default_rng(3), Result()
   folder = workdir / "checkpoints"
   newest = manifest.steps_in(str(folder))[-1]
   readers = {
-    "config.json": lambda: runs.read_description(str(workdir)),
+    "config.json": lambda: describe.read(str(workdir)),
     "certificate.json": lambda: convex_jax.Run.certificate.fget(mock.Mock(workdir=str(workdir))),
     f"checkpoints/{newest}/manifest.json": lambda: manifest.faults(str(folder))[newest],
   }

@@ -283,10 +283,10 @@ def test_runs_of_every_format_load_and_go_on(fixture, tmp_path, data_dir):
 
 
 def test_there_is_a_fixture_of_the_present_format():
-  from convex_jax import run
+  from convex_jax import describe
 
   assert (
-    injections.ROOT.joinpath(f"tests/fixtures/run_{run.FORMAT}_{manifest.FORMAT}")
+    injections.ROOT.joinpath(f"tests/fixtures/run_{describe.FORMAT}_{manifest.FORMAT}")
     in bad_input.FIXTURES
   )
 

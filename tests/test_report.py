@@ -15,8 +15,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 import convex_jax
-from convex_jax import report, results
-from convex_jax import run as runs
+from convex_jax import describe, report, results
 from convex_jax.errors import Mistake
 from convex_jax.results import Point, Result, Results
 
@@ -151,19 +150,19 @@ def test_runs_are_named_by_what_sets_them_apart(tmp_path):
 
 
 def test_a_digest_is_the_configs_and_outlives_new_keys(tiny_config):
-  digest = runs.digest(tiny_config)
+  digest = describe.digest(tiny_config)
   changed = tiny_config.copy_and_resolve_references()
   changed.log.every_steps, changed.data.dir = 7, "elsewhere"
-  assert runs.digest(changed) == digest
+  assert describe.digest(changed) == digest
   changed.optimizer.learning_rate = 0.123
-  assert runs.digest(changed) != digest
+  assert describe.digest(changed) != digest
   older = json.loads(tiny_config.to_json_best_effort())
-  for section, key, _ in runs.ADDED:
+  for section, key, _ in describe.ADDED:
     del (older[section] if section else older)[key]
-  assert runs.digest(older) == digest
+  assert describe.digest(older) == digest
   changed = tiny_config.copy_and_resolve_references()
   changed.data.loader = "resident"  # Where small images lie.
-  assert runs.digest(changed) == digest
+  assert describe.digest(changed) == digest
 
 
 def test_mean_and_spread_are_those_of_the_samples():

@@ -13,8 +13,7 @@ import pytest
 from conftest import ROOT, of
 
 import convex_jax
-from convex_jax import data, train, watch
-from convex_jax import run as runs
+from convex_jax import data, describe, train, watch
 from convex_jax.errors import Mistake
 from tests.injections import free_port, rows_without_clock
 
@@ -96,7 +95,7 @@ def test_a_run_older_than_some_keys_loads_and_is_no_other(finished, data_dir, tm
   path = old / "config.json"
   content = json.loads(path.read_text())
   del content["sha256"]
-  for section, key, _ in runs.ADDED:
+  for section, key, _ in describe.ADDED:
     del (content["config"][section] if section else content["config"])[key]
   path.write_text(json.dumps(content))
   assert convex_jax.load(str(old)).config.data.classes == ()
@@ -279,7 +278,7 @@ def test_the_config_file_of_a_run_is_plain_data(finished):
   workdir, _ = finished
   with open(workdir / "config.json") as file:
     saved = json.load(file)
-  assert saved["format"] == runs.FORMAT and saved["config"]["model"]["parts"] == "ioc"
+  assert saved["format"] == describe.FORMAT and saved["config"]["model"]["parts"] == "ioc"
   assert saved["data"]["image_shape"] == [8, 8, 1] and "jax" in saved["versions"]
 
 
