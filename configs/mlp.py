@@ -21,6 +21,7 @@ def get_config(dataset: str = "cifar10"):
   config.model.width = placeholder(int)  # Units a hidden layer; None: the size's own.
   config.model.depth = placeholder(int)  # Hidden layers.
   config.model.passthrough_rank = placeholder(int)  # Of the map that later layers see.
+  config.model.dense_readout = placeholder(bool)  # The head sees every hidden layer.
   config.batch_size = 64
   config.optimizer.learning_rate = 1e-4
   config.data.flip = True

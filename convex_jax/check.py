@@ -26,9 +26,9 @@ class Rule:
 
   def mistake(self, path: str, value: Any) -> str | None:
     """One line, or None when the value is fine."""
-    right_type = isinstance(value, self.type) and not (
-      isinstance(value, bool) and self.type is not bool
-    )
+    right_type = isinstance(value, self.type)
+    if isinstance(value, bool):  # Python's is a whole number as well.
+      right_type = bool in (self.type, *typing.get_args(self.type))
     if right_type and self.test(value):
       return None
     return f"{path} is {value!r}; allowed: {self.allowed}{nearest(value, self.names)}"
@@ -138,6 +138,7 @@ RULES = {
     tuple, "(operations, magnitude): a whole number from 0, a number from 0 to 10", _operations
   ),
   "data.repeats": whole(1),
+  "data.whiten": SWITCH,
   "data.erasing": number(0, 1),
   "data.label_noise": number(0, 1),
   "data.train_fraction": number(0, 1, closed=False),

@@ -28,6 +28,7 @@ ADDED = (  # Keys younger than some runs, and what those mean.
   ("", "batch_norm", "global"),
   ("", "mixup", 0.0),
   ("", "cutmix", 0.0),
+  ("data", "whiten", False),
   ("data", "jitter", 0.0),
   ("data", "erasing", 0.0),
   ("data", "randaugment", [0, 9.0]),

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from convex_jax import describe, files, models, rows
-from convex_jax.augment import make_prepare
+from convex_jax.augment import preparation
 from convex_jax.checkpoint import read_weights
 from convex_jax.errors import Mistake
 from convex_jax.step import apply
@@ -45,9 +45,7 @@ class Run:
   def apply(self, weights: Any, image_BxHxWxC: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """`network` with other weights {"params", "stats"}, or computed in another dtype."""
     model = models.build(self.config.model, classes=len(self.class_names), dtype=dtype)
-    data = self.config.data
-    crop = data.cache_size > 0
-    prepare = make_prepare(data.image_size, self.mean, self.std, dtype, crop=crop)
+    prepare = preparation(self.config.data, self.mean, self.std, dtype)
     return apply(model, weights, prepare(image_BxHxWxC))
 
   @functools.cached_property

@@ -216,8 +216,7 @@ class Job:
 
   def _compile(self) -> None:
     config, everywhere = self.config, meshes.replicated(self.mesh)
-    size, crop = config.data.image_size, config.data.cache_size > 0
-    prepare = augment.make_prepare(size, *self.examples.statistics, crop=crop)
+    prepare = augment.preparation(config.data, *self.examples.statistics)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     one_step = functools.partial(
       step.train_step,

@@ -31,6 +31,13 @@ BAD = {  # path: (value, words that the line must hold)
 }
 
 
+def test_switches_of_an_architecture_may_be_set():
+  config = mlp.get_config()
+  for value in (True, False, None):
+    config.model.dense_readout = value
+    assert check.mistakes(config) == []
+
+
 def broken(changes):
   config = base.get_config()
   for path, value in changes.items():

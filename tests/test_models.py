@@ -321,6 +321,8 @@ FORMS = [  # What the tiny sizes leave out.
   ("efficientnet", dict(variant="torch", stages=4)),
   ("cycle_mlp", dict(passthrough=False)),
   ("mixer", dict(remat=True, constraint="exponentiate")),
+  ("mixer", dict(parallel=True, cells=2, dense_readout=True)),
+  ("mlp", dict(dense_readout=True)),
 ]
 
 
@@ -425,5 +427,36 @@ def test_sizes_that_clash_are_told(name, fields, px, words):
 
 def test_a_size_that_patches_do_not_tile_is_told():
   check = models.module_of("mixer").check
-  assert check(dict(patch=9), 72) == []
+  assert check(dict(patch=9), 72) == [] == check(dict(patch=9, cells=4), 72)
   assert "multiples of 9" in check(dict(patch=9), 32)[0]
+  assert "divisors of 8" in check(dict(patch=9, cells=3), 72)[0]
+
+
+def test_cells_are_means_over_parts_of_the_image():
+  tokens = np.random.default_rng(0).normal(size=(36, 2, 5))  # 6 x 6 patches.
+  model = models.build(config_of("mixer", cells=3), classes=5)
+  got = np.asarray(model._pool(jnp.asarray(tokens))).reshape(2, 3, 3, 5)
+  for row, column in np.ndindex(3, 3):
+    places = [6 * i + j for i in (2 * row, 2 * row + 1) for j in (2 * column, 2 * column + 1)]
+    np.testing.assert_allclose(got[:, row, column], tokens[places].mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name,hidden", [("mlp", 16), ("mixer", 44)])
+def test_a_dense_readout_shows_the_head_every_hidden_unit(name, hidden, float64):
+  """2 x 8 units of the MLP; 8 features and 2 x (8 of tokens + 10 of channels) of the Mixer."""
+  fields = {} if name == "mlp" else {"cells": 1}
+  model, weights, kinds = random_feasible(
+    config_of(name, parts="ioc", dense_readout=True, **fields), 0
+  )
+  kernel = weights["params"]["head"]["kernel"]
+  assert kernel.shape[0] == hidden and kinds["head"]["kernel"] == "shift"
+  x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (3, 8, 8, 1)), jnp.float32)
+  gradient = jax.grad(lambda w: (network(model)(w, x) ** 2).sum())(weights)
+  assert (np.abs(gradient["params"]["head"]["kernel"]).max(1) > 0).all()
+
+
+def test_in_a_parallel_first_block_both_first_matrices_are_free(float64):
+  *_, kinds = random_feasible(config_of("mixer", parts="ioc", parallel=True), 0)
+  free = [kinds[f"block_{i}"]["channel_mixing"]["dense_0"]["kernel"] == "free" for i in (0, 1)]
+  assert free == [True, False] and kinds["block_0"]["channel_mixing"]["dense_1"]["kernel"] != "free"
+  assert kinds["block_0"]["norm_1"]["scale"] == "free" != kinds["block_1"]["norm_1"]["scale"]

@@ -5,10 +5,12 @@ norm before and a residual sum after; norm; mean over tokens; linear head.
 """
 
 import functools
+import math
 from typing import Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from convex_jax.initializers import NORMED
 from convex_jax.layers import Parts
@@ -48,16 +50,22 @@ def image_size(size: str) -> int:
 
 def check(fields: dict, image_size: int) -> list[str]:
   """What is wrong with an image of `image_size` px for these fields, one line each."""
-  if image_size % fields["patch"]:
+  patch, cells = fields["patch"], fields.get("cells", 1)
+  if image_size % patch:
     return [
       f"data.image_size is {image_size} px, which patches of model.patch ="
-      f" {fields['patch']} px do not tile; allowed: multiples of {fields['patch']}"
+      f" {patch} px do not tile; allowed: multiples of {patch}"
+    ]
+  if cells < 1 or image_size // patch % cells:
+    return [
+      f"model.cells is {cells}, which {image_size // patch} patches a side do not share out"
+      f" evenly; allowed: divisors of {image_size // patch}"
     ]
   return []
 
 
 class Mlp(nn.Module):
-  """Dense, GELU, dense along an axis, back to its width; and the hidden units before GELU.
+  """Dense, GELU, dense along an axis, back to its width; the hidden units before and after GELU.
 
   `free` leaves the first matrix any sign: right where the input is affine in the image.
   y, affine in the image, is scaled and added to the hidden units.
@@ -70,14 +78,16 @@ class Mlp(nn.Module):
   free: bool = False
 
   @nn.compact
-  def __call__(self, x_SxBxD: jax.Array, y: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  def __call__(
+    self, x_SxBxD: jax.Array, y: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     parts, width = self.parts, x_SxBxD.shape[self.axis]
     dense = functools.partial(parts.dense, axis=self.axis, inputs=NORMED, free=self.free)
     h = dense(x_SxBxD, self.hidden, name="dense_0")
     if y is not None:
       h += parts.passthrough_scale(y, axis=self.axis, name="passthrough")
     a = parts.act(functools.partial(nn.gelu, approximate=self.gelu == "tanh"))(h)
-    return parts.branch_dense(a, width, axis=self.axis, name="dense_1"), h
+    return parts.branch_dense(a, width, axis=self.axis, name="dense_1"), h, a
 
 
 class Block(nn.Module):
@@ -87,6 +97,8 @@ class Block(nn.Module):
   and its first token-mixing matrix are then free, unless a LayerNorm stands between
   them: the report exempts that matrix all the same, so `paper` does too. The hidden
   units of that token mixing, returned as y, are what later blocks get as passthrough.
+  `parallel` lets both mixings read x, so that in the first block both first matrices act
+  on what is affine in the image. Returned last: the hidden units of either.
   """
 
   tokens_hidden: int
@@ -95,23 +107,28 @@ class Block(nn.Module):
   drop_path: float
   parts: Parts
   first: bool
+  parallel: bool = False
 
   @nn.compact
   def __call__(
     self, x_SxBxD: jax.Array, train: bool, y_TxBxD: jax.Array | None
-  ) -> tuple[jax.Array, jax.Array | None]:
-    parts = self.parts
+  ) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, jax.Array]]:
+    parts, x_before, free = self.parts, x_SxBxD, self.first and self.parallel
     h_SxBxD = parts.norm(x_SxBxD, "layer", train=train, free=self.first, name="norm_0")
     mix_tokens = Mlp(
       self.tokens_hidden, self.gelu, parts, axis=0, free=self.first, name="token_mixing"
     )
-    h_SxBxD, hidden_TxBxD = mix_tokens(h_SxBxD, y_TxBxD)
+    h_SxBxD, hidden_TxBxD, tokens_TxBxD = mix_tokens(h_SxBxD, y_TxBxD)
     x_SxBxD += parts.dropout(h_SxBxD, self.drop_path, train, whole=1)
-    h_SxBxD = parts.norm(x_SxBxD, "layer", train=train, name="norm_1")
-    mix_channels = Mlp(self.channels_hidden, self.gelu, parts, axis=-1, name="channel_mixing")
-    h_SxBxD, _ = mix_channels(h_SxBxD)
+    read_SxBxD = x_before if self.parallel else x_SxBxD
+    h_SxBxD = parts.norm(read_SxBxD, "layer", train=train, free=free, name="norm_1")
+    mix_channels = Mlp(
+      self.channels_hidden, self.gelu, parts, axis=-1, free=free, name="channel_mixing"
+    )
+    h_SxBxD, _, channels_SxBxE = mix_channels(h_SxBxD)
     x_SxBxD += parts.dropout(h_SxBxD, self.drop_path, train, whole=1)
-    return x_SxBxD, hidden_TxBxD if self.first and parts.passthrough else y_TxBxD
+    y_TxBxD = hidden_TxBxD if self.first and parts.passthrough else y_TxBxD
+    return x_SxBxD, y_TxBxD, (tokens_TxBxD, channels_SxBxE)
 
 
 class Model(nn.Module):
@@ -120,6 +137,12 @@ class Model(nn.Module):
   In `ioc` with passthrough the first token mixing's hidden units before their activation,
   affine in the image, are scaled and added to those of every later block. Matrices in
   place of the scales, or a map to the logits, learn no faster and cost 3 % of a step.
+
+  Three choices that are not the paper's, open to every twin, for what a convex network has
+  of expression: its first layer, whose weights are free, and its head, to which either sign
+  is open (`shift`). `parallel`: the first block's mixings both read the embedding. `cells`:
+  the head sees means over cells x cells parts of the image. `dense_readout`: it sees the
+  hidden units of every mixing as well, token mixings' averaged over them, behind a norm.
   """
 
   classes: int
@@ -133,6 +156,9 @@ class Model(nn.Module):
   # Stochastic depth of the last block, falling to 0 at the first; what is kept is divided by
   # its share, as timm does and the official code does not.
   drop_path: float = 0.0
+  parallel: bool = False
+  cells: int = 1  # A side.
+  dense_readout: bool = False
 
   @nn.compact
   def __call__(self, image_BxHxWxC: jax.Array, train: bool = False) -> jax.Array:
@@ -142,7 +168,7 @@ class Model(nn.Module):
     )
     # Tokens first: to mix them is then one product with all the rest, without a transpose.
     x_SxBxD = x_BxHxWxD.reshape(len(x_BxHxWxD), -1, self.channels).swapaxes(0, 1)
-    y_TxBxD = None
+    y_TxBxD, hidden = None, []
     for i in range(self.depth):
       block = parts.block(Block)(
         self.tokens_hidden,
@@ -151,9 +177,24 @@ class Model(nn.Module):
         self.drop_path * i / max(1, self.depth - 1),
         parts,
         first=i == 0,
+        parallel=i == 0 and self.parallel,
         name=f"block_{i}",
       )
-      x_SxBxD, y_TxBxD = block(x_SxBxD, train, y_TxBxD)
-    x_SxBxD = parts.norm(x_SxBxD, "layer", train=train, name="norm")
+      x_SxBxD, y_TxBxD, (tokens_TxBxD, channels_SxBxE) = block(x_SxBxD, train, y_TxBxD)
+      hidden += [tokens_TxBxD.mean(axis=0), self._pool(channels_SxBxE)]
+    x_BxF = self._pool(parts.norm(x_SxBxD, "layer", train=train, name="norm"))
+    if self.dense_readout:
+      hidden_BxG = jnp.concatenate(hidden, axis=-1)
+      hidden_BxG = parts.norm(hidden_BxG, "layer", train=train, name="norm_hidden")
+      x_BxF = jnp.concatenate([x_BxF, hidden_BxG], axis=-1)
     zeros = nn.initializers.zeros
-    return parts.head(x_SxBxD.mean(axis=0), self.classes, train=train, own_init=zeros, name="head")
+    return parts.head(x_BxF, self.classes, train=train, own_init=zeros, name="head")
+
+  def _pool(self, x_SxBxD: jax.Array) -> jax.Array:
+    """Means over cells of the grid of tokens: (B, cells^2 D)."""
+    if self.cells == 1:
+      return x_SxBxD.mean(axis=0)
+    tokens, batch, features = x_SxBxD.shape
+    n, side = self.cells, math.isqrt(tokens) // self.cells
+    means = x_SxBxD.reshape(n, side, n, side, batch, features).mean(axis=(1, 3))
+    return means.transpose(2, 0, 1, 3).reshape(batch, -1)

@@ -6,6 +6,7 @@ section 4.1; Sivaprasad et al. 2021, table 1). 3,752,810 parameters for CIFAR-10
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from convex_jax.initializers import ELU
 from convex_jax.layers import Parts
@@ -29,6 +30,10 @@ class Model(nn.Module):
   in the image at inference, as (y A) V_l: matrices of either sign, A shared. On CIFAR-10
   after five epochs a rank of 64, 4 % more work, is worth two points and full matrices,
   34 % more, one further; the same map to the logits costs two.
+
+  With `dense_readout` the head sees the units of every hidden layer. To the head of `ioc`
+  either sign is open (`shift`), so the convex network is then at least the free network of one
+  hidden layer, the first, whose weights are free as well.
   """
 
   classes: int
@@ -36,11 +41,13 @@ class Model(nn.Module):
   width: int
   depth: int
   passthrough_rank: int = 64  # Columns of A.
+  dense_readout: bool = False
 
   @nn.compact
   def __call__(self, image_BxHxWxC: jax.Array, train: bool = False) -> jax.Array:
     parts, act = self.parts, self.parts.act(nn.relu)
     x_BxD, z_BxR = image_BxHxWxC.reshape(len(image_BxHxWxC), -1), None
+    hidden = []
     for i in range(self.depth):
       first = i == 0
       h_BxD = parts.dense(
@@ -52,4 +59,7 @@ class Model(nn.Module):
       if first and parts.passthrough:
         z_BxR = parts.passthrough_dense(h_BxD, self.passthrough_rank, name="passthrough")
       x_BxD = act(h_BxD)
+      hidden.append(x_BxD)
+    if self.dense_readout:
+      x_BxD = jnp.concatenate(hidden, axis=-1)
     return parts.head(x_BxD, self.classes, train=train, name="head")
