@@ -8,6 +8,7 @@ figures themselves as results.csv and curves.csv.
 import argparse
 import base64
 import html
+import itertools
 import math
 import os
 import re
@@ -115,32 +116,67 @@ def _ended(rows: list[Result]) -> str:
   return f"{len(rows)}, {diverged} diverged" if diverged else str(len(rows))
 
 
-Cell = Callable[[list[Result], list[Result]], str]  # Of a variant's runs and the first variant's.
+def peak(rows: list[Result]) -> str:
+  """The best test accuracy of all evaluations, and the epoch of it."""
+  best = mean_and_spread((row.peak_test_accuracy for row in rows), 100)
+  epochs = [row.peak_epoch for row in rows if not math.isnan(row.peak_epoch)]
+  return f"{best} (epoch {statistics.fmean(epochs):.0f})" if best and epochs else ""
+
+
+def stopped_early(rows: list[Result], course: list[Point]) -> str:
+  """Test accuracy of another variant, stopped where it reaches these runs' train accuracy.
+
+  `course`: its evaluations; those of a run's own seed count, with a straight line between two
+  of them. What a free network is worth that fits the training split no better than a convex
+  one: a fair comparison of generalisation. A seed that never gets there, or is beyond it at
+  its first evaluation, is left out.
+  """
+  found = []
+  for row in rows:
+    points = sorted((p for p in course if p.seed == row.seed), key=lambda p: p.epoch)
+    for before, after in itertools.pairwise(points):
+      if before.train_accuracy <= row.train_accuracy <= after.train_accuracy:
+        rise = after.train_accuracy - before.train_accuracy
+        share = (row.train_accuracy - before.train_accuracy) / rise if rise else 0.0
+        found.append(before.test_accuracy + share * (after.test_accuracy - before.test_accuracy))
+        break
+  return mean_and_spread(found, 100)
+
+
+# Of a variant's runs, the first variant's, and the evaluations of these.
+Cell = Callable[[list[Result], list[Result], list[Point]], str]
 COLUMNS: dict[str, Cell] = {
-  "runs": lambda rows, _: _ended(rows),
-  "epochs": lambda rows, _: f"{rows[0].epochs:g}",
-  "train accuracy, %": lambda rows, _: mean_and_spread((r.train_accuracy for r in rows), 100),
-  "test accuracy, %": lambda rows, _: mean_and_spread((r.test_accuracy for r in rows), 100),
-  "of the first, points": lambda rows, first: "" if rows is first else difference(rows, first),
-  "source, train / test, %": lambda rows, _: source(rows),
-  "gap, points": lambda rows, _: mean_and_spread((r.gap for r in rows), 100),
-  "train loss, nats": lambda rows, _: mean_and_spread((r.train_loss for r in rows), 1, 3),
-  "test loss, nats": lambda rows, _: mean_and_spread((r.test_loss for r in rows), 1, 3),
-  "calibration error, %": lambda rows, _: mean_and_spread(
+  "runs": lambda rows, *_: _ended(rows),
+  "epochs": lambda rows, *_: f"{rows[0].epochs:g}",
+  "train accuracy, %": lambda rows, *_: mean_and_spread((r.train_accuracy for r in rows), 100),
+  "test accuracy, %": lambda rows, *_: mean_and_spread((r.test_accuracy for r in rows), 100),
+  "of the first, points": lambda rows, first, _: "" if rows is first else difference(rows, first),
+  "source, train / test, %": lambda rows, *_: source(rows),
+  "gap, points": lambda rows, *_: mean_and_spread((r.gap for r in rows), 100),
+  "peak test accuracy, %": lambda rows, *_: peak(rows),
+  "the first's, stopped early at this train accuracy, %": lambda rows, first, course: (
+    "" if rows is first else stopped_early(rows, course)
+  ),
+  "train loss, nats": lambda rows, *_: mean_and_spread((r.train_loss for r in rows), 1, 3),
+  "test loss, nats": lambda rows, *_: mean_and_spread((r.test_loss for r in rows), 1, 3),
+  "calibration error, %": lambda rows, *_: mean_and_spread(
     (r.test_calibration_error for r in rows), 100
   ),
-  "zero weights, %": lambda rows, _: mean_and_spread((r.zero_share for r in rows), 100, 1),
-  "parameters": lambda rows, _: f"{rows[0].parameters:,}",
-  "seconds a run": lambda rows, _: mean_and_spread((r.seconds for r in rows), 1, 0),
-  "convex": lambda rows, _: verdict(rows),
+  "zero weights, %": lambda rows, *_: mean_and_spread((r.zero_share for r in rows), 100, 1),
+  "parameters": lambda rows, *_: f"{rows[0].parameters:,}",
+  "seconds a run": lambda rows, *_: mean_and_spread((r.seconds for r in rows), 1, 0),
+  "convex": lambda rows, *_: verdict(rows),
 }
 
 
-def table(variants: dict[str, list[Result]]) -> str:
-  """A panel's Markdown table, a row a variant; columns that would be empty are left out."""
+def table(variants: dict[str, list[Result]], course: list[Point]) -> str:
+  """A panel's Markdown table, a row a variant; columns that would be empty are left out.
+
+  `course`: the evaluations of the first variant.
+  """
   first = next(iter(variants.values()))
   body = {
-    heading: [cell(rows, first).replace("|", "\\|") for rows in variants.values()]
+    heading: [cell(rows, first, course).replace("|", "\\|") for rows in variants.values()]
     for heading, cell in COLUMNS.items()
   }
   body = {heading: cells for heading, cells in body.items() if any(cells)}
@@ -245,7 +281,11 @@ def write_report(found: Results, out: str, title: str, words: str = "") -> None:
     else:
       draw_ends(name, variants, os.path.join(out, picture))
       what = "Accuracy of each run at its end."
-    parts += [f"## {name}", f"![{what}]({picture})", table(variants)]
+    parts += [
+      f"## {name}",
+      f"![{what}]({picture})",
+      table(variants, points.get(next(iter(variants)), [])),
+    ]
   parts.append(_notes(found))
   text = "\n\n".join(parts) + "\n"
   with files.whole(os.path.join(out, "report.md")) as file:
@@ -262,7 +302,8 @@ def _notes(found: Results) -> str:
     "Accuracy, loss (mean negative log-likelihood) and expected calibration error (test split,"
     " 15 bins weighted by count) are at inference, in the tables on every example. Mean ± standard deviation"
     " over seeds; a difference ± its standard error. Gap: train less test accuracy. Zero"
-    " weights: of those that are constrained. Seconds: of training steps, on"
+    " weights: of those that are constrained. Peak: the best evaluation, chosen on the test split."
+    " Stopped early: where the first variant's training accuracy first reaches this row's. Seconds: of training steps, on"
     f" {' and '.join(hardware) or 'unknown hardware'}. {' | '.join(versions)}."
   )
 

@@ -71,6 +71,26 @@ def test_a_row_says_what_the_run_says(tmp_path):
   assert [(p.epoch, p.test_accuracy) for p in found.points] == [(1, 0.2), (2, 0.6), (3, 0.4)]
 
 
+def test_a_free_network_is_stopped_where_it_fits_as_well_as_ours():
+  course = [
+    Point("net on data", "base", "", seed, epoch, train, test + 0.1 * seed, 0.0, 0.0)
+    for seed in (0, 1)
+    for epoch, train, test in ((3, 0.9, 0.4), (1, 0.3, 0.3), (2, 0.5, 0.6))  # In any order.
+  ]
+  words = report.stopped_early([result(train_accuracy=0.4), result(seed=1)], course)
+  assert words == "57.50 ± 17.68"  # Halfway from 30 to 60 %; at the second's, 70 %.
+  assert (
+    report.stopped_early([result(train_accuracy=0.2), result(train_accuracy=0.95)], course) == ""
+  )
+  assert report.stopped_early([result(seed=2)], course) == ""
+  ours = result(peak_test_accuracy=0.6, peak_epoch=2.0)
+  told = report.table({"base": [result("base")], "ioc": [result(train_accuracy=0.4), ours]}, course)
+  heads, _, base, ioc = ([c.strip() for c in line.split("|")] for line in told.splitlines())
+  cells = dict(zip(heads, zip(base, ioc, strict=True), strict=True))
+  assert cells["the first's, stopped early at this train accuracy, %"] == ("", "52.50 ± 10.61")
+  assert cells["peak test accuracy, %"] == ("", "60.00 (epoch 2)")
+
+
 def leaves(tree):
   return [x for v in tree.values() for x in (leaves(v) if isinstance(v, dict) else [v])]
 
@@ -198,7 +218,7 @@ def test_a_table_says_proved_of_what_is_proved_alone(certificates, words):
     result(seed=i, certificate=c, broken_by="LayerNorm" if c == "REFUTED" else "")
     for i, c in enumerate(certificates)
   ]
-  assert report.table({"ioc": rows}).splitlines()[-1].endswith(f"| {words} |")
+  assert report.table({"ioc": rows}, []).splitlines()[-1].endswith(f"| {words} |")
 
 
 def test_the_command_writes_a_page_with_its_pictures_inside(tmp_path, capsys):
