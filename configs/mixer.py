@@ -34,6 +34,7 @@ def get_config(dataset: str = "cifar10"):
   config.model.drop_path = placeholder(float)  # Stochastic depth of the last block.
   config.model.parallel = placeholder(bool)  # The first block's mixings both read the embedding.
   config.model.cells = placeholder(int)  # A side, over each of which the head sees a mean.
+  config.model.overlap = placeholder(int)  # px by which a patch's window passes its sides.
   config.model.dense_readout = placeholder(bool)  # The head sees all hidden units.
   config.batch_size = 512
   config.data.image_size = 72

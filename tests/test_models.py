@@ -321,7 +321,7 @@ FORMS = [  # What the tiny sizes leave out.
   ("efficientnet", dict(variant="torch", stages=4)),
   ("cycle_mlp", dict(passthrough=False)),
   ("mixer", dict(remat=True, constraint="exponentiate")),
-  ("mixer", dict(parallel=True, cells=2, dense_readout=True)),
+  ("mixer", dict(parallel=True, cells=2, dense_readout=True, overlap=1)),
   ("mlp", dict(dense_readout=True)),
 ]
 
@@ -441,9 +441,9 @@ def test_cells_are_means_over_parts_of_the_image():
     np.testing.assert_allclose(got[:, row, column], tokens[places].mean(0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name,hidden", [("mlp", 16), ("mixer", 44)])
+@pytest.mark.parametrize("name,hidden", [("mlp", 16), ("mixer", 124)])
 def test_a_dense_readout_shows_the_head_every_hidden_unit(name, hidden, float64):
-  """2 x 8 units of the MLP; 8 features and 2 x (8 of tokens + 10 of channels) of the Mixer."""
+  """2 x 8 units of the MLP; 8 features and 2 x (6 x 8 + 10) units of the Mixer."""
   fields = {} if name == "mlp" else {"cells": 1}
   model, weights, kinds = random_feasible(
     config_of(name, parts="ioc", dense_readout=True, **fields), 0

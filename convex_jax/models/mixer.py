@@ -142,7 +142,8 @@ class Model(nn.Module):
   of expression: its first layer, whose weights are free, and its head, to which either sign
   is open (`shift`). `parallel`: the first block's mixings both read the embedding. `cells`:
   the head sees means over cells x cells parts of the image. `dense_readout`: it sees the
-  hidden units of every mixing as well, token mixings' averaged over them, behind a norm.
+  hidden units of every mixing as well, behind a norm. `overlap`: a patch's window reaches so
+  many px over each of its sides.
   """
 
   classes: int
@@ -159,12 +160,19 @@ class Model(nn.Module):
   parallel: bool = False
   cells: int = 1  # A side.
   dense_readout: bool = False
+  overlap: int = 0  # px.
 
   @nn.compact
   def __call__(self, image_BxHxWxC: jax.Array, train: bool = False) -> jax.Array:
-    parts, side = self.parts, (self.patch, self.patch)
+    parts, window = self.parts, self.patch + 2 * self.overlap
     x_BxHxWxD = parts.conv(
-      image_BxHxWxC, self.channels, side, strides=side, padding="VALID", free=True, name="stem"
+      image_BxHxWxC,
+      self.channels,
+      (window, window),
+      strides=(self.patch, self.patch),
+      padding=self.overlap,
+      free=True,
+      name="stem",
     )
     # Tokens first: to mix them is then one product with all the rest, without a transpose.
     x_SxBxD = x_BxHxWxD.reshape(len(x_BxHxWxD), -1, self.channels).swapaxes(0, 1)
@@ -181,12 +189,15 @@ class Model(nn.Module):
         name=f"block_{i}",
       )
       x_SxBxD, y_TxBxD, (tokens_TxBxD, channels_SxBxE) = block(x_SxBxD, train, y_TxBxD)
-      hidden += [tokens_TxBxD.mean(axis=0), self._pool(channels_SxBxE)]
+      tokens_BxTD = tokens_TxBxD.swapaxes(0, 1).reshape(len(image_BxHxWxC), -1)
+      hidden += [tokens_BxTD, self._pool(channels_SxBxE)]
     x_BxF = self._pool(parts.norm(x_SxBxD, "layer", train=train, name="norm"))
     if self.dense_readout:
       hidden_BxG = jnp.concatenate(hidden, axis=-1)
       hidden_BxG = parts.norm(hidden_BxG, "layer", train=train, name="norm_hidden")
       x_BxF = jnp.concatenate([x_BxF, hidden_BxG], axis=-1)
+      # So that Adam's first steps, of one length for each of many weights, move logits little.
+      x_BxF *= math.sqrt(self.channels / x_BxF.shape[-1])
     zeros = nn.initializers.zeros
     return parts.head(x_BxF, self.classes, train=train, own_init=zeros, name="head")
 
