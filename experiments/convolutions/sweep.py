@@ -10,7 +10,7 @@ from convex_jax.jobs import Job
 
 TITLE = "All-CNN and DenseNet on CIFAR-10"
 SCHEDULES = {
-  "short": "a fifth of CIFAR-10's training images, 6 epochs; one seed.",
+  "short": "5,000 images of CIFAR-10, 8 epochs; one seed.",
   "full": "350 epochs (All-CNN-C), 300 epochs (DenseNet-BC(100,12)); five seeds.",
 }
 PARTS = ("base", "paper", "ioc")
@@ -26,7 +26,7 @@ NAMES = {"all_cnn": "All-CNN-C", "densenet": "DenseNet-BC(100,12)"}
 def get_sweep(schedule):
   common, seeds = {"eval.every_epochs": 10.0}, range(5)
   if schedule == "short":
-    common, seeds = {"epochs": 6, "data.train_fraction": 0.2}, range(1)
+    common, seeds = {"epochs": 8, "data.train_fraction": 0.1}, range(1)
   return [
     Job(
       f"{NAMES[model]} on CIFAR-10",
