@@ -4,6 +4,7 @@ Each stands between two comments, `<!-- NAME -->` and `<!-- /NAME -->`.
 """
 
 import csv
+import math
 import pathlib
 import statistics
 
@@ -61,29 +62,44 @@ def median_seconds(rows: list[results.Result]) -> float:
   return statistics.median(known) if known else results.UNKNOWN
 
 
+def of_twin(variants: dict[str, list[results.Result]], twin: str) -> list[results.Result]:
+  """The runs of a twin as it is, or, of the free one, with the norm of `ioc`."""
+  return variants.get(twin) or variants.get(f"{twin}, BatchNorm") or []
+
+
+def train_and_test(rows: list[results.Result]) -> str:
+  """Mean accuracies, and the deviation of the second, where seeds give one."""
+  if not rows:
+    return ""
+  train = f"{100 * statistics.fmean(row.train_accuracy for row in rows):.1f}"
+  return f"{train} / {report.mean_and_spread((row.test_accuracy for row in rows), 100, 1)}"
+
+
 def claims() -> str:
-  """The report's figures, and ours: a row a panel, variant and schedule."""
-  heads = ["network, data", "schedule", "twin", "source: train / test, %", "train, %", "test, %"]
-  heads += ["convex", "step, of the base's"]
-  rows = []
+  """The sources' figures, and ours: a row a panel and schedule."""
+  heads = ["network, data", "schedule, seeds", "source: base", "source: convex", "base", "`paper`"]
+  heads += ["`ioc`", "`ioc` convex", "its step, of the base's"]
+  panels: dict[tuple[str, str, str], dict[str, list[results.Result]]] = {}
   for claim in CLAIMS:
-    found = results.read(str(FOLDER / claim))
-    for panel, variants in report.panels_of(found).items():
-      first = next(iter(variants.values()))
-      for variant, of_variant in variants.items():
-        time, base = (median_seconds(some) for some in (of_variant, first))
-        rows.append(
-          [
-            f"[{panel}](experiments/{claim}/README.md)",
-            of_variant[0].schedule,
-            variant,
-            report.source(of_variant),
-            report.mean_and_spread((row.train_accuracy for row in of_variant), 100, 1),
-            report.mean_and_spread((row.test_accuracy for row in of_variant), 100, 1),
-            report.verdict(of_variant).split(":")[0],
-            f"{time / base:.2f}",
-          ]
-        )
+    for row in results.read(str(FOLDER / claim)).rows:
+      where = panels.setdefault((claim, row.panel, row.schedule), {})
+      where.setdefault(row.variant, []).append(row)
+  rows = []
+  for (claim, panel, schedule), variants in panels.items():
+    base, paper, ioc = (of_twin(variants, twin) for twin in ("base", "paper", "ioc"))
+    if ioc:
+      time, of_base = median_seconds(ioc), median_seconds(base)
+      rows.append(
+        [
+          f"[{panel}](experiments/{claim}/README.md)",
+          f"{schedule}, {len(ioc)}",
+          report.source(base) if base else "",
+          report.source(ioc) or (report.source(paper) if paper else ""),
+          *map(train_and_test, (base, paper, ioc)),
+          report.verdict(ioc).split(":")[0],
+          "" if math.isnan(time / of_base) else f"{time / of_base:.2f}",
+        ]
+      )
   return markdown(heads, rows)
 
 
