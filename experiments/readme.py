@@ -8,7 +8,7 @@ import math
 import pathlib
 import statistics
 
-from convex_jax import report, results
+from convex_jax import results, tables
 
 FOLDER = pathlib.Path(__file__).parent
 CLAIMS = ("mlp", "mixer", "cycle_mlp", "convolutions", "convex_head")
@@ -72,7 +72,7 @@ def train_and_test(rows: list[results.Result]) -> str:
   if not rows:
     return ""
   train = f"{100 * statistics.fmean(row.train_accuracy for row in rows):.1f}"
-  return f"{train} / {report.mean_and_spread((row.test_accuracy for row in rows), 100, 1)}"
+  return f"{train} / {tables.mean_and_spread((row.test_accuracy for row in rows), 100, 1)}"
 
 
 def claims() -> str:
@@ -93,10 +93,10 @@ def claims() -> str:
         [
           f"[{panel}](experiments/{claim}/README.md)",
           f"{schedule}, {len(ioc)}",
-          report.source(base) if base else "",
-          report.source(ioc) or (report.source(paper) if paper else ""),
+          tables.source(base) if base else "",
+          tables.source(ioc) or (tables.source(paper) if paper else ""),
           *map(train_and_test, (base, paper, ioc)),
-          report.verdict(ioc).split(":")[0],
+          tables.verdict(ioc).split(":")[0],
           "" if math.isnan(time / of_base) else f"{time / of_base:.2f}",
         ]
       )

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 import convex_jax
-from convex_jax import describe, report, results
+from convex_jax import describe, report, results, tables
 from convex_jax.errors import Mistake
 from convex_jax.results import Point, Result, Results
 
@@ -77,14 +77,14 @@ def test_a_free_network_is_stopped_where_it_fits_as_well_as_ours():
     for seed in (0, 1)
     for epoch, train, test in ((3, 0.9, 0.4), (1, 0.3, 0.3), (2, 0.5, 0.6))  # In any order.
   ]
-  words = report.stopped_early([result(train_accuracy=0.4), result(seed=1)], course)
+  words = tables.stopped_early([result(train_accuracy=0.4), result(seed=1)], course)
   assert words == "57.50 ± 17.68"  # Halfway from 30 to 60 %; at the second's, 70 %.
   assert (
-    report.stopped_early([result(train_accuracy=0.2), result(train_accuracy=0.95)], course) == ""
+    tables.stopped_early([result(train_accuracy=0.2), result(train_accuracy=0.95)], course) == ""
   )
-  assert report.stopped_early([result(seed=2)], course) == ""
+  assert tables.stopped_early([result(seed=2)], course) == ""
   ours = result(peak_test_accuracy=0.6, peak_epoch=2.0)
-  told = report.table({"base": [result("base")], "ioc": [result(train_accuracy=0.4), ours]}, course)
+  told = tables.table({"base": [result("base")], "ioc": [result(train_accuracy=0.4), ours]}, course)
   heads, _, base, ioc = ([c.strip() for c in line.split("|")] for line in told.splitlines())
   cells = dict(zip(heads, zip(base, ioc, strict=True), strict=True))
   assert cells["the first's, stopped early at this train accuracy, %"] == ("", "52.50 ± 10.61")
@@ -187,17 +187,17 @@ def test_a_digest_is_the_configs_and_outlives_new_keys(tiny_config):
 
 def test_mean_and_spread_are_those_of_the_samples():
   values = [0.71, 0.72, 0.74]
-  text = report.mean_and_spread(values, 100)
+  text = tables.mean_and_spread(values, 100)
   mean, spread = map(float, text.split(" ± "))
   assert mean == pytest.approx(100 * np.mean(values), abs=0.005)
   assert spread == pytest.approx(100 * np.std(values, ddof=1), abs=0.005)
-  assert report.mean_and_spread([math.nan, 0.5]) == "0.50" and report.mean_and_spread([]) == ""
+  assert tables.mean_and_spread([math.nan, 0.5]) == "0.50" and tables.mean_and_spread([]) == ""
 
 
 def test_a_differences_error_is_welchs():
   ours = [result(seed=i, test_accuracy=a) for i, a in enumerate((0.70, 0.72, 0.71))]
   base = [result("base", i, test_accuracy=a) for i, a in enumerate((0.80, 0.86))]
-  by, error = map(float, report.difference(ours, base).split(" ± "))
+  by, error = map(float, tables.difference(ours, base).split(" ± "))
   a, b = ([100 * row.test_accuracy for row in rows] for rows in (ours, base))
   assert by == pytest.approx(np.mean(a) - np.mean(b), abs=0.005)
   expected = math.sqrt(statistics.variance(a) / 3 + statistics.variance(b) / 2)
@@ -218,7 +218,7 @@ def test_a_table_says_proved_of_what_is_proved_alone(certificates, words):
     result(seed=i, certificate=c, broken_by="LayerNorm" if c == "REFUTED" else "")
     for i, c in enumerate(certificates)
   ]
-  assert report.table({"ioc": rows}, []).splitlines()[-1].endswith(f"| {words} |")
+  assert tables.table({"ioc": rows}, []).splitlines()[-1].endswith(f"| {words} |")
 
 
 def test_the_command_writes_a_page_with_its_pictures_inside(tmp_path, capsys):
@@ -273,7 +273,7 @@ def test_curves_of_old_and_new_runs_are_of_the_same_epochs(tmp_path):
 def test_schedules_are_not_compared_with_each_other():
   long, short = result("base", test_accuracy=0.9), result("base", test_accuracy=0.5)
   rows = [dataclasses.replace(long, schedule="full"), dataclasses.replace(short, schedule="short")]
-  assert list(report.panels_of(Results(tuple(rows)))) == [
+  assert list(tables.panels_of(Results(tuple(rows)))) == [
     "net on data (full)", "net on data (short)",
   ]  # fmt: skip
 
