@@ -56,7 +56,7 @@ def check(fields: dict, image_size: int) -> list[str]:
       f"data.image_size is {image_size} px, which patches of model.patch ="
       f" {patch} px do not tile; allowed: multiples of {patch}"
     ]
-  if cells < 1 or image_size // patch % cells:
+  if image_size // patch % cells:
     return [
       f"model.cells is {cells}, which {image_size // patch} patches a side do not share out"
       f" evenly; allowed: divisors of {image_size // patch}"
@@ -138,7 +138,7 @@ class Model(nn.Module):
   affine in the image, are scaled and added to those of every later block. Matrices in
   place of the scales, or a map to the logits, learn no faster and cost 3 % of a step.
 
-  Three choices that are not the paper's, open to every twin, for what a convex network has
+  Four choices that are not the paper's, open to every twin, for what a convex network has
   of expression: its first layer, whose weights are free, and its head, to which either sign
   is open (`shift`). `parallel`: the first block's mixings both read the embedding. `cells`:
   the head sees means over cells x cells parts of the image. `dense_readout`: it sees the
@@ -189,8 +189,9 @@ class Model(nn.Module):
         name=f"block_{i}",
       )
       x_SxBxD, y_TxBxD, (tokens_TxBxD, channels_SxBxE) = block(x_SxBxD, train, y_TxBxD)
-      tokens_BxTD = tokens_TxBxD.swapaxes(0, 1).reshape(len(image_BxHxWxC), -1)
-      hidden += [tokens_BxTD, self._pool(channels_SxBxE)]
+      if self.dense_readout:
+        tokens_BxTD = tokens_TxBxD.swapaxes(0, 1).reshape(len(image_BxHxWxC), -1)
+        hidden += [tokens_BxTD, self._pool(channels_SxBxE)]
     x_BxF = self._pool(parts.norm(x_SxBxD, "layer", train=train, name="norm"))
     if self.dense_readout:
       hidden_BxG = jnp.concatenate(hidden, axis=-1)
