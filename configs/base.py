@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
   config.data.image_size = 32  # px; the network's input, resized on the device.
   config.data.flip = False  # Mirror left and right, probability 1/2.
   config.data.crop_padding = 0  # px; pad with black and crop at random.
-  config.data.whiten = False  # Decorrelate neighbouring pixels and colours by a fixed filter.
+  config.data.whiten = False  # Decorrelate neighbouring pixels and colours, before any resize.
   config.data.jitter = 0.0  # Brightness, contrast, saturation by up to this share.
   config.data.randaugment = (0, 9.0)  # Operations an image, and their magnitude, 0 to 10.
   config.data.repeats = 1  # Times that an example comes in a row, each augmented anew.

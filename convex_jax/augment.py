@@ -73,6 +73,8 @@ def saturation(image_HxWxC: jax.Array, factor: Any) -> jax.Array:
 def erase(key: jax.Array, image_HxWxC: jax.Array, probability: float) -> jax.Array:
   """A rectangle of a normalised image becomes noise N(0, 1) (Zhong et al. 2020), sometimes.
 
+  Of a whitened image, whose deviation is about a half on CIFAR-10, strong noise.
+
   A share of the area uniform in 0.02 .. 1/3, a log-uniform aspect ratio in 0.3 .. 1/0.3, cut
   to what fits, anywhere inside: timm's `RandomErasing` in its mode "pixel".
   """
@@ -138,7 +140,7 @@ def make_prepare(
   crop: bool = False,
   whiten: bool = False,
 ) -> Callable[[jax.Array], jax.Array]:
-  """What every image meets: (x / 255 - mean) / std per channel, bilinear resize, `whitener`.
+  """What every image meets: (x / 255 - mean) / std per channel, `whitener`, bilinear resize.
 
   uint8 (B, H, W, C) to `dtype` (B, image_size, image_size, C); with `crop` a larger image is
   cut to its centre instead of resized. Affine in the pixels: logits that are convex in its
@@ -153,16 +155,16 @@ def make_prepare(
     mean_C, std_C = jnp.asarray(mean, dtype), jnp.asarray(std, dtype)
     x_BxHxWxC = (image_BxHxWxC.astype(dtype) / 255 - mean_C) / std_C
     batch, height, width, channels = x_BxHxWxC.shape
-    if (height, width) != (image_size, image_size):
-      shape = (batch, image_size, image_size, channels)
-      x_BxHxWxC = jax.image.resize(x_BxHxWxC, shape, "bilinear")
     if whiten:
       kernel = jnp.asarray(whitener(channels), dtype)
       axes = ("NHWC", "HWIO", "NHWC")
       x_BxHxWxC = jax.lax.conv_general_dilated(
         x_BxHxWxC, kernel, (1, 1), "SAME", dimension_numbers=axes
       )
-    return x_BxHxWxC
+    if (height, width) == (image_size, image_size):
+      return x_BxHxWxC
+    shape = (batch, image_size, image_size, channels)
+    return jax.image.resize(x_BxHxWxC, shape, "bilinear")
 
   return prepare
 
@@ -180,11 +182,13 @@ def whitener(
 ) -> np.ndarray:
   """The filter (side, side, C, C) that decorrelates pixels and colours of a natural image.
 
-  The column of (S + noise I)^(-1/2), ZCA whitening (Bell and Sejnowski 1997), that makes the
-  centre of a window, where S is not measured but the covariance that natural images
-  have: exp(-d / reach) at a distance of d px, times `colour` between colours. Measured on
-  CIFAR-10's images, scaled to variance 1, windows of 9 px give the same filter but for 0.7 %
-  (1 - cosine). So no data set's statistics are needed.
+  The columns of (S + noise I)^(-1/2), ZCA whitening (Bell and Sejnowski 1997), that make the
+  centre of a window. S is a model, so that no data set's statistics have to be kept: of
+  pixels of variance 1, exp(-d / reach) at a distance of d px, times `colour` between colours.
+  The defaults suit small photographs: S as CIFAR-10's images have it (windows of 9 px) gives
+  a filter of cosine 0.993 with this one, and between neighbours there the correlation falls
+  from 0.90 to 0.46, between pixels 2 px apart from 0.75 to 0.04, between colours from
+  0.92 to 0.68.
   """
   at = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), -1).reshape(-1, 2)
   of_pixels = np.exp(-np.linalg.norm(at[:, None] - at[None], axis=-1) / reach)

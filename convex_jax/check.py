@@ -27,7 +27,7 @@ class Rule:
   def mistake(self, path: str, value: Any) -> str | None:
     """One line, or None when the value is fine."""
     right_type = isinstance(value, self.type)
-    if isinstance(value, bool):  # Python's is a whole number as well.
+    if isinstance(value, bool) and self.type is not object:  # Python's is a whole number as well.
       right_type = bool in (self.type, *typing.get_args(self.type))
     if right_type and self.test(value):
       return None

@@ -165,7 +165,8 @@ def _notes(found: Results) -> str:
     " 15 bins weighted by count) are at inference, in the tables on every example. Mean ± standard deviation"
     " over seeds; a difference ± its standard error. Gap: train less test accuracy. Zero"
     " weights: of those that are constrained. Peak: the best evaluation, chosen on the test split."
-    " Stopped early: where the first variant's training accuracy first reaches this row's. Seconds: of training steps, on"
+    " Stopped early: where the first variant's training accuracy, as its curve has it (straight"
+    " lines between evaluations on `eval.train_examples`), first reaches this row's. Seconds: of training steps, on"
     f" {' and '.join(hardware) or 'unknown hardware'}. {' | '.join(versions)}."
   )
 

@@ -78,7 +78,7 @@ def peak(rows: list[Result]) -> str:
   """The best test accuracy of all evaluations, and the epoch of it."""
   best = mean_and_spread((row.peak_test_accuracy for row in rows), 100)
   epochs = [row.peak_epoch for row in rows if not math.isnan(row.peak_epoch)]
-  return f"{best} (epoch {statistics.fmean(epochs):.0f})" if best and epochs else ""
+  return f"{best} (mean epoch {statistics.fmean(epochs):.0f})" if best and epochs else ""
 
 
 def stopped_early(rows: list[Result], course: list[Point]) -> str:
@@ -87,18 +87,21 @@ def stopped_early(rows: list[Result], course: list[Point]) -> str:
   `course`: its evaluations; those of a run's own seed count, with a straight line between two
   of them. What a free network is worth that fits the training split no better than a convex
   one: a fair comparison of generalisation. A seed that never gets there, or is beyond it at
-  its first evaluation, is left out.
+  its first evaluation, is left out, and the cell says how many count.
   """
   found = []
   for row in rows:
     points = sorted((p for p in course if p.seed == row.seed), key=lambda p: p.epoch)
+    if not points or points[0].train_accuracy > row.train_accuracy:
+      continue
     for before, after in itertools.pairwise(points):
-      if before.train_accuracy <= row.train_accuracy <= after.train_accuracy:
+      if row.train_accuracy <= after.train_accuracy:  # For the first time.
         rise = after.train_accuracy - before.train_accuracy
         share = (row.train_accuracy - before.train_accuracy) / rise if rise else 0.0
         found.append(before.test_accuracy + share * (after.test_accuracy - before.test_accuracy))
         break
-  return mean_and_spread(found, 100)
+  counted = f" ({len(found)} of {len(rows)} seeds)" if 0 < len(found) < len(rows) else ""
+  return mean_and_spread(found, 100) + counted
 
 
 # Of a variant's runs, the first variant's, and the evaluations of these.

@@ -314,6 +314,8 @@ def _check_fields(name: str, model: Any, path: str, public: Arrays) -> None:
   if name == "mixer" and model.parts.activation is None:
     torch = starts & {"blocks", "mixer_blocks"}
     want = {"gelu": "erf" if torch else "tanh"}
+  if name == "mixer":
+    want["parallel"] = False
   if name == "efficientnet" and "features" in starts:
     want = {"variant": "torch"}
     if model.width >= 1.6:

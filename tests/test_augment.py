@@ -53,6 +53,21 @@ def test_the_whitener_is_scipys_inverse_root_of_the_stated_covariance():
   np.testing.assert_allclose(kernel, root[:, 8:10].reshape(3, 3, 2, 2), atol=1e-6)
 
 
+def test_a_config_whitens_before_it_enlarges():
+  x = jnp.asarray(images((2, 8, 8, 3)))
+  config = types.SimpleNamespace(image_size=16, cache_size=0, whiten=True)
+  got = augment.preparation(config, (0.5,) * 3, (0.25,) * 3)(x)
+  plain = (np.asarray(x) / 255 - 0.5) / 0.25
+  padded, kernel = np.pad(plain, ((0, 0), (3, 3), (3, 3), (0, 0))), augment.whitener(3)
+  want = np.zeros(plain.shape)
+  for i, j in np.ndindex(7, 7):
+    want += padded[:, i : i + 8, j : j + 8] @ kernel[i, j]
+  want = jax.image.resize(jnp.asarray(want, jnp.float32), (2, 16, 16, 3), "bilinear")
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  config.whiten = False
+  assert np.abs(augment.preparation(config, (0.5,) * 3, (0.25,) * 3)(x) - got).max() > 0.1
+
+
 def test_whitening_decorrelates_photographs_and_is_affine():
   rng, photographs = np.random.default_rng(0), []
   for _ in range(8):

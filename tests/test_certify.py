@@ -64,6 +64,21 @@ def test_one_logit_and_so_the_difference_of_two_classes_is_proved(name):
   assert logits.shape == (3, 2) and (logits[:, 0] != 0).all() and (logits[:, 1] == 0).all()
 
 
+WIDER = [
+  ("mixer", dict(parallel=True, cells=2, dense_readout=True, overlap=1)),
+  ("mlp", dict(dense_readout=True)),
+]
+
+
+@pytest.mark.parametrize("name,fields", WIDER, ids=str)
+def test_what_the_head_sees_besides_is_proved_and_its_mutant_is_not(name, fields):
+  model = models.build({**config_of(name, "ioc"), **fields}, classes=5)
+  weights, _ = mutants.feasible(model)
+  assert certificate_of(model, weights).verdicts == ["PROVED"] * 5
+  weights["params"]["head"]["kernel"][-1, 2] = -1.0  # Of the last hidden unit that it sees.
+  assert certificate_of(model, weights).verdicts[2] != "PROVED"
+
+
 CULPRITS = {  # The first operation that breaks each twin, by primitive and place.
   ("all_cnn", "base"): ("conv_general_dilated|dot_general", "Model/conv_1 .*all_cnn.py"),
   ("cycle_mlp", "base"): ("sub", "Model/stage_0_block_0/norm_0 .*LayerNorm.*cycle_mlp.py"),

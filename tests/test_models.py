@@ -444,15 +444,26 @@ def test_cells_are_means_over_parts_of_the_image():
 @pytest.mark.parametrize("name,hidden", [("mlp", 16), ("mixer", 124)])
 def test_a_dense_readout_shows_the_head_every_hidden_unit(name, hidden, float64):
   """2 x 8 units of the MLP; 8 features and 2 x (6 x 8 + 10) units of the Mixer."""
-  fields = {} if name == "mlp" else {"cells": 1}
-  model, weights, kinds = random_feasible(
-    config_of(name, parts="ioc", dense_readout=True, **fields), 0
-  )
+  model, weights, kinds = random_feasible(config_of(name, parts="ioc", dense_readout=True), 0)
   kernel = weights["params"]["head"]["kernel"]
   assert kernel.shape[0] == hidden and kinds["head"]["kernel"] == "shift"
   x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (3, 8, 8, 1)), jnp.float32)
   gradient = jax.grad(lambda w: (network(model)(w, x) ** 2).sum())(weights)
   assert (np.abs(gradient["params"]["head"]["kernel"]).max(1) > 0).all()
+
+
+def test_patches_that_overlap_see_their_surroundings(float64):
+  """Pixel (5, 5) lies in patch (1, 1), and in the window of patch (0, 0) as its last."""
+  model, weights, _ = random_feasible(config_of("mixer", parts="ioc", overlap=2), 0)
+  _, seen = model.apply(
+    {"params": weights["params"], "batch_stats": weights["stats"]},
+    jnp.zeros((1, 8, 8, 1)).at[0, 5, 5].set(1.0),
+    capture_intermediates=lambda module, _: module.name == "stem",
+  )
+  stem, found = weights["params"]["stem"], seen["intermediates"]["stem"]["__call__"][0][0]
+  assert stem["kernel"].shape[:2] == (8, 8)
+  np.testing.assert_allclose(found[0, 0], stem["kernel"][7, 7, 0] + stem["bias"])
+  np.testing.assert_allclose(found[1, 1], stem["kernel"][3, 3, 0] + stem["bias"])
 
 
 def test_in_a_parallel_first_block_both_first_matrices_are_free(float64):

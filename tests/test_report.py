@@ -83,12 +83,14 @@ def test_a_free_network_is_stopped_where_it_fits_as_well_as_ours():
     tables.stopped_early([result(train_accuracy=0.2), result(train_accuracy=0.95)], course) == ""
   )
   assert tables.stopped_early([result(seed=2)], course) == ""
+  some = [result(train_accuracy=0.4), result(train_accuracy=0.95), result(train_accuracy=0.4)]
+  assert tables.stopped_early(some, course) == "45.00 ± 0.00 (2 of 3 seeds)"
   ours = result(peak_test_accuracy=0.6, peak_epoch=2.0)
   told = tables.table({"base": [result("base")], "ioc": [result(train_accuracy=0.4), ours]}, course)
   heads, _, base, ioc = ([c.strip() for c in line.split("|")] for line in told.splitlines())
   cells = dict(zip(heads, zip(base, ioc, strict=True), strict=True))
   assert cells["the first's, stopped early at this train accuracy, %"] == ("", "52.50 ± 10.61")
-  assert cells["peak test accuracy, %"] == ("", "60.00 (epoch 2)")
+  assert cells["peak test accuracy, %"] == ("", "60.00 (mean epoch 2)")
 
 
 def leaves(tree):

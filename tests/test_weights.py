@@ -210,6 +210,8 @@ def test_what_a_file_tells_of_the_network_is_checked(save):
     weights.load_public(build(), save(timm, "timm.safetensors"), SHAPE)
   with pytest.raises(Mistake, match=r"--config.model.gelu=tanh"):
     weights.load_public(build(gelu="erf"), save(official()), SHAPE)
+  with pytest.raises(Mistake, match=r"--config.model.parallel=False"):
+    weights.load_public(build(parallel=True), save(official()), SHAPE)
 
 
 def test_half_a_head_and_negative_variances_are_refused(save):

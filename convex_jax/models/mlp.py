@@ -31,9 +31,9 @@ class Model(nn.Module):
   after five epochs a rank of 64, 4 % more work, is worth two points and full matrices,
   34 % more, one further; the same map to the logits costs two.
 
-  With `dense_readout` the head sees the units of every hidden layer. To the head of `ioc`
-  either sign is open (`shift`), so the convex network is then at least the free network of one
-  hidden layer, the first, whose weights are free as well.
+  With `dense_readout` the head sees the units of every hidden layer. To a linear head of
+  `ioc`, of two or more logits, either sign is open (`shift`), so the convex network is then
+  at least a free network (ELU) of one hidden layer, the first, whose weights are free as well.
   """
 
   classes: int

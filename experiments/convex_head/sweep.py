@@ -6,7 +6,7 @@ from convex_jax.jobs import Job
 
 TITLE = "Convex only in the head; EfficientNet's convex twin"
 SCHEDULES = {
-  "short": "Mixer: 10,000 images of CIFAR-10 at 32 px, 10 epochs, cosine. EfficientNet: digits.",
+  "short": "Mixer: 10,000 images of CIFAR-10 at 32 px, 10 epochs, cosine. EfficientNet: digits, 30 epochs.",
   "full": "Mixer: the report's, 100 epochs. EfficientNet: CIFAR-10, its config's recipe.",
 }
 HEAD = {"model.head_depth": 2}

@@ -1,8 +1,9 @@
 """Training labels drawn anew at random (Table 3 of the 2021 paper), with its missing control.
 
 The paper compares a convex network with a free one of the same size. A fair partner has the
-same training accuracy: here a base with weight decay, and a narrower one. Early stopping is
-in every row: the peak of the test accuracy and its epoch, beside the end.
+same training accuracy: the base where it is stopped early at that of `ioc`, a column of the
+report. A base with weight decay and a narrower one stand beside it; of every run the report
+has the peak of the test accuracy beside the end.
 """
 
 import itertools
