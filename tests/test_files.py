@@ -40,6 +40,10 @@ def test_json_knows_when_it_was_changed(tmp_path):
     files.read_json(str(path))
   path.write_text(json.dumps(content))  # By hand, or by an older version.
   assert files.read_json(str(path), signed=False) == content
+  path.write_text(json.dumps(content | {"sha2u6": "0a" * 32}))  # A bit of its name flipped.
+  with pytest.raises(files.Damaged, match="under another name"):
+    files.read_json(str(path), signed=False)
+  path.write_text(json.dumps(content))
   with pytest.raises(files.Damaged):
     files.read_json(str(path))
 
