@@ -164,6 +164,8 @@ def read(workdir: str) -> dict[str, Any]:
     raise Mistake(f"{workdir} holds no run: there is no {path}")
   try:
     content = files.read_json(path, signed=False)
+    if "hardware" in content:  # Younger than the SHA-256: it has one, or damage took it.
+      content = files.read_json(path)
     if content["format"] > FORMAT:
       raise Mistake(
         f"{path} is of format {content['format']}, written by convex_jax"

@@ -94,7 +94,7 @@ def test_a_run_older_than_some_keys_loads_and_is_no_other(finished, data_dir, tm
   shutil.copytree(finished[0], old)
   path = old / "config.json"
   content = json.loads(path.read_text())
-  del content["sha256"]
+  del content["sha256"], content["hardware"]
   for section, key, _ in describe.ADDED:
     del (content["config"][section] if section else content["config"])[key]
   path.write_text(json.dumps(content))
