@@ -309,7 +309,7 @@ def _as_ours(
 
 def _check_fields(name: str, model: Any, path: str, public: Arrays) -> None:
   """Raises `Mistake` where a file's names tell of a field that `model` has otherwise."""
-  want = {}
+  want: dict[str, object] = {}
   starts = {re.split(r"[./]", key)[0] for key in public}
   if name == "mixer" and model.parts.activation is None:
     torch = starts & {"blocks", "mixer_blocks"}
