@@ -183,7 +183,7 @@ def whitener(
   """The filter (side, side, C, C) that decorrelates pixels and colours of a natural image.
 
   The columns of (S + noise I)^(-1/2), ZCA whitening (Bell and Sejnowski 1997), that make the
-  centre of a window. S is a model, so that no data set's statistics have to be kept: of
+  centre of a window (`side` odd). S is a model, so that no data set's statistics have to be kept: of
   pixels of variance 1, exp(-d / reach) at a distance of d px, times `colour` between colours.
   The defaults suit small photographs: S as CIFAR-10's images have it (windows of 9 px) gives
   a filter of cosine 0.993 with this one, and between neighbours there the correlation falls

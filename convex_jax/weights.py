@@ -311,11 +311,10 @@ def _check_fields(name: str, model: Any, path: str, public: Arrays) -> None:
   """Raises `Mistake` where a file's names tell of a field that `model` has otherwise."""
   want: dict[str, object] = {}
   starts = {re.split(r"[./]", key)[0] for key in public}
-  if name == "mixer" and model.parts.activation is None:
-    torch = starts & {"blocks", "mixer_blocks"}
-    want = {"gelu": "erf" if torch else "tanh"}
   if name == "mixer":
-    want["parallel"] = False
+    want = {"parallel": False}
+    if model.parts.activation is None:
+      want["gelu"] = "erf" if starts & {"blocks", "mixer_blocks"} else "tanh"
   if name == "efficientnet" and "features" in starts:
     want = {"variant": "torch"}
     if model.width >= 1.6:

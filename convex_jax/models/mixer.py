@@ -138,11 +138,13 @@ class Model(nn.Module):
   affine in the image, are scaled and added to those of every later block. Matrices in
   place of the scales, or a map to the logits, learn no faster and cost 3 % of a step.
 
-  Four choices that are not the paper's, open to every twin. Of `ioc` they widen what has
-  weights of either sign, the first layer and (by `shift`) the head. `parallel`: the first block's mixings both read the embedding. `cells`:
-  the head sees means over cells x cells parts of the image. `dense_readout`: it sees the
-  hidden units of every mixing as well, behind a norm. `overlap`: a patch's window reaches so
-  many px over each of its sides.
+  Four choices that are not the paper's, open to every twin. In `ioc` they widen what has
+  weights of either sign: the first layer and, by `shift`, the head.
+
+  - `parallel`: the first block's mixings both read the embedding.
+  - `overlap`: a patch's window reaches so many px over each of its sides.
+  - `cells`: the head sees means over cells x cells parts of the image.
+  - `dense_readout`: it sees the hidden units of every mixing as well, behind a norm.
   """
 
   classes: int
