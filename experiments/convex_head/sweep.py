@@ -16,6 +16,11 @@ MIXERS = {
   "ioc in the head": {"model.parts": "ioc", "model.convex_from": "head"} | HEAD,
   "ioc in all": {"model.parts": "ioc"} | HEAD,
 }
+EFFICIENTNETS = {
+  "base": {"model.parts": "base"},
+  "paper": {"model.parts": "paper", "model.constraint": "exponentiate"},
+  "ioc": {"model.parts": "ioc"},
+}
 
 
 def get_sweep(schedule):
@@ -32,10 +37,10 @@ def get_sweep(schedule):
   return mixers + [
     Job(
       f"EfficientNet-B0 on {data}",
-      parts,
+      variant,
       f"configs/efficientnet.py:{data}",
-      {"model.parts": parts},
+      changed,
       seed,
     )
-    for parts, seed in itertools.product(("base", "paper", "ioc"), range(3))
+    for (variant, changed), seed in itertools.product(EFFICIENTNETS.items(), range(3))
   ]

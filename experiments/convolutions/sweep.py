@@ -13,7 +13,11 @@ SCHEDULES = {
   "short": "digits: All-CNN of width 32, 40 epochs; DenseNet of two blocks of 4 layers, 30 epochs.",
   "full": "350 epochs (All-CNN-C), 300 epochs (DenseNet-BC(100,12)); five seeds.",
 }
-PARTS = ("base", "paper", "ioc")
+VARIANTS = {
+  "base": {"model.parts": "base"},
+  "paper": {"model.parts": "paper", "model.constraint": "exponentiate"},
+  "ioc": {"model.parts": "ioc"},
+}
 SOURCE = {  # Appendix C: means of five runs.
   ("all_cnn", "base"): (0.9912, 0.9221),
   ("all_cnn", "ioc"): (0.9261, 0.9034),
@@ -29,11 +33,13 @@ def get_sweep(schedule):
   return [
     Job(
       f"{NAMES[model]} on {'CIFAR-10' if full else data}",
-      parts,
+      variant,
       f"configs/{model}.py:{data}",
-      {**common, "model.parts": parts},
+      common | changed,
       seed,
-      SOURCE[model, "base" if parts == "base" else "ioc"] if full else Job.source,
+      SOURCE[model, "base" if variant == "base" else "ioc"] if full else Job.source,
     )
-    for model, parts, seed in itertools.product(NAMES, PARTS, range(5 if full else 3))
+    for model, (variant, changed), seed in itertools.product(
+      NAMES, VARIANTS.items(), range(5 if full else 3)
+    )
   ]
