@@ -14,7 +14,8 @@ D features, K classes.
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -296,6 +297,17 @@ class Parts:
     y_BxK = layer(x).astype(jnp.promote_types(self.dtype, jnp.float32))
     return jnp.pad(y_BxK, ((0, 0), (0, 1))) if self.one_logit else y_BxK
 
+  def dense_readout(self, x_BxD, hidden_BxF: Sequence[jax.Array], *, train: bool, width: int):
+    """What a head sees that sees hidden units besides x: both, the units behind a norm.
+
+    Divided by the root of their number in `width`s, so that Adam's first steps, of one length
+    for each of many weights, move the logits little.
+    """
+    hidden_BxG = jnp.concatenate(hidden_BxF, axis=-1)
+    hidden_BxG = self.norm(hidden_BxG, "layer", train=train, name="norm_hidden")
+    x_BxF = jnp.concatenate([x_BxD, hidden_BxG], axis=-1)
+    return x_BxF * math.sqrt(width / x_BxF.shape[-1])
+
   def dropout(self, x, rate: float, train: bool, whole: int | None = None):
     """Zeroes a share `rate` of values, divides the others by 1 - rate; in training only.
 
@@ -342,6 +354,17 @@ class Parts:
       name=name,
     )
     return layer(x)
+
+
+def cell_means(x_BxHxWxD: jax.Array, cells: int) -> jax.Array:
+  """Means over n x n parts of a square map, (B, n^2 D), where n = gcd(cells, H).
+
+  That is `cells` where they share out the side H evenly, else fewer.
+  """
+  batch, side, _, features = x_BxHxWxD.shape
+  n = math.gcd(cells, side)
+  means = x_BxHxWxD.reshape(batch, n, side // n, n, side // n, features).mean(axis=(2, 4))
+  return means.reshape(batch, -1)
 
 
 class Head(nn.Module):

@@ -66,6 +66,7 @@ def test_one_logit_and_so_the_difference_of_two_classes_is_proved(name):
 
 WIDER = [
   ("mixer", dict(parallel=True, cells=2, dense_readout=True, overlap=1)),
+  ("cycle_mlp", dict(cells=2, dense_readout=True)),
   ("mlp", dict(dense_readout=True)),
 ]
 

@@ -322,6 +322,7 @@ FORMS = [  # What the tiny sizes leave out.
   ("cycle_mlp", dict(passthrough=False)),
   ("mixer", dict(remat=True, constraint="exponentiate")),
   ("mixer", dict(parallel=True, cells=2, dense_readout=True, overlap=1)),
+  ("cycle_mlp", dict(cells=2, dense_readout=True)),
   ("mlp", dict(dense_readout=True)),
 ]
 
@@ -432,18 +433,26 @@ def test_a_size_that_patches_do_not_tile_is_told():
   assert "divisors of 8" in check(dict(patch=9, cells=3), 72)[0]
 
 
-def test_cells_are_means_over_parts_of_the_image():
-  tokens = np.random.default_rng(0).normal(size=(36, 2, 5))  # 6 x 6 patches.
-  model = models.build(config_of("mixer", cells=3), classes=5)
-  got = np.asarray(model._pool(jnp.asarray(tokens))).reshape(2, 3, 3, 5)
-  for row, column in np.ndindex(3, 3):
-    places = [6 * i + j for i in (2 * row, 2 * row + 1) for j in (2 * column, 2 * column + 1)]
-    np.testing.assert_allclose(got[:, row, column], tokens[places].mean(0), rtol=1e-5)
+@pytest.mark.parametrize("cells,n", [(3, 3), (4, 2), (1, 1)])
+def test_cells_are_means_over_parts_of_the_map(cells, n):
+  """Of 6 x 6 positions; 4 do not share them out, 2 do."""
+  x = np.random.default_rng(0).normal(size=(2, 6, 6, 5))
+  got = np.asarray(layers.cell_means(jnp.asarray(x), cells)).reshape(2, n, n, 5)
+  for row, column in np.ndindex(n, n):
+    part = x[:, row * 6 // n : (row + 1) * 6 // n, column * 6 // n : (column + 1) * 6 // n]
+    np.testing.assert_allclose(got[:, row, column], part.mean((1, 2)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name,hidden", [("mlp", 16), ("mixer", 124)])
+def test_cells_of_a_mixer_are_parts_of_its_grid_of_tokens():
+  tokens = np.random.default_rng(0).normal(size=(36, 2, 5)).astype(np.float32)
+  got = models.build(config_of("mixer", cells=3), classes=5)._pool(jnp.asarray(tokens))
+  grid = tokens.reshape(6, 6, 2, 5).transpose(2, 0, 1, 3)
+  np.testing.assert_allclose(got, layers.cell_means(jnp.asarray(grid), 3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name,hidden", [("mlp", 16), ("mixer", 124), ("cycle_mlp", 52)])
 def test_a_dense_readout_shows_the_head_every_hidden_unit(name, hidden, float64):
-  """2 x 8 units of the MLP; 8 features and 2 x (6 x 8 + 10) units of the Mixer."""
+  """MLP: 2 x 8 units; Mixer: 8 features, 2 x (6 x 8 + 10) units; CycleMLP: 12, 2 x (8 + 12)."""
   model, weights, kinds = random_feasible(config_of(name, parts="ioc", dense_readout=True), 0)
   kernel = weights["params"]["head"]["kernel"]
   assert kernel.shape[0] == hidden and kinds["head"]["kernel"] == "shift"

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from convex_jax.initializers import NORMED
-from convex_jax.layers import Parts
+from convex_jax.layers import Parts, cell_means
 
 PAPER_BREAKS = "LayerNorm, gate"
 
@@ -134,7 +134,7 @@ class Block(nn.Module):
 
   `first` says that x is the patch embedding itself, affine in the image. What comes next
   is free as far as it is affine: in `ioc` up to the first ELU. y, affine in the image, is
-  scaled and added to what the channel MLP sees.
+  scaled and added to what the channel MLP sees. Returned last: its hidden units.
   """
 
   ratio: int
@@ -145,7 +145,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(
     self, x_BxHxWxD: jax.Array, train: bool, y_BxHxWxD: jax.Array | None = None
-  ) -> jax.Array:
+  ) -> tuple[jax.Array, jax.Array]:
     parts, features, affine = self.parts, x_BxHxWxD.shape[-1], not self.parts.gates
     norm = functools.partial(parts.norm, own="layer", epsilon=1e-5, train=train)
     h_BxHxWxD = norm(x_BxHxWxD, free=self.first, name="norm_0")
@@ -160,7 +160,7 @@ class Block(nn.Module):
     )
     h_BxHxWxF = parts.act(gelu)(h_BxHxWxF)
     h_BxHxWxD = parts.branch_dense(h_BxHxWxF, features, own_init=normal, name="dense_1")
-    return x_BxHxWxD + parts.dropout(h_BxHxWxD, self.drop_path, train, whole=0)
+    return x_BxHxWxD + parts.dropout(h_BxHxWxD, self.drop_path, train, whole=0), h_BxHxWxF
 
 
 class Model(nn.Module):
@@ -168,6 +168,10 @@ class Model(nn.Module):
 
   In `ioc` with passthrough the patch embedding, affine in the image, is average-pooled to
   each stage's map, mapped and normed; scaled, it joins the input of every channel MLP.
+
+  Two choices that are not the paper's, open to every twin (`Mixer` has them too): the head
+  sees means over `cells` x `cells` parts of a map, as far as a map has them, and with
+  `dense_readout` those of the hidden units of every channel MLP, behind a norm.
   """
 
   classes: int
@@ -177,11 +181,13 @@ class Model(nn.Module):
   ratios: tuple[int, ...]  # Hidden units of a channel MLP, in widths, a stage.
   stem_stride: int = 4  # px.
   drop_path: float = 0.1  # Stochastic depth of the last block, falling to 0 at the first.
+  cells: int = 1  # A side.
+  dense_readout: bool = False
 
   @nn.compact
   def __call__(self, image_BxHxWxC: jax.Array, train: bool = False) -> jax.Array:
     parts, done = self.parts, 0
-    x_BxHxWxD = y_BxHxWxE = image_BxHxWxC
+    x_BxHxWxD, y_BxHxWxE, hidden = image_BxHxWxC, image_BxHxWxC, []
     for stage, (depth, width, ratio) in enumerate(
       zip(self.depths, self.widths, self.ratios, strict=True)
     ):
@@ -207,7 +213,12 @@ class Model(nn.Module):
         block = parts.block(Block)(
           ratio, drop_path, parts, first=done == 0, name=f"stage_{stage}_block_{i}"
         )
-        x_BxHxWxD, done = block(x_BxHxWxD, train, z_BxHxWxD), done + 1
+        x_BxHxWxD, hidden_BxHxWxF = block(x_BxHxWxD, train, z_BxHxWxD)
+        done += 1
+        if self.dense_readout:
+          hidden.append(cell_means(hidden_BxHxWxF, self.cells))
     x_BxHxWxD = parts.norm(x_BxHxWxD, "layer", epsilon=1e-5, train=train, name="norm")
-    x_BxD = x_BxHxWxD.mean((1, 2))
-    return parts.head(x_BxD, self.classes, train=train, own_init=normal, name="head")
+    x_BxF = cell_means(x_BxHxWxD, self.cells)
+    if self.dense_readout:
+      x_BxF = parts.dense_readout(x_BxF, hidden, train=train, width=self.widths[-1])
+    return parts.head(x_BxF, self.classes, train=train, own_init=normal, name="head")

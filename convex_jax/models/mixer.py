@@ -10,10 +10,9 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from convex_jax.initializers import NORMED
-from convex_jax.layers import Parts
+from convex_jax.layers import Parts, cell_means
 
 PAPER_BREAKS = "LayerNorm"  # What keeps the `paper` twin from being convex.
 
@@ -195,11 +194,7 @@ class Model(nn.Module):
         hidden += [tokens_BxTD, self._pool(channels_SxBxE)]
     x_BxF = self._pool(parts.norm(x_SxBxD, "layer", train=train, name="norm"))
     if self.dense_readout:
-      hidden_BxG = jnp.concatenate(hidden, axis=-1)
-      hidden_BxG = parts.norm(hidden_BxG, "layer", train=train, name="norm_hidden")
-      x_BxF = jnp.concatenate([x_BxF, hidden_BxG], axis=-1)
-      # So that Adam's first steps, of one length for each of many weights, move logits little.
-      x_BxF *= math.sqrt(self.channels / x_BxF.shape[-1])
+      x_BxF = parts.dense_readout(x_BxF, hidden, train=train, width=self.channels)
     zeros = nn.initializers.zeros
     return parts.head(x_BxF, self.classes, train=train, own_init=zeros, name="head")
 
@@ -207,7 +202,6 @@ class Model(nn.Module):
     """Means over cells of the grid of tokens: (B, cells^2 D)."""
     if self.cells == 1:
       return x_SxBxD.mean(axis=0)
-    tokens, batch, features = x_SxBxD.shape
-    n, side = self.cells, math.isqrt(tokens) // self.cells
-    means = x_SxBxD.reshape(n, side, n, side, batch, features).mean(axis=(1, 3))
-    return means.transpose(2, 0, 1, 3).reshape(batch, -1)
+    side = math.isqrt(len(x_SxBxD))
+    x_BxHxWxD = x_SxBxD.swapaxes(0, 1).reshape(-1, side, side, x_SxBxD.shape[-1])
+    return cell_means(x_BxHxWxD, self.cells)
