@@ -81,6 +81,8 @@ def claims() -> str:
   rows = []
   for (claim, panel, schedule), variants in panels.items():
     base, paper, ioc = (variants.get(twin, []) for twin in ("base", "paper", "ioc"))
+    fair = variants.get("base, BatchNorm", [])  # With the norm of `ioc`: its fair partner.
+    of_base = train_and_test(base) or (f"{train_and_test(fair)}, with BatchNorm" if fair else "")
     if ioc:
       rows.append(
         [
@@ -88,7 +90,8 @@ def claims() -> str:
           f"{schedule}, {len(ioc)}",
           tables.source(base) if base else "",
           tables.source(ioc) or (tables.source(paper) if paper else ""),
-          *map(train_and_test, (base, paper, ioc)),
+          of_base,
+          *map(train_and_test, (paper, ioc)),
           tables.verdict(ioc).split(":")[0],
           f"{median_seconds(ioc):,.0f}",
         ]

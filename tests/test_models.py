@@ -461,6 +461,25 @@ def test_a_dense_readout_shows_the_head_every_hidden_unit(name, hidden, float64)
   assert (np.abs(gradient["params"]["head"]["kernel"]).max(1) > 0).all()
 
 
+class Readout(nn.Module):
+  """`dense_readout` alone, of a base."""
+
+  @nn.compact
+  def __call__(self, x_BxD, hidden_BxF):
+    return layers.base().dense_readout(x_BxD, hidden_BxF, train=False, width=6)
+
+
+def test_a_dense_readout_is_as_long_as_what_it_replaces(float64):
+  """x and the normed units, all times sqrt(6 / 24): of mean square 1 a unit, 6 in the sum."""
+  rng = np.random.default_rng(0)
+  x, hidden = rng.normal(size=(4, 6)), [rng.normal(3, 5, size=(4, n)) for n in (8, 10)]
+  got, _ = Readout().init_with_output(jax.random.key(0), x, hidden)
+  units = np.concatenate(hidden, axis=1)
+  units = (units - units.mean(1, keepdims=True)) / units.std(1, keepdims=True)  # LayerNorm.
+  np.testing.assert_allclose(got, np.concatenate([x, units], axis=1) / 2, atol=1e-5)
+  np.testing.assert_allclose((np.asarray(got[:, 6:]) ** 2).sum(1), 18 / 4, rtol=1e-5)
+
+
 def test_patches_that_overlap_see_their_surroundings(float64):
   """Pixel (5, 5) lies in patch (1, 1), and in the window of patch (0, 0) as its last."""
   model, weights, _ = random_feasible(config_of("mixer", parts="ioc", overlap=2), 0)
