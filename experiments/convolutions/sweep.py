@@ -26,7 +26,6 @@ SOURCE = {  # Appendix C: means of five runs.
 }
 NAMES = {"all_cnn": "All-CNN", "densenet": "DenseNet"}
 
-
 # The networks of that paper's code: its All-CNN has norms, without which the twins hardly start.
 THEIRS = {
   "all_cnn": {"model.size": "ioc_paper", "optimizer.learning_rate": 1e-3},
