@@ -357,13 +357,13 @@ class Parts:
 
 
 def cell_means(x_BxHxWxD: jax.Array, cells: int) -> jax.Array:
-  """Means over n x n parts of a square map, (B, n^2 D), where n = gcd(cells, H).
+  """Means over n x m parts of a map, (B, n m D), where n = gcd(cells, H), m = gcd(cells, W).
 
-  That is `cells` where they share out the side H evenly, else fewer.
+  That is `cells` where they share out a side evenly, else fewer.
   """
-  batch, side, _, features = x_BxHxWxD.shape
-  n = math.gcd(cells, side)
-  means = x_BxHxWxD.reshape(batch, n, side // n, n, side // n, features).mean(axis=(2, 4))
+  batch, height, width, features = x_BxHxWxD.shape
+  n, m = math.gcd(cells, height), math.gcd(cells, width)
+  means = x_BxHxWxD.reshape(batch, n, height // n, m, width // m, features).mean(axis=(2, 4))
   return means.reshape(batch, -1)
 
 

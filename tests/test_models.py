@@ -433,14 +433,22 @@ def test_a_size_that_patches_do_not_tile_is_told():
   assert "divisors of 8" in check(dict(patch=9, cells=3), 72)[0]
 
 
-@pytest.mark.parametrize("cells,n", [(3, 3), (4, 2), (1, 1)])
-def test_cells_are_means_over_parts_of_the_map(cells, n):
-  """Of 6 x 6 positions; 4 do not share them out, 2 do."""
-  x = np.random.default_rng(0).normal(size=(2, 6, 6, 5))
-  got = np.asarray(layers.cell_means(jnp.asarray(x), cells)).reshape(2, n, n, 5)
-  for row, column in np.ndindex(n, n):
-    part = x[:, row * 6 // n : (row + 1) * 6 // n, column * 6 // n : (column + 1) * 6 // n]
+@pytest.mark.parametrize("cells,n,m", [(3, 3, 1), (4, 2, 4), (2, 2, 2), (1, 1, 1)])
+def test_cells_are_means_over_parts_of_the_map(cells, n, m):
+  """Of 6 x 4 positions; where `cells` do not share a side out, the largest factor does."""
+  x = np.random.default_rng(0).normal(size=(2, 6, 4, 5))
+  got = np.asarray(layers.cell_means(jnp.asarray(x), cells)).reshape(2, n, m, 5)
+  for row, column in np.ndindex(n, m):
+    part = x[:, row * 6 // n : (row + 1) * 6 // n, column * 4 // m : (column + 1) * 4 // m]
     np.testing.assert_allclose(got[:, row, column], part.mean((1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("px,side", [(32, 1), (224, 7)])
+def test_cells_that_no_map_of_a_cycle_mlp_has_are_refused(px, side):
+  module = models.module_of("cycle_mlp")
+  fields = module.SIZES["B1"] | dict(cells=2)
+  assert f"({side}); allowed: 1" in module.check(fields, px)[0]
+  assert module.check(fields | dict(dense_readout=True), px) == []
 
 
 def test_cells_of_a_mixer_are_parts_of_its_grid_of_tokens():

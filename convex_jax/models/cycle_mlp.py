@@ -6,6 +6,7 @@ channel at a position one step off along an axis, and then by a channel MLP.
 """
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -50,6 +51,15 @@ def check(fields: dict, image_size: int) -> list[str]:
   if len(set(lengths.values())) > 1:
     counts = ", ".join(f"model.{key} has {n}" for key, n in lengths.items())
     return [f"{counts} stages; allowed: the same number in each"]
+  cells, sides = fields.get("cells", 1), [(image_size - 3) // fields.get("stem_stride", 4) + 1]
+  for _ in fields["depths"][1:]:
+    sides.append((sides[-1] + 1) // 2)
+  seen = sides if fields.get("dense_readout") else sides[-1:]  # By the head.
+  if cells > 1 and all(math.gcd(cells, side) == 1 for side in seen):
+    return [
+      f"model.cells is {cells}, which shares no factor with the side of a map that the head sees"
+      f" ({', '.join(map(str, seen))}); allowed: 1, or what does"
+    ]
   return []
 
 
