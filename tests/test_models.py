@@ -440,7 +440,7 @@ def test_cells_are_means_over_parts_of_the_map(cells, n, m):
   got = np.asarray(layers.cell_means(jnp.asarray(x), cells)).reshape(2, n, m, 5)
   for row, column in np.ndindex(n, m):
     part = x[:, row * 6 // n : (row + 1) * 6 // n, column * 4 // m : (column + 1) * 4 // m]
-    np.testing.assert_allclose(got[:, row, column], part.mean((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(got[:, row, column], part.mean((1, 2)), atol=1e-6)
 
 
 @pytest.mark.parametrize("px,side", [(32, 1), (224, 7)])
