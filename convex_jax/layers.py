@@ -123,7 +123,7 @@ class Parts:
   head_constraint: str = FREE  # Of the classifier's weights.
   activation: Activation | None = None  # None: the architecture's own.
   norm_kind: str | None = None  # "batch", "layer", "affine"; None: the architecture's own.
-  principled: bool = False  # Log-normal initialisation.
+  principled: bool = False  # Log-normal initialisation; LeCun's of what is free.
   branch_scales: bool = False  # Learnt scales on residual branches.
   passthrough: bool = False  # Free-sign maps of y, affine in the image, to later layers.
   gates: bool = True  # Products of features and gates made of features: never convex.
@@ -148,7 +148,9 @@ class Parts:
   def _affine(self, layer, fan_in, free, inputs, before_norm, own_init, **fields):
     """Fields of a dense or conv layer: dtype, tagged kernel, matching bias."""
     kernel_init, bias_init = own_init, nn.initializers.zeros
-    if self.principled and not free:
+    if self.principled and free:  # The log-normal weights after it count on a variance of 1.
+      kernel_init = nn.initializers.lecun_normal()
+    elif self.principled:
       kernel_init = log_normal(inputs)
       if not before_norm:  # A norm takes the mean away by itself.
         bias = -fan_in * log_normal_mean(fan_in, inputs) * inputs.mean
