@@ -55,6 +55,23 @@ def test_principled_layers_keep_variance_and_centre():
   assert 0.5 < float(out.var()) < 1.5  # 1 on average; the weights' tail is heavy.
 
 
+@pytest.mark.parametrize("principled,variance", [(True, 1.0), (False, 512 * 0.02**2)])
+def test_free_weights_of_ioc_start_for_a_variance_of_1(principled, variance):
+  """Else they are the architecture's own: of 0.02 here, a fifth of that variance."""
+  parts = layers.make_parts("ioc", constraint="clamp", log_normal_init=principled)
+
+  class Net(layers.nn.Module):
+    @layers.nn.compact
+    def __call__(self, x):
+      return parts.dense(
+        x, 512, free=True, own_init=layers.nn.initializers.normal(0.02), name="dense"
+      )
+
+  x = jax.random.normal(jax.random.key(1), (1000, 512))
+  out, _ = Net().init_with_output(jax.random.key(0), x)
+  np.testing.assert_allclose(out.var(), variance, rtol=0.05)
+
+
 def test_naive_non_negative_layers_lose_variance():
   """The control: a clipped LeCun layer shifts its outputs far from 0."""
   x = layers.nn.elu(jax.random.normal(jax.random.key(1), (1000, 512)))
