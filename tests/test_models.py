@@ -226,7 +226,13 @@ def test_dropout_is_off_in_evaluation(name, parts):
   assert bool(jnp.any(run(True, 0) != run(True, 1))) == bool(fields)
 
 
-@pytest.mark.parametrize("name", models.names())
+REMATERIALISED = [
+  name if name in ("mixer", "densenet") else pytest.param(name, marks=pytest.mark.slow)
+  for name in models.names()
+]
+
+
+@pytest.mark.parametrize("name", REMATERIALISED)
 def test_rematerialisation_changes_nothing(name):
   images = jax.random.normal(jax.random.key(0), (4, 8, 8, 2))
   results = []

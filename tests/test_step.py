@@ -39,7 +39,11 @@ RECIPE = {
 
 @pytest.mark.parametrize(
   "changes",
-  [{}, {"model__parts": "base"}, pytest.param(RECIPE, marks=pytest.mark.slow)],
+  [
+    {},
+    pytest.param({"model__parts": "base"}, marks=pytest.mark.slow),
+    pytest.param(RECIPE, marks=pytest.mark.slow),
+  ],
   ids=["ioc", "base", "recipe"],
 )
 def test_world_sizes_agree(tiny_config, few_digits, changes):
