@@ -14,6 +14,13 @@ from convex_jax.check import mistakes
 from convex_jax.errors import Mistake
 from convex_jax.main import load_config
 
+# What a claim compares: the free network, the convex one of its source, and ours.
+TWINS: dict[str, dict[str, Any]] = {
+  "base": {"model.parts": "base"},
+  "paper": {"model.parts": "paper", "model.constraint": "exponentiate"},
+  "ioc": {"model.parts": "ioc"},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:

@@ -58,7 +58,7 @@ def check(fields: dict, image_size: int) -> list[str]:
   if cells > 1 and all(math.gcd(cells, side) == 1 for side in seen):
     return [
       f"model.cells is {cells}, which shares no factor with the side of a map that the head sees"
-      f" ({', '.join(map(str, seen))}); allowed: 1, or what does"
+      f" ({', '.join(map(str, seen))}); allowed: 1, or a number that does"
     ]
   return []
 

@@ -2,7 +2,7 @@
 
 import itertools
 
-from convex_jax.jobs import Job
+from convex_jax.jobs import TWINS, Job
 
 TITLE = "Convex only in the head; EfficientNet's convex twin"
 SCHEDULES = {
@@ -15,11 +15,6 @@ MIXERS = {
   "base, deep head": {"model.parts": "base"} | HEAD,
   "ioc in the head": {"model.parts": "ioc", "model.convex_from": "head"} | HEAD,
   "ioc in all": {"model.parts": "ioc"} | HEAD,
-}
-EFFICIENTNETS = {
-  "base": {"model.parts": "base"},
-  "paper": {"model.parts": "paper", "model.constraint": "exponentiate"},
-  "ioc": {"model.parts": "ioc"},
 }
 
 
@@ -42,5 +37,5 @@ def get_sweep(schedule):
       changed,
       seed,
     )
-    for (variant, changed), seed in itertools.product(EFFICIENTNETS.items(), range(3))
+    for (variant, changed), seed in itertools.product(TWINS.items(), range(3))
   ]

@@ -6,17 +6,12 @@ networks certified.
 
 import itertools
 
-from convex_jax.jobs import Job
+from convex_jax.jobs import TWINS, Job
 
 TITLE = "All-CNN and DenseNet (the 2021 paper's Table 2 and appendix C)"
 SCHEDULES = {
   "short": "digits: All-CNN of width 32, 40 epochs; DenseNet of two blocks of 4 layers, 30 epochs.",
   "full": "350 epochs (All-CNN), 300 epochs (DenseNet: SGD, a rate of 0.1 in steps); five seeds.",
-}
-VARIANTS = {
-  "base": {"model.parts": "base"},
-  "paper": {"model.parts": "paper", "model.constraint": "exponentiate"},
-  "ioc": {"model.parts": "ioc"},
 }
 SOURCE = {  # Appendix C: means of five runs.
   ("all_cnn", "base"): (0.9912, 0.9221),
@@ -48,6 +43,6 @@ def get_sweep(schedule):
       SOURCE[model, "base" if variant == "base" else "ioc"] if full else Job.source,
     )
     for (model, network), (variant, changed), seed in itertools.product(
-      networks.items(), VARIANTS.items(), range(5 if full else 3)
+      networks.items(), TWINS.items(), range(5 if full else 3)
     )
   ]

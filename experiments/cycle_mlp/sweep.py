@@ -2,17 +2,12 @@
 
 import itertools
 
-from convex_jax.jobs import Job
+from convex_jax.jobs import TWINS, Job
 
 TITLE = "CycleMLP-B1 on CIFAR-10 and CIFAR-100 (the report's Tables 2 and 3)"
 SCHEDULES = {
   "short": "20,000 images of CIFAR-10, 6 epochs; the other settings as in the full schedule.",
   "full": "300 epochs of AdamW at 5e-4, cosine, label smoothing 0.1, flips and crops, 32 px.",
-}
-VARIANTS = {
-  "base": {"model.parts": "base"},
-  "paper": {"model.parts": "paper", "model.constraint": "exponentiate"},
-  "ioc": {"model.parts": "ioc"},
 }
 SOURCE = {
   ("cifar10", "base"): (0.9971, 0.8287),
@@ -35,5 +30,5 @@ def get_sweep(schedule):
       seed,
       SOURCE[name, "base" if variant == "base" else "ioc"],
     )
-    for name, (variant, changed), seed in itertools.product(data, VARIANTS.items(), seeds)
+    for name, (variant, changed), seed in itertools.product(data, TWINS.items(), seeds)
   ]

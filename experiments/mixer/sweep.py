@@ -7,7 +7,7 @@ that sees every hidden unit.
 
 import itertools
 
-from convex_jax.jobs import Job
+from convex_jax.jobs import TWINS, Job
 
 TITLE = "MLP-Mixer on CIFAR-10 (the report's Table 1)"
 SCHEDULES = {
@@ -18,10 +18,10 @@ SCHEDULES = {
   "full": "the report's: 100 epochs of Adam at 1e-3, batches of 512, flips, 72 px.",
 }
 VARIANTS = {
-  "base": {"model.parts": "base"},
+  "base": TWINS["base"],
   "base, BatchNorm": {"model.parts": "base", "model.norm": "batch"},
-  "paper": {"model.parts": "paper", "model.constraint": "exponentiate"},
-  "ioc": {"model.parts": "ioc"},
+  "paper": TWINS["paper"],
+  "ioc": TWINS["ioc"],
 }
 RATES = {"Mixer on CIFAR-10": {}}  # The report's, 1e-3. A convex twin wants a higher one:
 RATES["Mixer on CIFAR-10, rate 0.01"] = {"optimizer.learning_rate": 0.01}

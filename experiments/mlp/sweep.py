@@ -7,7 +7,7 @@ is shifted. `ioc` is the ablation that the paper leaves out: ELU with passthroug
 
 import itertools
 
-from convex_jax.jobs import Job
+from convex_jax.jobs import TWINS, Job
 
 TITLE = "MLP 3 x 800 and its convex twins"
 SCHEDULES = {
@@ -17,10 +17,10 @@ SCHEDULES = {
   "full": "the 2021 paper's: Adam at 1e-4, batches of 64, 1,300 epochs; flips and crops.",
 }
 VARIANTS = {
-  "base": {"model.parts": "base"},
-  "paper": {"model.parts": "paper", "model.constraint": "exponentiate"},
+  "base": TWINS["base"],
+  "paper": TWINS["paper"],
   "ioc, no passthrough": {"model.parts": "ioc", "model.passthrough": False},
-  "ioc": {"model.parts": "ioc"},
+  "ioc": TWINS["ioc"],
 }
 DATA = {"cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST", "mnist": "MNIST"}
 SOURCE = {  # Table 1 and appendix C of the 2021 paper: train and test accuracy.
