@@ -8,8 +8,8 @@ class Ended(Exception):
   at_once = False  # Whether threads may wait for ever for what does not come.
 
 
-class Mistake(Ended, ValueError):
-  """The user's: what is wrong, where, what is allowed, the cure. Do not retry."""
+class UserError(Ended, ValueError):
+  """Invalid input: what is wrong, where, what is expected, how to fix it. Do not retry."""
 
   code = 2
 
@@ -18,6 +18,12 @@ class Diverged(Ended):
   """Too many updates in a row that could not be made; the last checkpoint is finite."""
 
   code = 3
+
+
+class NotProved(Ended):
+  """A network that was to be proved convex and is not."""
+
+  code = 4
 
 
 class Unsaved(Ended):
@@ -38,13 +44,3 @@ class Stopped(Ended):
   """Asked to stop, and saved: the same command goes on from there."""
 
   code = 75
-
-
-def refuse_url(flag: str, path: str) -> None:
-  """Raises `Mistake` for a bucket's address: records are read at random, from a file system."""
-  if "://" in path:
-    bucket, _, rest = path.split("://", 1)[1].partition("/")
-    raise Mistake(
-      f"{flag}={path} is no folder of this machine; mount the bucket on every host"
-      f" (gcsfuse {bucket} /mnt/{bucket}), then {flag}=/mnt/{bucket}/{rest}"
-    )

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-from convex_jax.errors import Mistake
+from convex_jax.errors import UserError
 
 MAX_JSON = 2**26  # Bytes; ours have thousands.
 
@@ -20,7 +20,7 @@ class Damaged(ValueError):
 
 
 @contextlib.contextmanager
-def whole(path: str, mode: str = "w") -> Iterator[Any]:
+def atomic_write(path: str, mode: str = "w") -> Iterator[Any]:
   """A file to write to, which takes `path`'s place when all of it is on the disk."""
   part = path + ".tmp"
   try:
@@ -37,7 +37,7 @@ def whole(path: str, mode: str = "w") -> Iterator[Any]:
 
 def write_json(path: str, content: dict[str, Any]) -> None:
   """Writes `content` and a SHA-256 of it."""
-  with whole(path) as file:
+  with atomic_write(path) as file:
     json.dump({**content, "sha256": _digest(content)}, file, indent=2)
 
 
@@ -71,8 +71,8 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def alone(path: str, words: str) -> Iterator[None]:
-  """Raises `Mistake` while another is within; whoever died holds nothing.
+def exclusive_lock(path: str, words: str) -> Iterator[None]:
+  """Raises `UserError` while another is within; whoever died holds nothing.
 
   `words` say what is in use; who uses it is added.
   """
@@ -81,10 +81,20 @@ def alone(path: str, words: str) -> Iterator[None]:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       file.seek(0)
-      raise Mistake(f"{words} ({file.read(200).strip()}); wait for it") from error
+      raise UserError(f"{words} ({file.read(200).strip()}); wait for it") from error
     except OSError:  # A file system without locks.
       pass
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     yield
+
+
+def refuse_url(flag: str, path: str) -> None:
+  """Raises `UserError` for a bucket's address: records are read at random, from a file system."""
+  if "://" in path:
+    bucket, _, rest = path.split("://", 1)[1].partition("/")
+    raise UserError(
+      f"{flag}={path} is no folder of this machine; mount the bucket on every host"
+      f" (gcsfuse {bucket} /mnt/{bucket}), then {flag}=/mnt/{bucket}/{rest}"
+    )

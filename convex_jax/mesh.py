@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from convex_jax.errors import Mistake
+from convex_jax.errors import UserError
 
 AXES = ("batch", "fsdp")
 LEAST = 2**14  # Elements of an array that is worth splitting.
@@ -62,7 +62,9 @@ def layout(mesh: Mesh, tree: Any) -> Any:
   return jax.tree.map(one, tree)
 
 
-def place(sharding: Any, shape: tuple[int, ...], part: Callable[[Any], np.ndarray]) -> jax.Array:
+def make_global_array(
+  sharding: Any, shape: tuple[int, ...], part: Callable[[Any], np.ndarray]
+) -> jax.Array:
   """A global array of which each process computes only the parts it holds.
 
   `part(index)` returns the block at `index`, a tuple of slices into `shape`.
@@ -70,31 +72,33 @@ def place(sharding: Any, shape: tuple[int, ...], part: Callable[[Any], np.ndarra
   return jax.make_array_from_callback(shape, sharding, part)
 
 
-def place_like(like: Any, tree: Any) -> Any:
+def put_like(like: Any, tree: Any) -> Any:
   """Host arrays, equal in every process, laid out as the arrays of `like`."""
   return jax.tree.map(
-    lambda old, new: place(old.sharding, np.shape(new), lambda at: np.asarray(new)[at]), like, tree
+    lambda old, new: make_global_array(old.sharding, np.shape(new), lambda at: np.asarray(new)[at]),
+    like,
+    tree,
   )
 
 
-def refuse_unlike_hosts(owners: list[int]) -> None:
-  """Raises `Mistake` unless each process has as many devices; `owners` are their processes.
+def check_equal_hosts(owners: list[int]) -> None:
+  """Raises `UserError` unless each process has as many devices; `owners` are their processes.
 
   JAX's own synchronisation of hosts, which checkpoints need, takes that for granted.
   """
   counts = collections.Counter(owners)
   if len(set(counts.values())) > 1:
     listed = ", ".join(f"process {i}: {n}" for i, n in sorted(counts.items()))
-    raise Mistake(f"processes have unlike numbers of devices ({listed}); allowed: as many each")
+    raise UserError(f"processes have unlike numbers of devices ({listed}); allowed: as many each")
 
 
-def refuse_uneven(devices: int, batch_size: int, fsdp: int) -> None:
-  """Raises `Mistake` when batch or weights cannot be split evenly over the devices."""
+def check_divisible(devices: int, batch_size: int, fsdp: int) -> None:
+  """Raises `UserError` when batch or weights cannot be split evenly over the devices."""
   if devices % fsdp:
     allowed = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
-    raise Mistake(f"config.fsdp is {fsdp} on {devices} devices; allowed: {allowed}")
+    raise UserError(f"config.fsdp is {fsdp} on {devices} devices; allowed: {allowed}")
   if batch_size % devices:
-    raise Mistake(
+    raise UserError(
       f"config.batch_size is {batch_size} on {devices} devices; allowed: multiples of {devices}"
     )
 
@@ -103,6 +107,6 @@ def refuse_uneven(devices: int, batch_size: int, fsdp: int) -> None:
 _STATUS = re.compile(r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 
 
-def tells_of_a_collective(error: Exception) -> bool:
+def is_collective_error(error: Exception) -> bool:
   """Whether an error is XLA's, about what several processes do together."""
   return isinstance(error, ValueError | RuntimeError) and bool(_STATUS.match(str(error)))

@@ -7,7 +7,7 @@ import csv
 import pathlib
 import statistics
 
-from convex_jax import results, tables
+from convex_jax.studies import results, tables
 
 FOLDER = pathlib.Path(__file__).parent
 CLAIMS = ("mlp", "mixer", "cycle_mlp", "convolutions", "convex_head")

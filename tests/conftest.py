@@ -2,17 +2,12 @@
 
 import dataclasses
 import os
-import pathlib
 
 import jax
 import pytest
-from ml_collections import ConfigDict
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
-
-ROOT = pathlib.Path(__file__).parent.parent
-SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,7 +31,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def photo_dir(tmp_path_factory):
   """A folder with a prepared imagenet2012 of 70 training and 11 validation photographs."""
-  from tests import bad_input
+  from tests.support import bad_input
 
   return bad_input.prepare_photos(tmp_path_factory.mktemp("photos"), 70, 11)
 
@@ -57,22 +52,15 @@ def tiny_config(data_dir):
   return config
 
 
-def of(config: ConfigDict, **changes) -> ConfigDict:
-  """A copy of a config with some keys changed; `optimizer__name="sgd"` sets a nested one."""
-  copy = ConfigDict(config.to_dict())
-  copy.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-  return copy
-
-
 @pytest.fixture(scope="session")
 def digits(data_dir):
   """The decoded digits."""
   from configs import base
-  from convex_jax import data
+  from convex_jax.data import datasets
 
   config = base.get_config().data
   config.name, config.dir = "digits", data_dir
-  return data.load(config, seed=0, progress=False)
+  return datasets.load(config, seed=0, progress=False)
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT
-from test_train import free_port
 
 import convex_jax
+from tests.support import ROOT
+from tests.support.injections import free_port
 
 PODS = pathlib.Path(__file__).parent.parent / "docs" / "tpu_pods.md"
 FEW = ["--config.steps=4", "--config.batch_size=16", "--config.model.size=tiny"]
@@ -86,12 +86,12 @@ def test_a_process_whose_others_do_not_come_says_so(tmp_path, data_dir):
 @pytest.mark.parametrize("path", sorted(PODS.parent.glob("*.md")), ids=lambda p: p.name)
 def test_every_config_and_flag_of_the_documents_exists(path):
   text = path.read_text()
-  from convex_jax import check
+  from convex_jax.training import schema
 
   for name in re.findall(r"configs/(\w+)\.py", text):
     assert (PODS.parent.parent / "configs" / f"{name}.py").exists()
   for key in re.findall(r"--config\.([\w.]+)=", text):
-    assert key in check.RULES, key
+    assert key in schema.RULES, key
   flags = (PODS.parent.parent / "convex_jax" / "main.py").read_text()
   for flag in ("distributed", "coordinator", "num_processes", "process_id", "join_timeout"):
     assert f'"{flag}"' in flags and f"--{flag}" in text

@@ -8,11 +8,11 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
-from convex_jax import files, manifest, rows
-from convex_jax.errors import Mistake
-from tests import injections
+from convex_jax import files
+from convex_jax.errors import UserError
+from convex_jax.runs import manifest, metrics_file
+from tests.support import ROOT, injections
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
@@ -20,7 +20,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
   files.write_json(str(path), {"a": 1})
 
   def fails():
-    with files.whole(str(path)) as file:
+    with files.atomic_write(str(path)) as file:
       file.write("half")
       raise RuntimeError
 
@@ -59,18 +59,18 @@ def test_one_at_a_time_and_a_dead_one_holds_nothing(tmp_path):
   lock = str(tmp_path / ".lock")
   program = (
     "from convex_jax import files; import os, sys, time\n"
-    f"with files.alone({lock!r}, 'it is in use'):\n"
+    f"with files.exclusive_lock({lock!r}, 'it is in use'):\n"
     "  print(os.getpid(), flush=True); time.sleep(60)"
   )
   with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE) as other:
     pid = int(other.stdout.readline())
     with (
-      pytest.raises(Mistake, match=f"it is in use \\(process {pid} on"),
-      files.alone(lock, "it is in use"),
+      pytest.raises(UserError, match=f"it is in use \\(process {pid} on"),
+      files.exclusive_lock(lock, "it is in use"),
     ):
       pass
     other.kill()
-  with files.alone(lock, "it is in use"):
+  with files.exclusive_lock(lock, "it is in use"):
     pass
 
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_step_is_told(sealed):
 def test_a_newer_format_is_refused_and_not_called_damaged(sealed):
   path = str(sealed / manifest.NAME)
   files.write_json(path, files.read_json(path) | {"format": manifest.FORMAT + 1})
-  with pytest.raises(Mistake, match=r"allowed: 1\. Install that version"):
+  with pytest.raises(UserError, match=r"allowed: 1\. Install that version"):
     manifest.fault(str(sealed), 20)
 
 
@@ -161,16 +161,16 @@ def row(step, kind="train", **more):
 
 
 def test_after_a_resume_rows_and_events_hold_every_step_once(tmp_path):
-  first = rows.Rows(str(tmp_path), 0)
+  first = metrics_file.Rows(str(tmp_path), 0)
   for step in (2, 4, 6):
     first.append(row(step, loss=float(step)))
   del first  # Killed: nothing is closed.
   with open(tmp_path / "metrics.jsonl", "a") as file:
     file.write('{"step": 8, "ki')
-  again = rows.Rows(str(tmp_path), 4)
+  again = metrics_file.Rows(str(tmp_path), 4)
   again.append(row(6, loss=6.0))
   assert again.close() is None and again.torn == 0
-  assert [r["step"] for r in rows.read_metrics(again.path)] == [2, 4, 6]
+  assert [r["step"] for r in metrics_file.read_metrics(again.path)] == [2, 4, 6]
   want = [(step, "train", {"train/loss": float(step)}) for step in (2, 4, 6)]
   assert injections.events(tmp_path) == want
 
@@ -178,28 +178,28 @@ def test_after_a_resume_rows_and_events_hold_every_step_once(tmp_path):
 def test_damaged_lines_are_counted(tmp_path):
   lines = [json.dumps(row(2)), "garbage", "[]", '{"step": "x", "kind": 1}', json.dumps(row(4))]
   (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-  again = rows.Rows(str(tmp_path), 4)
-  assert again.torn == 3 and [r["step"] for r in rows.read_metrics(again.path)] == [2, 4]
+  again = metrics_file.Rows(str(tmp_path), 4)
+  assert again.torn == 3 and [r["step"] for r in metrics_file.read_metrics(again.path)] == [2, 4]
 
 
 def test_rows_that_cannot_be_written_wait(tmp_path, monkeypatch):
-  ours = rows.Rows(str(tmp_path), 0)
+  ours = metrics_file.Rows(str(tmp_path), 0)
   ours.append(row(1))
   monkeypatch.setattr(ours, "path", str(tmp_path / "no" / "such"))
   assert "No such file" in ours.append(row(2)) and ours.append(row(3))
   monkeypatch.undo()
   assert ours.append(row(4)) is None and ours.close() is None
-  assert [r["step"] for r in rows.read_metrics(ours.path)] == [1, 2, 3, 4]
+  assert [r["step"] for r in metrics_file.read_metrics(ours.path)] == [1, 2, 3, 4]
 
 
 def test_events_that_could_not_be_written_come_with_the_close(tmp_path, monkeypatch):
-  ours = rows.Rows(str(tmp_path), 0)
+  ours = metrics_file.Rows(str(tmp_path), 0)
 
   def full(*_):
     raise OSError(28, "No space left on device")
 
   with monkeypatch.context() as patch:
-    patch.setattr(rows, "_write_events", full)
+    patch.setattr(metrics_file, "_write_events", full)
     assert "No space left" in ours.append(row(1, loss=1.0))
   assert ours.close() is None
   assert injections.events(tmp_path) == [(1, "train", {"train/loss": 1.0})]

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb"))
 

@@ -29,7 +29,7 @@ from tensorflow_datasets.core.download import extractor
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
 
-from convex_jax.errors import Mistake
+from convex_jax.errors import UserError
 
 with registered.skip_registration():  # `builder_of` finds it, not `tfds.load`.
 
@@ -127,7 +127,7 @@ def official_archives(builder: Any) -> dict[str, tuple[int, str]]:
 
 
 def check_archives(builder: Any, manual_dir: str) -> None:
-  """Raises `Mistake` unless every archive that is fetched by hand is there, and whole.
+  """Raises `UserError` unless every archive that is fetched by hand is there, and whole.
 
   Before hours of work: sizes first, then checksums, then room for what is made of them.
   """
@@ -137,7 +137,7 @@ def check_archives(builder: Any, manual_dir: str) -> None:
   total = sum(size for size, _ in archives.values())
   listed = ", ".join(f"{name} ({size / 1e9:.1f} GB)" for name, (size, _) in archives.items())
   if not manual_dir:
-    raise Mistake(
+    raise UserError(
       f"data set {builder.name!r} is given only to those who register, at {builder.info.homepage};"
       f" fetch {listed}, lay them into one folder, and give --manual_dir=<that folder>"
     )
@@ -164,7 +164,7 @@ def check_archives(builder: Any, manual_dir: str) -> None:
       " them for the time of the work; give another --data_dir"
     )
   if lines:
-    raise Mistake("\n".join([f"data set {builder.name!r} cannot be prepared:", *lines]))
+    raise UserError("\n".join([f"data set {builder.name!r} cannot be prepared:", *lines]))
 
 
 def prepare(name: str, data_dir: str, manual_dir: str = "", variant: str = "") -> str:
@@ -172,7 +172,7 @@ def prepare(name: str, data_dir: str, manual_dir: str = "", variant: str = "") -
 
   `manual_dir` may hold the official archives, for a machine without a network.
 
-  Raises `Mistake` when the folder cannot be written or the archives not be fetched.
+  Raises `UserError` when the folder cannot be written or the archives not be fetched.
   """
   config = tfds.download.DownloadConfig(
     manual_dir=os.path.abspath(os.path.expanduser(manual_dir)) if manual_dir else None,
@@ -188,7 +188,7 @@ def prepare(name: str, data_dir: str, manual_dir: str = "", variant: str = "") -
       builder.download_and_prepare(download_config=config, file_format="array_record")
   # requests' connection errors are OSErrors too.
   except (OSError, NonMatchingChecksumError) as error:
-    raise Mistake(
+    raise UserError(
       f"data set {name!r} could not be prepared in {builder.data_dir}: {error}\n"
       "  no network, or a file that is not the official one: fetch the archives elsewhere and"
       " give --manual_dir=<their folder>\n"

@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from convex_jax.initializers import NORMED
-from convex_jax.layers import Parts, cell_means
+from convex_jax.models.initializers import NORMED
+from convex_jax.models.layers import Parts, cell_means
 
 PAPER_BREAKS = "LayerNorm, gate"
 

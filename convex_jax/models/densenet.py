@@ -12,9 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from convex_jax.initializers import ELU
-from convex_jax.layers import Parts
-from convex_jax.linear import gradient_once
+from convex_jax.models.fast_forms import gradient_once
+from convex_jax.models.initializers import ELU
+from convex_jax.models.layers import Parts
 
 PAPER_BREAKS = ""  # BatchNorm with a scale >= 0 is affine and monotone at inference.
 

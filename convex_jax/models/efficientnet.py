@@ -12,8 +12,8 @@ from typing import Literal
 import flax.linen as nn
 import jax
 
-from convex_jax.initializers import ELU, NORMED, Moments
-from convex_jax.layers import Parts
+from convex_jax.models.initializers import ELU, NORMED, Moments
+from convex_jax.models.layers import Parts
 
 PAPER_BREAKS = "gate"
 

@@ -11,8 +11,8 @@ from typing import Literal
 import flax.linen as nn
 import jax
 
-from convex_jax.initializers import NORMED
-from convex_jax.layers import Parts, cell_means
+from convex_jax.models.initializers import NORMED
+from convex_jax.models.layers import Parts, cell_means
 
 PAPER_BREAKS = "LayerNorm"  # What keeps the `paper` twin from being convex.
 

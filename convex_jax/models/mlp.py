@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from convex_jax.initializers import ELU
-from convex_jax.layers import Parts
+from convex_jax.models.initializers import ELU
+from convex_jax.models.layers import Parts
 
 PAPER_BREAKS = ""  # BatchNorm is affine at inference.
 SIZES = {

@@ -5,7 +5,7 @@ Every combination, on a small Mixer: 8 blocks of 64 features, 16 patches of 8 x 
 
 import itertools
 
-from convex_jax.jobs import Job
+from convex_jax.studies.jobs import Job
 
 TITLE = "What a convex Mixer needs"
 SCHEDULES = {

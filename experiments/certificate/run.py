@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from rich.progress import track
 
-from convex_jax import certify, models
-from tests import mutants, oracle, test_curvature
+from convex_jax.models import catalog
+from convex_jax.proof import certify
+from tests.proof import test_interpreter
+from tests.support import mutants, oracle
 
 FOLDER = pathlib.Path(__file__).parent
 EXAMPLE = jax.ShapeDtypeStruct((1, *mutants.SHAPE), jnp.float32)
@@ -32,7 +34,7 @@ def write(name, header, rows):
 def judge(mutant):
   """The certificate of a mutant; what is proved though it should break is sampled."""
   start = time.perf_counter()
-  certificate = certify.certify(mutant.function, EXAMPLE, mutant.weights, search_steps=0)
+  certificate = certify(mutant.function, mutant.weights, EXAMPLE, search_steps=0)
   seconds = time.perf_counter() - start
   gap = mutants.worst_gap(mutant) if certificate and not mutant.keeps else None
   return [
@@ -50,7 +52,7 @@ def judge(mutant):
 def all_mutants():
   header = ["architecture", "mutation", "where", "by_construction", "verdict"]
   header += ["largest_gap_sampled", "seconds", "reason"]
-  found = [judge(m) for name in track(models.names(), "mutants") for m in mutants.mutants(name)]
+  found = [judge(m) for name in track(catalog.names(), "mutants") for m in mutants.mutants(name)]
   write("mutants.csv", header, found)
   killed = sum(r[3] == "broken" and r[4] != "PROVED" for r in found)
   survivors = [r for r in found if r[3] == "broken" and r[4] == "PROVED"]
@@ -96,9 +98,9 @@ def all_programs(count):
     derandomize=True,
     suppress_health_check=list(hypothesis.HealthCheck),
   )
-  @hypothesis.given(test_curvature.compositions())
+  @hypothesis.given(test_interpreter.compositions())
   def check(steps):
-    verdicts[test_curvature.check_composition(steps)] += 1  # Raises where a gap is found.
+    verdicts[test_interpreter.check_composition(steps)] += 1  # Raises where a gap is found.
 
   check()
   yield "random programs", sum(verdicts.values())

@@ -2,7 +2,7 @@
 
 import itertools
 
-from convex_jax.jobs import TWINS, Job
+from convex_jax.studies.jobs import TWINS, Job
 
 TITLE = "Convex only in the head; EfficientNet's convex twin"
 SCHEDULES = {

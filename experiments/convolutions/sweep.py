@@ -6,7 +6,7 @@ networks certified.
 
 import itertools
 
-from convex_jax.jobs import TWINS, Job
+from convex_jax.studies.jobs import TWINS, Job
 
 TITLE = "All-CNN and DenseNet (the 2021 paper's Table 2 and appendix C)"
 SCHEDULES = {

@@ -2,7 +2,7 @@
 
 import itertools
 
-from convex_jax.jobs import TWINS, Job
+from convex_jax.studies.jobs import TWINS, Job
 
 TITLE = "CycleMLP-B1 on CIFAR-10 and CIFAR-100 (the report's Tables 2 and 3)"
 SCHEDULES = {

@@ -8,7 +8,7 @@ constraint itself (base).
 
 import itertools
 
-from convex_jax.jobs import Job
+from convex_jax.studies.jobs import Job
 
 TITLE = "What keeps a deep convex DenseNet from learning"
 SCHEDULES = {

@@ -15,8 +15,9 @@ import time
 import jax
 from rich.console import Console
 
-from convex_jax import manifest, startup
-from convex_jax.checkpoint import Checkpoints
+from convex_jax.runs import manifest
+from convex_jax.runs.checkpoints import Checkpoints
+from convex_jax.training import runtime
 from experiments.speed.cases import CASES
 from experiments.speed.jax_worker import Ours
 
@@ -69,7 +70,7 @@ def measure(name: str) -> dict[str, str]:
 
 
 def main() -> None:
-  startup.tune_cpu()
+  runtime.tune_cpu()
   rows = [measure(name) for name in ("Mixer seed, 128", "MLP 3x800")]
   with open(FOLDER / "overhead.csv", "w", newline="") as file:
     writer = csv.DictWriter(file, rows[0], lineterminator="\n")

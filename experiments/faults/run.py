@@ -30,10 +30,10 @@ from absl import logging
 from rich.console import Console
 from rich.progress import Progress
 
-from convex_jax import startup
 from convex_jax.data import prepare
-from tests import bad_input, injections
-from tests.injections import Result
+from convex_jax.training import runtime
+from tests.support import bad_input, injections
+from tests.support.injections import Result
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -202,7 +202,7 @@ def inject(number: int, scale: float) -> tuple[Result, float]:
   """A row's result and seconds; in a process of its own."""
   jax.config.update("jax_num_cpu_devices", 8)
   logging.set_verbosity(logging.ERROR)
-  startup.keep_compiled_programs()
+  runtime.keep_compiled_programs()
   row, began = ROWS[number], time.monotonic()
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)

@@ -25,9 +25,11 @@ import numpy as np
 import simplejpeg
 
 from configs import base
-from convex_jax import data, mesh
-from convex_jax.data import feed as feeds
-from convex_jax.data.splits import Records, Split
+from convex_jax import mesh
+from convex_jax.data import batches as feeds
+from convex_jax.data import datasets
+from convex_jax.data.photos.records import Records
+from convex_jax.data.splits import Split
 
 FOLDER = pathlib.Path(__file__).parent
 BATCH = 256
@@ -147,7 +149,7 @@ def main() -> None:
   ways, open_feeds, records = {}, [], None
   for size in (72, 224):
     config = config_of(args.data_dir, size, args.cores)
-    records = data.load(config, 0, progress=False).train
+    records = datasets.load(config, 0, progress=False).train
     for workers, name in ((args.cores, "processes"), (0, "threads")):
       feed = feeds.feed_of(records, mesh.make_mesh(), config_of(args.data_dir, size, workers))
       open_feeds.append(feed)

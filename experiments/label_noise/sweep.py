@@ -8,7 +8,7 @@ has the peak of the test accuracy beside the end.
 
 import itertools
 
-from convex_jax.jobs import Job
+from convex_jax.studies.jobs import Job
 
 TITLE = "Label noise"
 SCHEDULES = {

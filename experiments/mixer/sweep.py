@@ -7,7 +7,7 @@ that sees every hidden unit.
 
 import itertools
 
-from convex_jax.jobs import TWINS, Job
+from convex_jax.studies.jobs import TWINS, Job
 
 TITLE = "MLP-Mixer on CIFAR-10 (the report's Table 1)"
 SCHEDULES = {

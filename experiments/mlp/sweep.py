@@ -7,7 +7,7 @@ is shifted. `ioc` is the ablation that the paper leaves out: ELU with passthroug
 
 import itertools
 
-from convex_jax.jobs import TWINS, Job
+from convex_jax.studies.jobs import TWINS, Job
 
 TITLE = "MLP 3 x 800 and its convex twins"
 SCHEDULES = {

@@ -23,8 +23,11 @@ from ml_collections import ConfigDict
 from rich.progress import track
 
 import convex_jax
-from convex_jax import data, minima, radii_report, robustness
-from tests import attacks
+from convex_jax.data import datasets
+from convex_jax.proof import radii as robustness
+from convex_jax.runs import certified
+from convex_jax.studies import radii_report
+from tests.support import attacks
 
 FOLDER = pathlib.Path(__file__).parent
 INSIDE = 0.9999  # Of a certified radius: where attacks are made.
@@ -41,9 +44,9 @@ def main() -> None:
   name = "_".join([run.config.model.name, run.config.data.name, *run.config.data.classes])
   config = ConfigDict(run.config.data.to_dict())
   config.dir = args.data_dir or config.dir
-  test = data.load(config, seed=0, progress=False).test.first(args.examples)
+  test = datasets.load(config, seed=0, progress=False).test.first(args.examples)
   images, labels = test.images, test.labels
-  certifier, start = robustness.Certifier(run), time.perf_counter()
+  certifier, start = certified.certifier(run), time.perf_counter()
   radii = [certifier.radius(x) for x in track(images, "radii")]
   seconds = (time.perf_counter() - start) / len(images)
   measured = radii_report.Measured(labels, radii)
@@ -63,7 +66,7 @@ def attack(run, images, radii, count):
     for i, (image, r) in enumerate(zip(track(images, "attacks"), radii, strict=True)):
       x = image.astype(np.float64)
       for norm in robustness.NORMS:
-        radius = r.radii[norm] * robustness.PIXEL
+        radius = r.radii[norm] * certified.PIXEL
         outcome = attacker.attack(x, norm, INSIDE * radius, seed=i)
         attempts[norm] += outcome.attempts
         changes[norm] += outcome.changes
@@ -77,7 +80,7 @@ def least(run):
   found = []
   for k in track(range(len(run.class_names)), "minima"):
     start = time.perf_counter()
-    minimum = minima.minimise_logit(run, k)
+    minimum = certified.minimise_logit(run, k)
     found.append((minimum.value, minimum.gap, time.perf_counter() - start))
   return found
 

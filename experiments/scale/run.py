@@ -24,7 +24,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from convex_jax import augment, constraints, data, models, optimizer, step
+from convex_jax.data import augment, datasets
+from convex_jax.models import catalog, constraints
+from convex_jax.training import optimizer, step
 
 FOLDER = pathlib.Path(__file__).parent
 BATCHES = (4, 12)  # Images; what a step costs is linear in them.
@@ -70,14 +72,14 @@ MACHINES = {
 def compiled(config, batch_size: int):
   """The update, compiled from shapes alone; and its parameters, in number."""
   size, dtype = config.data.image_size, jnp.dtype(config.dtype)
-  model = models.build(config.model, classes=1000, dtype=dtype)
+  model = catalog.build(config.model, classes=1000, dtype=dtype)
   shape, key = (size, size, 3), jax.random.key(0)
   boxed = jax.eval_shape(lambda: step.init_variables(model, key, shape))
   tags = constraints.constraints_of(boxed["params"])
   tx = optimizer.make_optimizer(config.optimizer, 1000, tags)
   average = config.ema_decay > 0
   state = jax.eval_shape(lambda: step.init_state(model, tx, key, shape, average))
-  prepare = augment.make_prepare(size, *data.IMAGENET, crop=True)
+  prepare = augment.make_prepare(size, *datasets.IMAGENET, crop=True)
   stored = max(size, config.data.cache_size)
   update = functools.partial(
     step.train_step,

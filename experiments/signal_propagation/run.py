@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configs import base
-from convex_jax import augment, data, layers, models
+from convex_jax.data import augment, datasets
+from convex_jax.models import catalog, layers
 
 HERE = pathlib.Path(__file__).parent
 CASES = {  # Title: (name, size, px, fields)
@@ -74,12 +75,12 @@ def layer_outputs(model: nn.Module, images: jax.Array, seed: int) -> list[tuple[
 def rows(data_dir: str, seed: int = 0) -> list[dict]:
   config = base.get_config()
   config.data.dir = data_dir
-  split = data.load(config.data, seed).test
+  split = datasets.load(config.data, seed).test
   out = []
   for title, (name, size, px, fields) in CASES.items():
     prepare = augment.make_prepare(px, *split.statistics())
     images = prepare(jnp.asarray(split.images[:128]))
-    module = models.module_of(name)
+    module = catalog.module_of(name)
     for wiring, parts in WIRINGS.items():
       model = module.Model(classes=10, parts=parts, **{**module.SIZES[size], **fields})
       outputs = layer_outputs(model, images, seed)

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.progress import track
 
-from convex_jax import startup
+from convex_jax.training import runtime
 from experiments.speed.cases import CASES, Case
 from experiments.speed.jax_worker import Ours, model_flops
 
@@ -53,7 +53,7 @@ def exponent(sizes: list[float], values: list[float]) -> float:
 
 def main() -> None:
   argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
-  startup.tune_cpu()
+  runtime.tune_cpu()
   rows = []
   for (network, what), sizes in track(SWEEPS.items(), "growing"):
     nets = [

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from convex_jax import data, layers, mesh, models, startup, step, train
+from convex_jax import mesh
+from convex_jax.data import datasets
+from convex_jax.models import catalog, layers
+from convex_jax.training import loop, runtime, step
 from experiments.speed import worker
 from experiments.speed.cases import CASES, Case, config_of
 
@@ -28,13 +31,15 @@ def with_norm(norm: str):
   return make_parts
 
 
-def job_of(case: Case, parts: str, classes: int) -> train.Job:
+def job_of(case: Case, parts: str, classes: int) -> loop.Job:
   """The job of a run on random images."""
   rng, count = np.random.default_rng(0), worker.BATCHES * case.batch
   images = rng.integers(0, 256, (count, case.px, case.px, 3), np.uint8)
-  split = data.Split(images, rng.integers(0, classes, count).astype(np.int32))
+  split = datasets.Split(images, rng.integers(0, classes, count).astype(np.int32))
   names = tuple(str(i) for i in range(classes))
-  return train.Job(config_of(case, parts), data.Data(split, None, split, names), mesh.make_mesh())
+  return loop.Job(
+    config_of(case, parts), datasets.Data(split, None, split, names), mesh.make_mesh()
+  )
 
 
 def model_flops(case: Case, parts: str, classes: int = worker.CLASSES) -> float:
@@ -42,7 +47,7 @@ def model_flops(case: Case, parts: str, classes: int = worker.CLASSES) -> float:
 
   Ours sum some of theirs in loops, whose turns XLA's cost analysis does not count.
   """
-  model = models.build(config_of(case, parts).model, classes, convolve=lax.conv_general_dilated)
+  model = catalog.build(config_of(case, parts).model, classes, convolve=lax.conv_general_dilated)
   shape = (case.px, case.px, 3)
   variables = jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0), shape))
 
@@ -108,6 +113,6 @@ def matmul_rate(n: int = 3072) -> float:
 if __name__ == "__main__":
   case, parts, *norm = sys.argv[1:]
   if norm:
-    models.make_parts = with_norm(*norm)
-  startup.tune_cpu()
+    catalog.make_parts = with_norm(*norm)
+  runtime.tune_cpu()
   worker.serve(lambda: Ours(CASES[case], parts))

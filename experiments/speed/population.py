@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from convex_jax import augment, startup, step
+from convex_jax.data import augment
+from convex_jax.training import runtime, step
 from experiments.speed.cases import CASES, Case
 from experiments.speed.jax_worker import Ours
 
@@ -97,7 +98,7 @@ def in_processes(name: str, way: str, runs: int) -> float:
 
 
 def work(name: str, way: str) -> None:
-  startup.tune_cpu()
+  runtime.tune_cpu()
   case = SMALL[name]
   runs = int(way.removeprefix("vmap")) if way.startswith("vmap") else 1
   net = Stacked(case, runs) if way.startswith("vmap") else Ours(case, "ioc")

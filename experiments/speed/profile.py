@@ -18,7 +18,7 @@ import jax
 from rich.console import Console
 from rich.progress import track
 
-from convex_jax import startup
+from convex_jax.training import runtime
 from experiments.speed.cases import CASES
 from experiments.speed.jax_worker import Ours
 from experiments.speed.run import update
@@ -86,7 +86,7 @@ def main() -> None:
   parser.add_argument("--cases", default=";".join(CASES), help="names, with ; between")
   parser.add_argument("--parts", default="base,ioc")
   args = parser.parse_args()
-  startup.tune_cpu()
+  runtime.tune_cpu()
   console = Console()
   for name in track(args.cases.split(";"), "tracing", console=console):
     rows = [row for parts in args.parts.split(",") for row in rows_of(name, parts)]

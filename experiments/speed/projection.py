@@ -18,7 +18,8 @@ import optax
 from rich.console import Console
 from rich.progress import track
 
-from convex_jax import constraints, startup
+from convex_jax.models import constraints
+from convex_jax.training import runtime
 from experiments.speed.cases import CASES
 from experiments.speed.jax_worker import Ours
 from experiments.speed.run import update
@@ -55,7 +56,7 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--cases", default=";".join(CASES), help="names, with ; between")
   args = parser.parse_args()
-  startup.tune_cpu()
+  runtime.tune_cpu()
   console = Console()
   for name in track(args.cases.split(";"), "projecting", console=console):
     net = Ours(CASES[name], "ioc")

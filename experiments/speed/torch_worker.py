@@ -13,7 +13,7 @@ import torchvision
 
 from experiments.speed import worker
 from experiments.speed.cases import CASES, Case
-from tests import peers
+from tests.support import peers
 
 PEERS = {
   "mlp": peers.mlp_800,

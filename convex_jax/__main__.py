@@ -1,0 +1,49 @@
+"""`python -m convex_jax COMMAND`, which is also the console script `convex-jax`."""
+
+import importlib
+import sys
+
+COMMANDS = {  # Name: (module, whose `main(argv)` returns the exit code; what it does).
+  "train": ("convex_jax.main", "train a network, or resume its training"),
+  "certify": ("convex_jax.runs.certify_command", "prove that a trained network is convex"),
+  "radii": ("convex_jax.studies.radii_report", "certified radii of a proved network's test images"),
+  "report": ("convex_jax.studies.report", "compare runs: tables, figures, one HTML page"),
+  "sweep": ("convex_jax.studies.sweep", "train and compare many networks"),
+  "data": ("convex_jax.data.command", "list, prepare, convert, decode and check data sets"),
+  "models": ("convex_jax.models.overview", "list the architectures and their sizes"),
+  "checkpoint": ("convex_jax.runs.checkpoint_command", "verify the checkpoints of a run"),
+}
+
+
+def usage() -> str:
+  """The list of commands."""
+  width = max(map(len, COMMANDS))
+  lines = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+  return "\n".join(
+    [
+      "Train networks whose logits are convex in the image, and prove that they are.",
+      "",
+      "usage: python -m convex_jax COMMAND ...",
+      "",
+      *lines,
+      "",
+      "python -m convex_jax COMMAND --help describes one of them.",
+    ]
+  )
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command; returns its exit code."""
+  argv = sys.argv[1:] if argv is None else argv
+  if not argv or argv[0] in ("-h", "--help", "help"):
+    print(usage())
+    return 0 if argv else 2
+  if argv[0] not in COMMANDS:
+    print(f"unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
+    return 2
+  module, _ = COMMANDS[argv[0]]
+  return importlib.import_module(module).main(argv[1:])
+
+
+if __name__ == "__main__":
+  sys.exit(main())

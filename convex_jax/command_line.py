@@ -1,0 +1,39 @@
+"""What every command of `python -m convex_jax` has in common."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from convex_jax.errors import Ended, UserError
+
+
+def parser(command: str, summary: str, example: str) -> argparse.ArgumentParser:
+  """A parser whose help says in `summary` what the command does, and ends with an example."""
+  return argparse.ArgumentParser(
+    f"python -m convex_jax {command}",
+    description=summary,
+    epilog=f"example:\n  {example}",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+
+
+def exit_code(action: Callable[..., int], *args: Any) -> int:
+  """What `action` returns, or, where it raises `Ended` or OSError, the exit code of that.
+
+  Prints why. An end that threads could delay for ever (`Ended.at_once`) ends the process.
+  """
+  try:
+    return action(*args)
+  except Ended as end:
+    print(end, file=sys.stderr, flush=True)
+    if end.at_once:
+      os._exit(end.code)
+    return end.code
+  except OSError as error:
+    if error.filename is None:
+      raise
+    print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+    return UserError.code

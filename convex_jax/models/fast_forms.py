@@ -1,0 +1,269 @@
+"""Convolutions and products in forms that XLA compiles well on the CPU as well as elsewhere.
+
+The same numbers as `lax.conv_general_dilated` and `lax.dot_general` up to the order of
+summation. What is worth another form was measured (2 cores, jax 0.10.2; against XLA's own,
+forward and gradients):
+
+- a kernel of few strides' size (1x1, 3x3 at stride 2, a patch embedding) is a matrix product
+  of patches, which take kernel / stride^2 times the memory of the map: 1x1 kernels 5 times
+  faster, others 1 to 30, most on small maps;
+- a depthwise kernel is a sum of shifted products, 2.7 to 12 times; its gradient at stride 1
+  another such sum, and that of its weights a row of the output at a time, twice again;
+- of any other kernel, the gradient of the weights alone is slow (XLA makes it a convolution
+  whose kernel is as large as the image). On the CPU it is summed from matrix products, a row
+  of the output at a time so that they stay in the cache: 3 times;
+- products of maps are products of matrices, else gradients are made of turned copies: up to
+  three times.
+
+Dimension letters: B batch, H height, W width, C features in, D features out.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_COPIES = 3  # Copies of a map that patches may take.
+_NHWC = ("NHWC", "HWIO", "NHWC")
+
+Pair = tuple[int, int]
+
+
+def conv_general_dilated(
+  x_BxHxWxC: jax.Array,
+  kernel: jax.Array,
+  strides: Pair,
+  padding: str | list[Pair],
+  *,
+  lhs_dilation: Pair = (1, 1),
+  rhs_dilation: Pair = (1, 1),
+  dimension_numbers=None,
+  feature_group_count: int = 1,
+  precision=None,
+) -> jax.Array:
+  """`lax.conv_general_dilated` of NHWC images and HWIO kernels; `nn.Conv` can be given it.
+
+  Dilations are not supported: no architecture here has one.
+
+  Raises:
+    NotImplementedError: a dilation or a precision was asked for.
+  """
+  del dimension_numbers  # NHWC, as `nn.Conv` has it.
+  if (*lhs_dilation, *rhs_dilation) != (1, 1, 1, 1) or precision is not None:
+    raise NotImplementedError("dilation and precision; use lax.conv_general_dilated")
+  side, groups = (kernel.shape[0], kernel.shape[1]), feature_group_count
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(x_BxHxWxC.shape[1:3], side, strides, padding)
+  pads = tuple((low, high) for low, high in padding)
+  if groups == 1 and math.prod(side) <= _COPIES * math.prod(strides):
+    patches = _patches(_pad(x_BxHxWxC, pads), side, strides)
+    return along_last(patches, kernel.reshape(-1, kernel.shape[-1]))
+  if groups == x_BxHxWxC.shape[-1] == kernel.shape[-1]:
+    return _depthwise(_pad(x_BxHxWxC, pads), kernel, strides)
+  if groups > 1:
+    return _native(x_BxHxWxC, kernel, strides, pads, groups)
+  return _convolve(x_BxHxWxC, kernel, strides, pads)
+
+
+def _patches(x_BxHxWxC: jax.Array, side: Pair, strides: Pair) -> jax.Array:
+  """All that the kernel meets at a position of the padded map, side by side."""
+  if side != strides:
+    return jnp.concatenate(_taps(x_BxHxWxC, side, strides), axis=-1)
+  b, height, width, c = x_BxHxWxC.shape  # Nothing twice: a transpose, of whole patches.
+  i, j = height // side[0], width // side[1]
+  whole = x_BxHxWxC[:, : i * side[0], : j * side[1]].reshape(b, i, side[0], j, side[1], c)
+  return whole.swapaxes(2, 3).reshape(b, i, j, -1)
+
+
+def _shifted_products(x_BxHxWxC: jax.Array, kernel: jax.Array, strides: Pair) -> jax.Array:
+  """A feature's own kernel on that feature of the padded map: a sum of shifted products."""
+  weights = kernel.reshape(-1, kernel.shape[-1])
+  taps = _taps(x_BxHxWxC, (kernel.shape[0], kernel.shape[1]), strides)
+  return functools.reduce(jnp.add, [t * w for t, w in zip(taps, weights, strict=True)])
+
+
+_depthwise = jax.custom_vjp(_shifted_products, nondiff_argnums=(2,))
+
+
+def _depthwise_forward(x_BxHxWxC, kernel, strides):
+  return _depthwise(x_BxHxWxC, kernel, strides), (x_BxHxWxC, kernel)
+
+
+def _depthwise_backward(strides, residuals, g_BxIxJxC):
+  x_BxHxWxC, kernel = residuals
+  side = kernel.shape[:2]
+  if strides == (1, 1):
+    wide = _pad(g_BxIxJxC, [(n - 1, n - 1) for n in side])
+    x_grad = _depthwise(wide, kernel[::-1, ::-1], strides)
+  else:
+    (x_grad,) = jax.vjp(lambda x: _shifted_products(x, kernel, strides), x_BxHxWxC)[1](g_BxIxJxC)
+
+  def sums(x, g):
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    taps = _taps(x, side, strides)
+    return jnp.stack([jnp.sum(tap * g, axis=(0, 1, 2), dtype=dtype) for tap in taps])
+
+  def by_rows(x, g):
+    def row(i):
+      below = lax.dynamic_slice_in_dim(x, i * strides[0], side[0], axis=1)
+      return sums(below, lax.dynamic_slice_in_dim(g, i, 1, axis=1))
+
+    return _sum_rows(row, g.shape[1])
+
+  total = lax.platform_dependent(x_BxHxWxC, g_BxIxJxC, cpu=by_rows, default=sums)
+  return x_grad, total.reshape(kernel.shape).astype(kernel.dtype)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _native(x, kernel, strides, pads, groups=1):
+  return lax.conv_general_dilated(
+    x, kernel, strides, pads, dimension_numbers=_NHWC, feature_group_count=groups
+  )
+
+
+def _pad(x_BxHxWxC, pads):
+  if not any(map(any, pads)):
+    return x_BxHxWxC
+  config = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]  # May be negative.
+  return lax.pad(x_BxHxWxC, jnp.zeros((), x_BxHxWxC.dtype), config)
+
+
+def _taps(x_BxHxWxC: jax.Array, side: Pair, strides: Pair) -> list[jax.Array]:
+  """The padded map as each entry of the kernel meets it, row by row of the kernel."""
+  b, height, width, c = x_BxHxWxC.shape
+  rows, columns = (height - side[0]) // strides[0], (width - side[1]) // strides[1]
+  return [
+    lax.slice(
+      x_BxHxWxC,
+      (0, i, j, 0),
+      (b, i + rows * strides[0] + 1, j + columns * strides[1] + 1, c),
+      (1, *strides, 1),
+    )
+    for i in range(side[0])
+    for j in range(side[1])
+  ]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x_BxHxWxC, kernel, strides, pads):
+  """A convolution whose kernel's gradient has a form of its own on the CPU."""
+  return _native(x_BxHxWxC, kernel, strides, pads)
+
+
+def _forward(x_BxHxWxC, kernel, strides, pads):
+  return _native(x_BxHxWxC, kernel, strides, pads), (x_BxHxWxC, kernel)
+
+
+def _backward(strides, pads, residuals, g_BxIxJxD):
+  x_BxHxWxC, kernel = residuals
+  _, pull_x = jax.vjp(lambda x: _native(x, kernel, strides, pads), x_BxHxWxC)
+
+  def own(x, g):
+    return jax.vjp(lambda k: _native(x, k, strides, pads), kernel)[1](g)[0]
+
+  def by_rows(x, g):
+    side = kernel.shape[:2]
+    if g.shape[-1] < x.shape[-1] and strides == (1, 1):
+      return _from_shifted_outputs(x, g, side, pads).astype(kernel.dtype)
+    return _from_shifted_inputs(x, g, side, strides, pads).astype(kernel.dtype)
+
+  return *pull_x(g_BxIxJxD), lax.platform_dependent(x_BxHxWxC, g_BxIxJxD, cpu=by_rows, default=own)
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def _from_shifted_inputs(x_BxHxWxC, g_BxIxJxD, side, strides, pads):
+  """Gradient of the kernel: for each of its entries, what it met, transposed, times g."""
+  x_BxHxWxC, d = _pad(x_BxHxWxC, pads), g_BxIxJxD.shape[-1]
+
+  def row(i):
+    x = lax.dynamic_slice_in_dim(x_BxHxWxC, i * strides[0], side[0], axis=1)
+    g = lax.dynamic_slice_in_dim(g_BxIxJxD, i, 1, axis=1)
+    return jnp.stack([_product(tap, g) for tap in _taps(x, side, strides)])
+
+  return _sum_rows(row, g_BxIxJxD.shape[1]).reshape(*side, -1, d)
+
+
+def _from_shifted_outputs(x_BxHxWxC, g_BxIxJxD, side, pads):
+  """The same at stride 1, cheaper where D < C: x, transposed, times g moved the other way.
+
+  Padded by the row: of a padded copy XLA would compute DenseNet's g, a long sum of slices,
+  once more.
+  """
+  (top, _), (left, right) = pads
+  back = ((0, 0), (side[1] - 1 - left, side[1] - 1 - right))
+  rows, d = g_BxIxJxD.shape[1], g_BxIxJxD.shape[3]
+
+  def g_row(i):
+    row = lax.dynamic_slice_in_dim(g_BxIxJxD, jnp.clip(i, 0, rows - 1), 1, axis=1)
+    return jnp.where((i >= 0) & (i < rows), row, 0)
+
+  def row(i):
+    x = lax.dynamic_slice_in_dim(x_BxHxWxC, i, 1, axis=1)
+    met = [g_row(i + top - j) for j in range(side[0] - 1, -1, -1)]
+    g = _pad(jnp.concatenate(met, axis=1), back)
+    return _product(x, jnp.concatenate(_taps(g, side, (1, 1)), axis=-1))
+
+  total = _sum_rows(row, x_BxHxWxC.shape[1]).reshape(-1, *side, d)
+  return total[:, ::-1, ::-1].transpose(1, 2, 0, 3)
+
+
+def _product(x_NxC, g_NxD):
+  """Sum of x^T g over all axes but the last, float32 at least.
+
+  Of matrices: where several axes are summed over, XLA's CPU compiler copies x to turn it.
+  """
+  dtype = jnp.promote_types(x_NxC.dtype, jnp.float32)
+  x_NxC, g_NxD = (v.reshape(-1, v.shape[-1]) for v in (x_NxC, g_NxD))
+  return lax.dot_general(x_NxC, g_NxD, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+
+
+def _sum_rows(row, rows):
+  """Sum of `row(i)`. By rows of the map and not by images: devices may share the batch."""
+  first = jnp.zeros_like(jax.eval_shape(row, 0))
+  return lax.scan(lambda total, i: (total + row(i), None), first, jnp.arange(rows))[0]
+
+
+def along_last(x: jax.Array, kernel_CxD: jax.Array) -> jax.Array:
+  """The product x W over the last axis of maps (B, H, W, C), tokens (S, B, C), features (B, C).
+
+  Of matrices, so that the gradient of W is, too: where it sums over several axes, XLA's CPU
+  compiler copies what it multiplies to turn it (15 to 25 % of a Mixer's step). Not of tokens
+  that devices share: they share the batch, and could not if it were merged with S before it.
+  """
+  if x.ndim == 3 and jax.device_count() > 1:
+    return x @ kernel_CxD
+  y_NxD = x.reshape(-1, x.shape[-1]) @ kernel_CxD
+  return y_NxD.reshape(*x.shape[:-1], kernel_CxD.shape[-1])
+
+
+def along_first(kernel_SxT: jax.Array, x_SxBxD: jax.Array) -> jax.Array:
+  """W^T x over the first axis of x; (T, B, D). Of matrices, for the same reason."""
+  x_SxN = x_SxBxD.reshape(len(x_SxBxD), -1)
+  y_TxN = lax.dot_general(kernel_SxT, x_SxN, (((0,), (0,)), ((), ())))
+  return y_TxN.reshape(-1, *x_SxBxD.shape[1:])
+
+
+def materialize(g: jax.Array) -> jax.Array:
+  """g, computed once, whoever uses it.
+
+  XLA's CPU backend else fuses a cheap sum of many terms into each of its users, and computes it
+  as often. It fuses nothing into a conditional, which here always goes the same way: what a NaN
+  begins with is no gradient of which anything can be saved.
+  """
+  first = g[(0,) * g.ndim]
+  return jax.lax.cond(first == first, lambda g: g, lambda g: jnp.full_like(g, jnp.nan), g)
+
+
+@jax.custom_vjp
+def gradient_once(x: jax.Array) -> jax.Array:
+  """x, whose gradient is computed once (`materialize`)."""
+  return x
+
+
+gradient_once.defvjp(lambda x: (x, None), lambda _, g: (materialize(g),))

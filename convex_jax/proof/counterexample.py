@@ -1,0 +1,142 @@
+"""Two points that refute convexity: f midway lies above the mean of f at the ends."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROUNDING = 1e4  # Machine epsilons, of the values' size: what a network's rounding may make.
+
+
+@dataclasses.dataclass(frozen=True)
+class Counterexample:
+  """Two points and an output (of the flat output) that breaks the inequality by `gap`.
+
+  Convex: gap = f((a + b) / 2) - (f(a) + f(b)) / 2 > 0; concave: its negative; affine:
+  its magnitude. `beyond`: the gap less what rounding could make.
+  """
+
+  a: np.ndarray
+  b: np.ndarray
+  output: int
+  gap: float
+  beyond: float
+
+
+def search(
+  f: Callable[..., Any],
+  *args: Any,
+  argnums: int,
+  open_outputs: np.ndarray,
+  kind: str,
+  box: tuple[float, float],
+  steps: int,
+  seed: int = 0,
+) -> Counterexample | None:
+  """A counterexample in a box to the curvature `kind` of an output not yet proved, or None.
+
+  In float64: random pairs, far and near, then gradient ascent on the gap from the best.
+
+  Args:
+    f: a function of `args`.
+    *args: its arguments; of the input only the shape matters.
+    argnums: which of them is the input.
+    open_outputs: which of the flat outputs to look at.
+    kind: "convex", "concave", "affine".
+    box: least and greatest entry of the points.
+    steps: of the ascent; a quarter as many random pairs come first.
+    seed: of the pairs.
+  """
+  at = argnums % len(args)
+  with jax.enable_x64(True):
+    known = [None if i == at else in_float64(argument) for i, argument in enumerate(args)]
+
+    def call(x):
+      return f(*known[:at], x, *known[at + 1 :])
+
+    gaps = jax.jit(functools.partial(_gaps, call, np.flatnonzero(open_outputs), kind))
+
+    def measure(pair) -> Counterexample:
+      gap, beyond = map(np.asarray, gaps(pair))
+      k = int(np.argmax(np.where(np.isfinite(beyond), beyond, -np.inf)))
+      found = int(np.flatnonzero(open_outputs)[k])
+      return Counterexample(
+        np.asarray(pair[0]), np.asarray(pair[1]), found, float(gap[k]), float(beyond[k])
+      )
+
+    pairs = _pairs(np.random.default_rng(seed), args[at].shape, box, max(8, steps // 4))
+    best = _best(map(measure, pairs))
+    if not best.beyond > 0 and steps:
+      k = int(np.searchsorted(np.flatnonzero(open_outputs), best.output))
+      start = jnp.asarray(np.stack([best.a, best.b]))
+      best = _best(map(measure, _climb(lambda pair: gaps(pair)[0][k], start, box, steps)))
+  return best if best.beyond > 0 else None
+
+
+def in_float64(tree: Any) -> Any:
+  """The tree with its floating-point arrays in float64."""
+
+  def one(leaf):
+    real = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return jnp.asarray(leaf, jnp.float64) if real else leaf
+
+  with jax.enable_x64(True):
+    return jax.tree.map(one, tree)
+
+
+def _gaps(call, chosen, kind, pair) -> tuple[jax.Array, jax.Array]:
+  """Of each chosen output: the gap, and its part beyond rounding."""
+
+  def outputs(x):
+    flat = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(call(x))])[chosen]
+    return flat.astype(jnp.float64), float(jnp.finfo(flat.dtype).eps)
+
+  (fa, epsilon), (fb, _), (middle, _) = map(outputs, (pair[0], pair[1], (pair[0] + pair[1]) / 2))
+  excess = middle - (fa + fb) / 2
+  gap = {"convex": excess, "concave": -excess, "affine": jnp.abs(excess)}[kind]
+  scale = 1 + jnp.abs(fa) + jnp.abs(fb) + jnp.abs(middle)
+  return gap, gap - ROUNDING * epsilon * scale
+
+
+def _best(found: Iterable[Counterexample]) -> Counterexample:
+  """The first beyond rounding, or else the one that comes nearest."""
+  best = None
+  for one in found:
+    if best is None or one.beyond > best.beyond:
+      best = one
+    if best.beyond > 0:
+      break
+  assert best is not None, "nothing was searched"
+  return best
+
+
+def _pairs(rng, shape, box, count: int) -> Iterator[jax.Array]:
+  """Both points anywhere in the box, or one a step of a random size from the other."""
+  low, high = box
+  for i in range(count):
+    a, b = rng.uniform(low, high, (2, *shape))
+    if i % 2:
+      b = a + rng.standard_normal(shape) * (high - low) * 10.0 ** -rng.uniform(0.5, 3)
+    yield jnp.asarray(np.stack([a, np.clip(b, low, high)]))
+
+
+def _climb(gap, pair, box, steps: int) -> Iterator[jax.Array]:
+  """Projected gradient ascent on the gap, by Adam (Kingma and Ba 2015, algorithm 1)."""
+  rate, b1, b2 = 0.02 * (box[1] - box[0]), 0.9, 0.999
+  slope = jax.grad(gap)
+
+  @jax.jit
+  def step(t, pair, mean, square):
+    g = slope(pair)
+    mean, square = b1 * mean + (1 - b1) * g, b2 * square + (1 - b2) * g**2
+    moved = rate * (mean / (1 - b1**t)) / (jnp.sqrt(square / (1 - b2**t)) + 1e-8)
+    return jnp.clip(pair + moved, *box), mean, square
+
+  mean = square = jnp.zeros_like(pair)
+  for t in range(1, steps + 1):
+    pair, mean, square = step(t, pair, mean, square)
+    yield pair

@@ -1,0 +1,224 @@
+"""What convexity buys: certified radii.
+
+For an image x of predicted class k and a rival j, convex logits give three things that no
+sampling can: y_k lies above its tangent; y_k's tangent minus y_j is concave, so that over
+an l1 ball it is least at one of the 2 D vertices, each of which is evaluated; and, weights
+being non-negative, the bounds of `lipschitz` lose nothing to signs in between. All radii
+hold for every perturbation of the ball, in the box of images or not, and are given for
+pixels in 0..1.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convex_jax.proof import interpreter, slopes
+from convex_jax.proof.certificate import explain
+from convex_jax.proof.counterexample import in_float64
+from convex_jax.proof.rules import Value
+
+NORMS = ("l1", "l2", "linf")
+DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
+BATCH = 512  # Vertices evaluated at a time.
+GRID = (0.5, 0.75, 1.0, 1.5)  # Where on each ray, in shares of where its zero lies at most.
+FURTHEST = 100.0  # Pixel ranges: where rays without a slope end.
+HALVINGS = 12  # Of the bracket of an l1 radius: to 1/4096 of it.
+ROUNDING = 1e-9  # Of the logits' size: what float64 evaluation may be off by, and more.
+
+
+@dataclasses.dataclass(frozen=True)
+class Radius:
+  """Of one image: the predicted class, and in which ball of each norm no other can win."""
+
+  predicted: int
+  radii: dict[str, float]  # Pixels in 0..1.
+
+
+class NotProved(ValueError):
+  """A function that radii and minima do not hold for; the message says what breaks it."""
+
+
+def proved(f: Callable[..., jax.Array], *args: Any) -> Value:
+  """`f(*args)` as a value of its last argument; raises `NotProved` unless proved convex."""
+  (output,), _ = interpreter.analyse(f, *args)
+  if not isinstance(output, Value) or output.not_convex.any():
+    broken = (
+      interpreter.culprit(output, lambda v: v.not_convex) if isinstance(output, Value) else None
+    )
+    raise NotProved(explain(broken, "convex"))
+  return output
+
+
+class Certifier:
+  """Certified radii of a proved classifier, input by input.
+
+  Args:
+    logits: weights and a batch of inputs (B, *shape) to logits (B, K).
+    weights: a tree of arrays.
+    shape: of one input, without its batch axis.
+    exact: `logits`, where it must be built otherwise to compute in float64.
+    scale: radii are given in units of so many of the input's.
+
+  Raises:
+    NotProved: a logit is not proved convex in the input, or its slope has no bound.
+  """
+
+  def __init__(
+    self,
+    logits: Callable[[Any, jax.Array], jax.Array],
+    weights: Any,
+    shape: tuple[int, ...],
+    exact: Callable[[Any, jax.Array], jax.Array] | None = None,
+    scale: float = 1.0,
+  ):
+    output = proved(logits, weights, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+    network = functools.partial(exact or logits, in_float64(weights))
+    self._scale = scale
+    self._logits = jax.jit(network)
+    self._slopes = jax.jit(jax.jacrev(lambda x: network(x[None])[0]))
+    self._vertices = jax.jit(functools.partial(_at_vertices, network))
+    self._between, self._alone = _bounds(output, (1, *shape))
+
+  def radius(self, image_HxWxC: np.ndarray, norms: tuple[str, ...] = NORMS) -> Radius:
+    """Of one input (an array of `shape`)."""
+    with jax.enable_x64(True):
+      x = jnp.asarray(image_HxWxC, jnp.float64)
+      y_K = np.asarray(self._logits(x[None]))[0]
+      slopes_KxD = np.asarray(self._slopes(x)).reshape(len(y_K), -1)
+      k = int(y_K.argmax())
+      margins_K = y_K[k] - y_K - ROUNDING * (1 + np.abs(y_K).max())
+      if not np.delete(margins_K, k).min() > 0:
+        return Radius(k, dict.fromkeys(norms, 0.0))
+      radii = {n: self._by_slope(n, k, margins_K, slopes_KxD) for n in norms}
+      l1 = self._by_vertices(x, k, y_K, margins_K, slopes_KxD)
+      reach_DxR = np.maximum(l1, self._reach(x, k, y_K, margins_K, slopes_KxD))
+      for norm in norms:
+        corners = 1 / np.linalg.norm(1 / reach_DxR, DUAL[norm], axis=0).max()
+        radii[norm] = max(radii[norm], float(corners))
+    return Radius(k, {n: max(0.0, r) / self._scale for n, r in radii.items()})
+
+  def _reach(self, x, k: int, y_K, margins_K, slopes_KxD) -> np.ndarray:
+    """Steps t (D, rivals): tangent of y_k - y_j >= 0 at x - t_i e_i and x + t_i e_i, for each i.
+
+    So it is >= 0 on the convex hull of all these corners, which holds the l_p ball of
+    radius 1 / |1 / t| in the dual norm (for l1: the least t). Along a ray a concave function
+    lies above what interpolates it: a few evaluations bound where it first is 0.
+    """
+    rivals = np.delete(np.arange(len(y_K)), k)
+    steepness_RxD = np.abs(slopes_KxD[k] - slopes_KxD[rivals])
+    # Where the tangents of both meet, a ray's zero lies no further.
+    furthest_D = (margins_K[rivals, None] / np.maximum(steepness_RxD, 1e-300)).min(0)
+    furthest_D = np.minimum(furthest_D, FURTHEST * self._scale)
+    d = len(furthest_D)
+    rays, signs = np.tile(np.arange(d), 2), np.repeat([1.0, -1.0], d)
+    before, reach = np.zeros(2 * d), np.zeros((2 * d, len(rivals)))
+    slack_before = np.broadcast_to(margins_K[rivals], reach.shape)
+    for share in GRID:
+      at = share * furthest_D[rays]
+      slack = self._slack(x, rays, signs * at, k, y_K, slopes_KxD[k], rivals)
+      crossing = before[:, None] + (at - before)[:, None] * slack_before / np.maximum(
+        slack_before - slack, 1e-300
+      )
+      alive = slack_before > 0
+      reach = np.where(alive & (slack > 0), at[:, None], np.where(alive, crossing, reach))
+      before, slack_before = at, np.where(alive, slack, 0.0)
+    return np.maximum(reach.reshape(2, d, -1).min(0), 1e-300)
+
+  def _slack(self, x, rays, steps, k, y_K, slope_D, rivals) -> np.ndarray:
+    """Tangent of y_k - y_j at x + step e_ray, less what rounding may be: (rays, rivals)."""
+    y_NxK = self._evaluate(x, rays, steps)
+    tangent_N = y_K[k] + steps * slope_D[rays]
+    return tangent_N[:, None] - y_NxK[:, rivals] - ROUNDING * (1 + np.abs(y_NxK).max())
+
+  def _by_slope(self, norm: str, k: int, margins_K, slopes_KxD) -> float:
+    """Margin over the dual norm of a bound on the slope of the margin.
+
+    Two bounds, the better for each rival: of the difference of the logits as one, and of
+    y_k by its tangent and y_j alone.
+    """
+
+    def size(bound_KxD):
+      return np.linalg.norm(bound_KxD, DUAL[norm], axis=-1)
+
+    apart = np.minimum(size(self._between[k]), size(np.abs(slopes_KxD[k]) + self._alone))
+    with np.errstate(divide="ignore"):
+      radii = margins_K / apart
+    return float(np.delete(radii, k).min())
+
+  def _by_vertices(self, x, k: int, y_K, margins_K, slopes_KxD) -> float:
+    """The largest e for which tangent of y_k - y_j > 0 at x + e v for all 2 D vertices v.
+
+    Along a vertex's ray this is concave, and positive at 0: where it is not negative at e
+    it is positive before. So the slopes at 0 bound e from above, and rays that hold at one
+    e hold at any smaller: few are left after the first sweep.
+    """
+    rivals = np.delete(np.arange(len(y_K)), k)
+    steepness = np.abs(slopes_KxD[k] - slopes_KxD[rivals]).max(-1)
+    low, high = 0.0, float((margins_K[rivals] / np.maximum(steepness, 1e-300)).min())
+    d = slopes_KxD.shape[1]
+    rays = np.concatenate([np.arange(d), np.arange(d)])
+    signs = np.concatenate([np.ones(d), -np.ones(d)])
+
+    def broken(e, rays, signs):
+      slack = self._slack(x, rays, e * signs, k, y_K, slopes_KxD[k], rivals)
+      return ~(slack > 0).all(-1)
+
+    first = broken(high, rays, signs)
+    if not first.any():
+      return high
+    rays, signs = rays[first], signs[first]
+    for _ in range(HALVINGS):
+      e = (low + high) / 2
+      bad = broken(e, rays, signs)
+      if bad.any():
+        high, rays, signs = e, rays[bad], signs[bad]
+      else:
+        low = e
+    return low
+
+  def _evaluate(self, x, rays, steps) -> np.ndarray:
+    """Logits at x + step e_ray, for many (ray, step)."""
+    out = []
+    for start in range(0, len(rays), BATCH):
+      part = slice(start, start + BATCH)
+      missing = BATCH - len(rays[part])
+      at = self._vertices(x, np.pad(rays[part], (0, missing)), np.pad(steps[part], (0, missing)))
+      out.append(np.asarray(at)[: BATCH - missing])
+    return np.concatenate(out)
+
+
+def _at_vertices(logits, x_HxWxC, rays_N, steps_N):
+  moved_NxD = jnp.broadcast_to(x_HxWxC.ravel(), (len(rays_N), x_HxWxC.size))
+  moved_NxD = moved_NxD.at[jnp.arange(len(rays_N)), rays_N].add(steps_N)
+  return logits(moved_NxD.reshape(-1, *x_HxWxC.shape))
+
+
+def _bounds(logits: Value, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+  """(between (K, K, D), alone (K, D)): bounds on the slopes of y_k - y_j, and of y_j."""
+  try:
+    alone = slopes.sensitivities(logits, shape, alone=True)
+    return slopes.sensitivities(logits, shape), alone
+  except ValueError as error:
+    raise NotProved(f"its slopes have no bound: {error}") from error
+
+
+def one_sided_radius(
+  logit: Callable[[jax.Array], jax.Array], x: jax.Array, norm: str
+) -> tuple[float, float]:
+  """(y, radius): no d with |d| < radius makes a positive convex logit y(x + d) negative.
+
+  radius = y(x) / |grad y(x)| in the dual norm: a convex function lies above its tangent
+  (Pfrommer et al. 2023, "Asymmetric Certified Robustness via Feature-Convex Neural
+  Networks", theorem 2). In the units of x; 0 where y(x) <= 0, the side without a closed
+  form.
+  """
+  value, gradient = jax.value_and_grad(lambda x: jnp.squeeze(logit(x)))(x)
+  size = float(np.linalg.norm(np.ravel(np.asarray(gradient, np.float64)), DUAL[norm]))
+  if value <= 0:
+    return float(value), 0.0
+  return float(value), float(value) / size if size else np.inf

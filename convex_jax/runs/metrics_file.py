@@ -1,0 +1,115 @@
+"""The rows of a run: metrics.jsonl and, made from it, TensorBoard events.
+
+`metrics.jsonl` is the truth: one JSON object a row, `kind` "train" (means since the row
+before), "eval" (inference mode, images not augmented) or "final" (the same, on every
+example), `time` in seconds since 1970. After a resume both hold every step once.
+"""
+
+import glob
+import json
+import os
+from typing import Any
+
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2, summary_pb2
+
+from convex_jax import files
+
+# Made when they are imported: no type checker sees them.
+_Event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+_Summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
+_NO_SCALARS = ("step", "kind", "time")
+
+
+class Rows:
+  """The writer of a workdir's rows, of which those up to step `start` are kept.
+
+  A full disk loses none: rows wait in memory for the next one.
+  """
+
+  def __init__(self, workdir: str, start: int):
+    self.path = os.path.join(workdir, "metrics.jsonl")
+    self._workdir, self._waiting, self._events = workdir, [], None
+    rows, self.torn = _read(self.path) if os.path.exists(self.path) else ([], 0)
+    kept = [row for row in rows if row["step"] <= start and row["kind"] != "final"]
+    with files.atomic_write(self.path) as file:
+      file.writelines(json.dumps(row) + "\n" for row in kept)
+    self._renew_events()
+
+  def append(self, row: dict[str, Any]) -> str | None:
+    """Writes a row, and those that wait; returns why not, where that was not possible."""
+    self._waiting.append(row)
+    return self.write()
+
+  def write(self) -> str | None:
+    """Writes the rows that wait, and events that lack; returns why not, where it cannot."""
+    if not self._waiting and self._events is not None:
+      return None
+    try:
+      with open(self.path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        text = "".join(json.dumps(row) + "\n" for row in self._waiting).encode()
+        if file.write(text) < len(text):  # The disk took a part.
+          file.truncate(end)
+          raise OSError("the disk is full")
+        written, self._waiting = self._waiting, []
+      if self._events is None:
+        self._renew_events()
+      else:
+        _write_events(self._events, written)
+    except OSError as error:
+      self._events = None
+      return f"{self.path}: {error.strerror or error}"
+    return None
+
+  def sync(self) -> None:
+    """Returns when the disk has every row: a checkpoint is to be no newer than they."""
+    with open(self.path, "ab") as file:
+      os.fsync(file.fileno())
+
+  def _renew_events(self) -> None:
+    """One event file with all rows in the place of those of earlier starts."""
+    pattern = os.path.join(glob.escape(self._workdir), "events.out.tfevents.*")
+    before = set(glob.glob(pattern))
+    writer = event_file_writer.EventsWriter(os.path.join(self._workdir, "events"))
+    _write_events(writer, read_metrics(self.path))
+    self._events = writer
+    after = set(glob.glob(pattern))
+    for path in before if after - before else ():  # Else both have the same name.
+      os.remove(path)
+
+  def close(self) -> str | None:
+    """Writes what waits; returns why not, where that was not possible."""
+    failure = self.write()
+    if self._events is not None:
+      self._events.close()
+    return failure
+
+
+def _write_events(writer: Any, rows: list[dict[str, Any]]) -> None:
+  for row in rows:
+    scalars = {f"{row['kind']}/{k}": v for k, v in row.items() if k not in _NO_SCALARS}
+    values = [value for k, v in scalars.items() for value in summary.scalar(k, v).value]
+    content = _Summary(value=values)
+    writer.write_event(_Event(wall_time=row.get("time", 0.0), step=row["step"], summary=content))
+  writer.flush()
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+  """The rows of a metrics.jsonl; a line that was cut short, by a kill, is left out."""
+  return _read(path)[0]
+
+
+def _read(path: str) -> tuple[list[dict[str, Any]], int]:
+  """Rows, and how many lines but for the last are none."""
+  rows, bad = [], 0
+  with open(path, encoding="utf-8", errors="replace") as file:
+    for line in file:
+      try:
+        row = json.loads(line)
+        if not (isinstance(row, dict) and type(row["step"]) is int and row["kind"]):
+          raise ValueError("no row")
+        rows.append(row)
+      except (ValueError, KeyError, RecursionError):
+        bad += line.endswith("\n")
+  return rows, bad

@@ -1,0 +1,177 @@
+"""The device's part of a run: state, one update, one evaluation. Pure functions.
+
+Under `jax.jit` over a mesh the batch is one global array, so that a mean runs over
+every device and BatchNorm sees the global batch: no collective is written here. Under
+`jax.pmap` or `jax.shard_map` give the mapped axis as `axis_name`, and to `layers.Parts` for
+the same update; without the latter BatchNorm sees each device's part of the batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from convex_jax.models.variables import apply, init_variables
+from convex_jax.training.metrics import Evaluation
+
+Batch = dict[str, jax.Array]
+SETTLED = 50  # Losses, before one can be a spike.
+_DROPOUT, _MIX = 2**32 - 1, 2**32 - 2  # No example's position in a run.
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class State(struct.PyTreeNode):
+  """All that a run is at one step; `ema` is None unless weights are averaged."""
+
+  step: jax.Array
+  params: Any
+  stats: Any  # BatchNorm's running averages; an empty dict without BatchNorm.
+  opt_state: Any
+  ema: Any  # Averages of {"params": ..., "stats": ...}.
+  losses: jax.Array  # (3,): number, running mean and variance of the losses.
+
+  def weights(self) -> dict[str, Any]:
+    """What evaluation, a checkpoint's reader and a certificate use."""
+    return self.ema if self.ema is not None else {"params": self.params, "stats": self.stats}
+
+
+def init_state(
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  key: jax.Array,
+  image_shape: tuple[int, ...],
+  average: bool,
+) -> State:
+  """The state at step 0 for normalised images of `image_shape` (H, W, C)."""
+  weights = nn.meta.unbox(init_variables(model, key, image_shape))
+  return State(
+    step=jnp.zeros((), jnp.int32),
+    params=weights["params"],
+    stats=weights["stats"],
+    opt_state=tx.init(weights["params"]),
+    ema=jax.tree.map(jnp.copy, weights) if average else None,
+    losses=jnp.zeros(3),
+  )
+
+
+def start_from(state: State, weights: dict[str, Any]) -> State:
+  """A fresh state with other initial weights {"params", "stats"}; no optimizer here minds."""
+  ema = None if state.ema is None else jax.tree.map(jnp.copy, weights)
+  return state.replace(params=weights["params"], stats=weights["stats"], ema=ema)
+
+
+def targets(label_B: jax.Array, classes: int, smoothing: float) -> jax.Array:
+  """(1 - s) y + s / K, y one of K."""
+  return optax.smooth_labels(jax.nn.one_hot(label_B, classes), smoothing)
+
+
+def cross_entropy(logits_BxK: jax.Array, label_B: jax.Array, smoothing: float = 0.0) -> jax.Array:
+  """Softmax cross-entropy of each example, in nats; targets (1 - s) y + s / K."""
+  target_BxK = targets(label_B, logits_BxK.shape[-1], smoothing)
+  return optax.softmax_cross_entropy(logits_BxK, target_BxK)
+
+
+def _seen(losses: jax.Array, loss: jax.Array) -> jax.Array:
+  """The running moments with one loss more: means of all, from the 100th on exponential."""
+  number, mean, variance = losses
+  share = 1 / jnp.minimum(number + 1, 100)
+  away = loss - mean
+  return jnp.stack([number + 1, mean + share * away, (1 - share) * (variance + share * away**2)])
+
+
+def _is_spike(losses: jax.Array, loss: jax.Array, deviations: float) -> jax.Array:
+  number, mean, variance = losses
+  return (number >= SETTLED) & (loss > mean + deviations * jnp.sqrt(variance))
+
+
+def train_step(
+  state: State,
+  batch: Batch,
+  *,
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  augment: Augment,
+  key: jax.Array,
+  label_smoothing: float,
+  ema_decay: float,
+  skip_spikes: float = 0.0,
+  mix: Mix | None = None,
+  axis_name: str | tuple[str, ...] | None = None,
+) -> tuple[State, dict[str, jax.Array]]:
+  """One update on a batch {image_BxHxWxC uint8, label_B, position_B}.
+
+  Augmentation is a function of `key` and of an example's position in the run, dropout of
+  `key` and the step, `mix` (of images and targets) too: none depends on an interruption nor,
+  but for the latter two under a mapped axis, on the number of devices.
+
+  A loss or gradient that is not finite, or, with `skip_spikes` = k above 0, a loss more than k
+  standard deviations above its running mean, changes nothing but the step.
+  """
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["position"])
+  image_BxHxWxC = augment(keys_B, batch["image"])
+  target_BxK = targets(batch["label"], model.classes, label_smoothing)
+  if mix is not None:
+    mix_key = jax.random.fold_in(jax.random.fold_in(key, _MIX), state.step)
+    image_BxHxWxC, target_BxK = mix(mix_key, image_BxHxWxC, target_BxK)
+  dropout_key = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), state.step)
+  if axis_name is not None:  # Each device has its own part of the batch, so its own masks.
+    dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
+
+  def loss_fn(params):
+    logits_BxK, mutated = model.apply(
+      {"params": params, "batch_stats": state.stats},
+      image_BxHxWxC,
+      train=True,
+      mutable=["batch_stats"],
+      rngs={"dropout": dropout_key},
+    )
+    loss = optax.softmax_cross_entropy(logits_BxK, target_BxK).mean()
+    return loss, (logits_BxK, mutated.get("batch_stats", {}))
+
+  (loss, (logits_BxK, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  accuracy = jnp.mean(logits_BxK.argmax(-1) == batch["label"])
+  if axis_name is not None:
+    grads, loss, accuracy, stats = jax.lax.pmean((grads, loss, accuracy, stats), axis_name)
+  # Halved: of the gradients themselves XLA would store the squares, for which Adam asks too.
+  gradient_norm = 2 * optax.tree.norm(optax.tree.scale(0.5, grads))
+  fine = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+  if skip_spikes:
+    fine &= ~_is_spike(state.losses, loss, skip_spikes)
+
+  def update(state, grads, stats):
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+      # Short runs: the average forgets its start, as 1 / t, before `ema_decay` takes over.
+      decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+      ema = optax.incremental_update({"params": params, "stats": stats}, ema, 1 - decay)
+    return State(state.step, params, stats, opt_state, ema, _seen(state.losses, loss))
+
+  # Not `optax.apply_if_finite`: BatchNorm's averages, and those of weights, are to wait as well.
+  # Not `jnp.where`: an eighth slower in a wide MLP, for copies of what may be kept.
+  state = jax.lax.cond(fine, update, lambda state, *_: state, state, grads, stats)
+  metrics = {"loss": loss, "accuracy": accuracy, "gradient_norm": gradient_norm}
+  return state.replace(step=state.step + 1), metrics | {"skipped": ~fine}
+
+
+def eval_step(
+  weights: dict[str, Any],
+  batch: Batch,
+  *,
+  model: nn.Module,
+  prepare: Callable[[jax.Array], jax.Array],
+) -> Evaluation:
+  """Masked sums over a batch {image_BxHxWxC uint8, label_B, mask_B} at inference."""
+  logits_BxK = apply(model, weights, prepare(batch["image"]))
+  return Evaluation.single_from_model_output(
+    loss=cross_entropy(logits_BxK, batch["label"]),
+    logits=logits_BxK,
+    labels=batch["label"],
+    mask=batch["mask"],
+  )

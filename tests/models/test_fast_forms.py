@@ -1,0 +1,97 @@
+"""Convolutions' other forms against XLA's own."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from convex_jax.models import fast_forms
+from convex_jax.models.fast_forms import conv_general_dilated
+
+KERNELS = ((1, 1), (3, 3))
+MORE = [pytest.param(kernel, marks=pytest.mark.slow) for kernel in ((5, 1), (2, 3))]
+STRIDES = ((1, 1), (2, 1), (2, 2), (2, 3))
+PADDINGS = ("SAME", "VALID", [(2, 2), (3, 0)])
+FEATURES = {  # (in, out, groups)
+  "wider": (4, 6, 1),
+  "narrower": (6, 3, 1),
+  "depthwise": (4, 4, 4),
+  "grouped": (4, 8, 2),
+}
+
+
+def drawn(shape, seed=0, dtype=np.float64):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("kernel", [*KERNELS, *MORE], ids=str)
+def test_values_and_gradients_are_those_of_xla(kernel, features):
+  c, d, groups = FEATURES[features]
+  with jax.enable_x64(True):
+    x, w = drawn((2, 7, 6, c)), drawn((*kernel, c // groups, d), seed=1)
+    for strides, padding in itertools.product(STRIDES, PADDINGS):
+
+      def native(x, w, strides=strides, padding=padding):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+          x, w, strides, padding, dimension_numbers=dims, feature_group_count=groups
+        )
+
+      def ours(x, w, strides=strides, padding=padding):
+        return conv_general_dilated(x, w, strides, padding, feature_group_count=groups)
+
+      expected, pull_expected = jax.vjp(native, x, w)
+      actual, pull_actual = jax.vjp(ours, x, w)
+      g = drawn(expected.shape, seed=2)
+      for a, b in zip((actual, *pull_actual(g)), (expected, *pull_expected(g)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_bfloat16_sums_gradients_in_float32():
+  x, w = drawn((8, 16, 16, 4), dtype=jnp.bfloat16), drawn((3, 3, 4, 8), 1, jnp.bfloat16)
+
+  def total(w, x, conv):
+    return (conv(x, w, (1, 1), "SAME") ** 2).sum()
+
+  def native(x, w, strides, padding):
+    return lax.conv_general_dilated(
+      x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+  exact = jax.grad(total)(w.astype(jnp.float32), x.astype(jnp.float32), native)
+  ours = jax.grad(total)(w, x, conv_general_dilated)
+  assert ours.dtype == jnp.bfloat16
+  error = jnp.abs(ours.astype(jnp.float32) - exact).max() / jnp.abs(exact).max()
+  assert error < 2e-2  # bfloat16 itself has steps of 8e-3.
+
+
+def test_what_is_not_supported_is_refused():
+  x, w = jnp.ones((1, 8, 8, 2)), jnp.ones((3, 3, 2, 2))
+  with pytest.raises(NotImplementedError, match="dilation"):
+    conv_general_dilated(x, w, (1, 1), "SAME", rhs_dilation=(2, 2))
+
+
+def test_flax_accepts_it():
+  x = drawn((2, 8, 8, 3), dtype=np.float32)
+  plain = nn.Conv(5, (3, 3), strides=(2, 2))
+  ours = nn.Conv(5, (3, 3), strides=(2, 2), conv_general_dilated=conv_general_dilated)
+  variables = plain.init(jax.random.key(0), x)
+  np.testing.assert_allclose(ours.apply(variables, x), plain.apply(variables, x), atol=1e-6)
+
+
+def test_a_gradient_computed_once_is_the_same_gradient():
+  x = jax.random.normal(jax.random.key(0), (3, 4))
+
+  def f(x, keep):
+    y = keep(jnp.sin(x))
+    return jnp.sum(y**2) + jnp.sum(jnp.cos(y))
+
+  got = jax.jit(jax.grad(lambda x: f(x, fast_forms.gradient_once)))(x)
+  np.testing.assert_allclose(got, jax.grad(lambda x: f(x, lambda y: y))(x), rtol=1e-6)
+  program = jax.jit(jax.grad(lambda x: f(x, fast_forms.gradient_once))).lower(x).compile().as_text()
+  assert "conditional(" in program  # What XLA fuses nothing into; it may not be simplified away.

@@ -1,0 +1,268 @@
+"""Public weight files: what is mapped, what is refused, and by which name."""
+
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from convex_jax.data import datasets
+from convex_jax.errors import UserError
+from convex_jax.models import catalog
+from convex_jax.models.public import files as public_files
+from convex_jax.models.public import importer
+from convex_jax.runs import run
+from convex_jax.training import loop
+from tests.support import of
+
+ALIKE = dict(patch=2, depth=2, channels=6, tokens_hidden=5, channels_hidden=7)
+
+
+def build(parts="base", classes=10, **fields):
+  return catalog.create_model("mixer", "tiny", parts, classes, **ALIKE | fields)
+
+
+def official(classes=10, channels=1, side=8, depth=2):
+  """Random arrays under the official Mixer's names, for `ALIKE`."""
+  rng = np.random.default_rng(0)
+  p, c, s = ALIKE["patch"], ALIKE["channels"], (side // ALIKE["patch"]) ** 2
+  shapes = {"stem/kernel": (p, p, channels, c), "stem/bias": (c,), "head/kernel": (c, classes)}
+  shapes |= {"head/bias": (classes,)}
+  norms = ["pre_head_layer_norm"] + [
+    f"MixerBlock_{i}/LayerNorm_{j}" for i in range(depth) for j in (0, 1)
+  ]
+  shapes |= {f"{norm}/{leaf}": (c,) for norm in norms for leaf in ("scale", "bias")}
+  for i in range(depth):
+    for mixing, width, hidden in (("token", s, 5), ("channel", c, 7)):
+      name = f"MixerBlock_{i}/{mixing}_mixing/Dense_"
+      shapes |= {f"{name}0/kernel": (width, hidden), f"{name}0/bias": (hidden,)}
+      shapes |= {f"{name}1/kernel": (hidden, width), f"{name}1/bias": (width,)}
+  return {k: rng.standard_normal(shape).astype(np.float32) for k, shape in shapes.items()}
+
+
+@pytest.fixture
+def save(tmp_path):
+  def write(arrays, name="public.npz"):
+    path = tmp_path / name
+    np.savez(path, **arrays) if name.endswith("npz") else save_file(arrays, path)
+    return str(path)
+
+  return write
+
+
+SHAPE = (8, 8, 1)
+
+
+def test_every_array_finds_its_place(save):
+  public = importer.load_public(build(), save(official()), SHAPE)
+  assert len(public.mapped) == len(official()) and not public.fresh and not public.unused
+  got = public.weights["params"]["block_1"]["token_mixing"]["dense_1"]["kernel"]
+  np.testing.assert_array_equal(got, official()["MixerBlock_1/token_mixing/Dense_1/kernel"])
+
+
+def test_the_older_naming_and_its_unit_axes(save):
+  older = {}
+  for key, array in official().items():
+    new = key.replace("stem/", "embedding/").replace("pre_head_layer_norm", "Mixer/encoder_norm")
+    new = new.replace("MixerBlock_", "Mixer/encoderblock_").replace("_mixing/", "_mixing_phase_0/")
+    for i in (0, 1):
+      new = new.replace(f"Dense_{i}/kernel", f"kernel{i + 1}").replace(
+        f"Dense_{i}/bias", f"bias{i + 1}"
+      )
+    older[new] = array[None] if "kernel1" in new else array
+  a, b = (importer.load_public(build(), save(x), SHAPE).weights for x in (official(), older))
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_convex_twin_is_feasible_and_tells_what_is_its_own(save):
+  public = importer.load_public(build("ioc"), save(official()), SHAPE)
+  block = public.weights["params"]["block_1"]
+  theirs = official()["MixerBlock_1/channel_mixing/Dense_0/kernel"]
+  np.testing.assert_array_equal(block["channel_mixing"]["dense_0"]["kernel"], np.maximum(theirs, 0))
+  assert "params/block_1/token_mixing/passthrough/scale" in public.fresh
+  assert all("passthrough" in k or "scale" in k or k.startswith("stats/") for k in public.fresh)
+  assert "initialised anew" in str(public)
+
+
+def test_another_head_is_initialised_anew_and_told(save):
+  public = importer.load_public(build(classes=3), save(official()), SHAPE)
+  assert public.fresh == ("params/head/bias", "params/head/kernel")
+  assert public.weights["params"]["head"]["kernel"].shape == (6, 3)
+
+
+@pytest.mark.parametrize(
+  "change,words",
+  [
+    (lambda a: a.update({"extra/kernel": np.ones((2, 2), np.float32)}), "extra/kernel"),
+    (lambda a: a.pop("MixerBlock_1/LayerNorm_0/bias"), "params/block_1/norm_0/bias"),
+    (lambda a: a.update({"stem/bias": np.ones(3, np.float32)}), r"stem/bias \(3,\)"),
+    (lambda a: a.update({"stem/bias": np.full(6, np.nan, np.float32)}), "no finite"),
+    (lambda a: a.update({"stem/bias": np.arange(6)}), "int64"),
+  ],
+)
+def test_leftovers_gaps_and_wrong_values_are_refused_by_name(save, change, words):
+  arrays = official()
+  change(arrays)
+  with pytest.raises(UserError, match=words):
+    importer.load_public(build(), save(arrays), SHAPE)
+
+
+def test_pickles_and_damaged_files_are_refused(tmp_path):
+  np.savez(tmp_path / "evil.npz", stem=np.array([object()], dtype=object))
+  (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 cut")
+  (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 40)
+  (tmp_path / "weights.h5").write_bytes(b"")
+  for name in ("evil.npz", "cut.npz", "cut.safetensors", "weights.h5", "absent.npz"):
+    with pytest.raises(UserError, match=name):
+      importer.load_public(build(), str(tmp_path / name), SHAPE)
+
+
+def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path):
+  """128 MB of zeros in 130 kB; a smaller file of zeros is read."""
+  path = str(tmp_path / "bomb.npz")
+  np.savez_compressed(path, kernel=np.zeros(2**25, np.float32))
+  with pytest.raises(UserError, match=r"would unpack to 134,\d+,\d+; allowed: 20 times"):
+    public_files.read(path)
+  np.savez_compressed(path, kernel=np.zeros(2**20, np.float32))
+  assert public_files.read(path)["kernel"].shape == (2**20,)
+
+
+def test_damaged_and_hostile_files_end_in_a_mistake(tmp_path):
+  """Cut, swapped and lying files: an error with a cure, never a traceback of a reader's."""
+  np.savez(tmp_path / "good.npz", **official())
+  save_file(official(), tmp_path / "good.safetensors")
+  rng = np.random.default_rng(0)
+  for name in ("good.npz", "good.safetensors"):
+    whole = (tmp_path / name).read_bytes()
+    for i in range(60):
+      bad = bytearray(whole[: rng.integers(1, len(whole))] if i % 2 else whole)
+      for at in rng.integers(0, min(len(bad), 400), 3):
+        bad[at] = rng.integers(0, 256)
+      (tmp_path / f"bad{name[4:]}").write_bytes(bad)
+      with contextlib.suppress(UserError):
+        importer.load_public(build(), str(tmp_path / f"bad{name[4:]}"), SHAPE)
+  np.save(tmp_path / "array.npy", np.ones(3))
+  (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+  with pytest.raises(UserError, match=r"array.npz"):
+    importer.load_public(build(), str(tmp_path / "array.npz"), SHAPE)
+
+
+@pytest.mark.parametrize(
+  "name,key,shape,leaf",
+  [
+    (
+      "mixer",
+      "blocks.3.mlp_tokens.fc2.weight",
+      (4, 4),
+      "params/block_3/token_mixing/dense_1/kernel",
+    ),
+    (
+      "mixer",
+      "mixer_blocks.1.channel_mix.1.net.2.bias",
+      (4,),
+      "params/block_1/channel_mixing/dense_1/bias",
+    ),
+    ("mixer", "mixer_blocks.1.token_mix.0.weight", (4,), "params/block_1/norm_0/scale"),
+    (
+      "densenet",
+      "features.denseblock2.denselayer7.norm.1.running_var",
+      (4,),
+      "stats/block_1_layer_6/norm_0/var",
+    ),
+    ("densenet", "features.transition1.conv.weight", (4, 4, 1, 1), "params/transition_1/kernel"),
+    ("efficientnet", "blocks.0.0.bn2.weight", (4,), "params/stage_0_block_0/project/norm/scale"),
+    (
+      "efficientnet",
+      "blocks.2.1.conv_pwl.weight",
+      (4, 4, 1, 1),
+      "params/stage_2_block_1/project/conv/kernel",
+    ),
+    (
+      "efficientnet",
+      "features.3.1.block.3.0.weight",
+      (4, 4, 1, 1),
+      "params/stage_2_block_1/project/conv/kernel",
+    ),
+    (
+      "efficientnet",
+      "features.1.0.block.2.1.bias",
+      (4,),
+      "params/stage_0_block_0/project/norm/bias",
+    ),
+    ("efficientnet", "blocks.0.0.conv_pwl.weight", (4, 4, 1, 1), None),
+    ("efficientnet", "features.1.0.block.5.0.weight", (4, 4, 1, 1), None),
+    ("cycle_mlp", "network.5.proj.weight", (4, 4, 3, 3), "params/down_3/kernel"),
+    (
+      "cycle_mlp",
+      "network.4.2.attn.sfc_w.weight",
+      (4, 4, 1, 1),
+      "params/stage_2_block_2/mix/along_height/kernel",
+    ),
+    ("all_cnn", "class_conv.bias", (4,), "params/head/bias"),
+  ],
+)
+def test_public_names_and_ours(name, key, shape, leaf):
+  assert importer._our_leaf(name, key, np.zeros(shape)) == leaf
+
+
+def test_what_a_file_tells_of_the_network_is_checked(save):
+  timm = {"blocks.0.norm1.weight": np.ones(6, np.float32)}
+  with pytest.raises(UserError, match=r"--config.model.gelu=erf"):
+    importer.load_public(build(), save(timm, "timm.safetensors"), SHAPE)
+  with pytest.raises(UserError, match=r"--config.model.gelu=tanh"):
+    importer.load_public(build(gelu="erf"), save(official()), SHAPE)
+  with pytest.raises(UserError, match=r"--config.model.parallel=False"):
+    importer.load_public(build(parallel=True), save(official()), SHAPE)
+
+
+def test_half_a_head_and_negative_variances_are_refused(save):
+  arrays = official()
+  arrays["head/kernel"] = np.zeros((5, 10), np.float32)
+  with pytest.raises(UserError, match=r"head/kernel \(5, 10\)"):
+    importer.load_public(build(), save(arrays), SHAPE)
+  negative = {"model.2.running_var": -np.ones(4, np.float32)}
+  with pytest.raises(UserError, match="below 0"):
+    importer.load_public(build(), save(negative, "mlp.safetensors"), SHAPE)
+
+
+def test_an_mlps_first_layer_is_permuted(save):
+  """Torch flattens (C, H, W): a weight on channel 1 of pixel (0, 0) moves."""
+  model = catalog.create_model("mlp", "800x3", classes=3, width=4)
+  arrays, width = {}, 2 * 2 * 3
+  for i in range(3):
+    arrays[f"model.{3 * i + 1}.weight"] = np.zeros((4, width), np.float32)
+    arrays[f"model.{3 * i + 1}.bias"] = np.zeros(4, np.float32)
+    for leaf in ("weight", "bias", "running_mean", "running_var"):
+      arrays[f"model.{3 * i + 2}.{leaf}"] = np.ones(4, np.float32)
+    width = 4
+  arrays |= {
+    "model.10.weight": np.zeros((3, 4), np.float32),
+    "model.10.bias": np.zeros(3, np.float32),
+  }
+  arrays["model.1.weight"][0, 4] = 1.0  # Channel 1 starts at 2 x 2 = 4.
+  public = importer.load_public(model, save(arrays, "mlp.safetensors"), (2, 2, 3))
+  kernel = public.weights["params"]["dense_0"]["kernel"]
+  assert np.flatnonzero(kernel[:, 0]).tolist() == [1]  # Pixel (0, 0), channel 1.
+
+
+def test_a_run_starts_from_public_weights(
+  tiny_config, few_digits, save, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(datasets, "load", lambda *a, **k: few_digits)
+  config = of(tiny_config, model__parts="base", init_from=save(official()), steps=1)
+  config.model.update(ALIKE)
+  config.optimizer.learning_rate = 1e-9
+  workdir = str(tmp_path / "run")
+  loop.run(config, workdir)
+  assert "weights from" in capsys.readouterr().out
+  got = run.load(workdir).params["block_0"]["token_mixing"]["dense_0"]["kernel"]
+  np.testing.assert_allclose(got, official()["MixerBlock_0/token_mixing/Dense_0/kernel"], atol=1e-6)
+  # A file that does not fit leaves nothing behind that the corrected command would meet.
+  wrong = of(config, init_from="nowhere.npz")
+  with pytest.raises(UserError, match=r"nowhere.npz does not exist"):
+    loop.run(wrong, str(tmp_path / "other"))
+  assert not (tmp_path / "other" / "config.json").exists()
+  # Once there are checkpoints, the public file may go.
+  (tmp_path / "public.npz").unlink()
+  loop.run(config, workdir)

@@ -1,0 +1,266 @@
+"""Certified radii against attacks and brute force; bounds on slopes; global minima."""
+
+import functools
+
+import cvxpy as cp
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+
+from configs import base
+from convex_jax.errors import UserError
+from convex_jax.models import catalog
+from convex_jax.proof import interpreter, minimum
+from convex_jax.proof import radii as robustness
+from convex_jax.proof import slopes as lipschitz
+from convex_jax.runs import certified
+from convex_jax.runs.run import Run
+from convex_jax.studies import radii_report
+from tests.support import attacks, mutants
+
+CLASSES = 5
+
+
+def make_run(name="mlp", parts="ioc", workdir="nowhere", **changes):
+  """A run of random weights on 8 x 8 x 3 images, logits of a few units."""
+  config = base.get_config()
+  config.model.update({"name": name, "size": "tiny", "parts": parts, **changes})
+  config.data.image_size = 8
+  names = "ab" if config.model.one_logit else "abcde"
+  model = catalog.build(config.model, len(names))
+  weights, _ = mutants.feasible(model)
+  weights["params"]["head"] = jax.tree.map(lambda w: w / 10, weights["params"]["head"])
+  return Run(
+    workdir,
+    FrozenConfigDict(config),
+    0,
+    weights["params"],
+    weights["stats"],
+    tuple(names),
+    (8, 8, 3),
+    (0.5,) * 3,
+    (0.25,) * 3,
+  )
+
+
+def images(count, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3)).astype(np.uint8)
+
+
+def exact_logits(run):
+  weights = {"params": run.params, "stats": run.stats}
+  return functools.partial(run.apply, weights, dtype=jnp.float64)
+
+
+@pytest.mark.parametrize("name", catalog.names())
+def test_slopes_stay_within_their_bounds(name):
+  run, rng = make_run(name), np.random.default_rng(0)
+  x = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+  (logits,), _ = interpreter.analyse(run.apply, x, {"params": run.params, "stats": run.stats})
+  between = lipschitz.sensitivities(logits, x.shape)
+  alone = lipschitz.sensitivities(logits, x.shape, alone=True)
+  with jax.enable_x64(True):
+    f = jax.jit(exact_logits(run))
+    a = rng.uniform(0, 255, (40, 8, 8, 3))
+    d = rng.standard_normal(a.shape) * 10.0 ** rng.uniform(-2, 2, (40, 1, 1, 1))
+    change = np.asarray(f(a + d) - f(a))
+    slopes = np.asarray(jax.jit(jax.jacrev(lambda x: f(x[None])[0]))(jnp.asarray(a[0])))
+  size = np.abs(d).reshape(40, -1)
+  for i in range(40):
+    apart = np.abs(change[i][:, None] - change[i][None])
+    assert (apart <= between @ size[i] * (1 + 1e-9) + 1e-9).all()
+    assert (np.abs(change[i]) <= alone @ size[i] * (1 + 1e-9)).all()
+  share = (np.abs(slopes.reshape(CLASSES, -1)) / alone).max()
+  assert share <= 1 + 1e-9
+  # The control: of shallow networks, not by orders of magnitude too large.
+  assert share > 0.02 or name not in ("mlp", "mixer")
+
+
+def test_the_bound_of_one_hidden_layer_is_the_product_of_magnitudes():
+  rng = np.random.default_rng(0)
+  first, second = rng.standard_normal((4, 3)), np.abs(rng.standard_normal((3, 2)))
+  x = jax.ShapeDtypeStruct((4,), jnp.float32)
+  (out,), _ = interpreter.analyse(lambda x: nn.elu(x @ first + 1) @ second, x)
+  rows = lipschitz.sensitivities(out, x.shape, alone=True)
+  np.testing.assert_allclose(rows, (np.abs(first) @ second).T, rtol=1e-6)
+  apart = np.abs(first) @ np.abs(second[:, 0] - second[:, 1])
+  np.testing.assert_allclose(lipschitz.sensitivities(out, x.shape)[0, 1], apart, rtol=1e-6)
+
+
+@pytest.mark.parametrize("function", [jnp.exp, jax.nn.logsumexp, lambda x: x**2])
+def test_no_bound_is_told(function):
+  (out,), _ = interpreter.analyse(function, jax.ShapeDtypeStruct((4,), jnp.float32))
+  with pytest.raises(ValueError, match="bound"):
+    lipschitz.magnitude(out)(jnp.ones(4))
+
+
+@pytest.mark.parametrize("name", ["mlp", "mixer"])
+def test_no_attack_within_a_certified_radius_changes_the_class(name):
+  run = make_run(name)
+  certifier, total = certified.certifier(run), 0
+  with jax.enable_x64(True):
+    attacker = attacks.Attacker(exact_logits(run), restarts=16, steps=10)
+    for x in images(3).astype(np.float64):
+      radius = certifier.radius(x)
+      for norm in robustness.NORMS:
+        inside = 0.9999 * radius.radii[norm] * 255
+        assert inside > 0
+        outcome = attacker.attack(x, norm, inside)
+        assert outcome.changes == 0
+        total += outcome.attempts
+        # The control: a ball some hundred times as large holds another class.
+        assert attacker.attack(x, norm, 1000 * inside).changes > 0
+  assert total == 3 * 3 * 2 * 160
+
+
+def test_the_l1_radius_is_where_the_first_corner_fails():
+  """Brute force over all corners: none fails just below the radius, one just above."""
+  run = make_run("mixer")
+  certifier = certified.certifier(run)
+  with jax.enable_x64(True):
+    f = jax.jit(exact_logits(run))
+    x = images(1)[0].astype(np.float64)
+    y = np.asarray(f(x[None]))[0]
+    slopes = np.asarray(jax.jacrev(lambda x: f(x[None])[0])(jnp.asarray(x))).reshape(CLASSES, -1)
+    radius, k = certifier.radius(x, ("l1",)).radii["l1"] * 255, int(y.argmax())
+
+    def worst(e):
+      corners = e * np.concatenate([np.eye(x.size), -np.eye(x.size)])
+      at = np.asarray(f(x + corners.reshape(-1, *x.shape)))
+      slack = y[k] + corners @ slopes[k] - np.delete(at, k, axis=1).T
+      return slack.min()
+
+    assert worst(0.999 * radius) > 0 > worst(1.002 * radius)
+
+
+def test_norms_are_ordered_as_their_balls_are():
+  radius = certified.certifier(make_run("mlp")).radius(images(1)[0])
+  r, d = radius.radii, 8 * 8 * 3
+  assert r["l1"] >= r["l2"] >= r["linf"] > 0
+  assert r["l2"] >= r["l1"] / np.sqrt(d) * (1 - 1e-9) and r["linf"] >= r["l1"] / d * (1 - 1e-9)
+
+
+def test_a_tie_has_no_radius():
+  run = make_run("mlp")
+  run.params["head"]["kernel"][:] = 0
+  run.params["head"]["bias"][:] = 0
+  assert certified.certifier(run).radius(images(1)[0]).radii == dict.fromkeys(robustness.NORMS, 0)
+
+
+def test_what_is_not_proved_is_refused():
+  with pytest.raises(UserError, match=r"proved networks only.*LayerNorm.*parts=ioc"):
+    certified.certifier(make_run("mixer", "base"))
+  with pytest.raises(UserError, match="proved networks only"):
+    certified.minimise_logit(make_run("mlp", "base"), 0)
+  with pytest.raises(UserError, match="head alone"):
+    certified.certifier(make_run("mlp", convex_from="head", head_depth=1))
+
+
+def test_the_one_sided_radius_is_exact_for_an_affine_logit():
+  w = np.float32([3, -4])
+  for norm, size in (("l1", 4), ("l2", 5), ("linf", 7)):
+    y, radius = robustness.one_sided_radius(lambda x: x @ w + 10, jnp.zeros(2), norm)
+    assert y == 10 and radius == pytest.approx(10 / size)
+  assert robustness.one_sided_radius(lambda x: x @ w - 10, jnp.zeros(2), "l2") == (-10, 0)
+
+
+def test_a_one_logit_network_has_the_closed_form_on_its_side_and_a_radius_on_the_other():
+  run, sides = make_run("mlp", one_logit=True), set()
+  with jax.enable_x64(True):
+    f = jax.jit(exact_logits(run))
+    middle = float(np.median(np.asarray(f(images(40).astype(float)))[:, 0]))
+    run.params["head"]["bias"] -= middle  # So that both sides occur.
+    certifier, f = certified.certifier(run), jax.jit(exact_logits(run))
+    attacker = attacks.Attacker(f)
+    for x in images(5).astype(float):
+      r, y = certifier.radius(x), float(f(x[None])[0, 0])
+      assert float(f(x[None])[0, 1]) == 0 and r.predicted == (y < 0)
+      for norm in robustness.NORMS:
+        _, closed = robustness.one_sided_radius(lambda x: f(x[None])[0, 0], jnp.asarray(x), norm)
+        if y > 0:
+          assert r.radii[norm] * 255 == pytest.approx(closed, rel=1e-5)
+        assert r.radii[norm] > 0
+        assert not attacker.attack(x, norm, 0.9999 * 255 * r.radii[norm]).changes
+      sides.add(r.predicted)
+  assert sides == {0, 1}
+
+
+@pytest.mark.parametrize("norm", robustness.NORMS)
+def test_the_one_sided_radius_withstands_attacks(norm):
+  rng = np.random.default_rng(0)
+  first, second = rng.standard_normal((6, 20)), np.abs(rng.standard_normal(20))
+
+  def logit(x):
+    return nn.elu(x @ first) @ second - 5
+
+  checked = 0
+  with jax.enable_x64(True):
+    for x in 2 * rng.standard_normal((40, 6)):
+      y, radius = robustness.one_sided_radius(logit, jnp.asarray(x), norm)
+      d = rng.standard_normal((500, 6)) ** rng.choice([1, 3], (500, 1))
+      d *= radius / np.linalg.norm(
+        d, {"l1": 1, "l2": 2, "linf": np.inf}[norm], axis=1, keepdims=True
+      )
+      assert (np.asarray(logit(x + d)) >= -1e-9).all() or y <= 0
+      checked += y > 0
+  assert checked > 10
+
+
+def test_the_minimum_of_a_quadratic_over_a_box_is_known():
+  centre = np.array([0.5, 3.0, -2.0])
+  found = minimum.minimise(lambda x: jnp.sum((x - centre) ** 2), -np.ones(3), np.ones(3))
+  np.testing.assert_allclose(found.x, [0.5, 1, -1], atol=1e-6)
+  assert found.value == pytest.approx(5) and 0 <= found.gap < 1e-6
+
+
+def test_the_minimum_of_a_small_network_is_cvxpys():
+  rng = np.random.default_rng(0)
+  w1, w2 = rng.standard_normal((4, 8)), np.abs(rng.standard_normal((8, 8)))
+  w3, v = np.abs(rng.standard_normal(8)), rng.standard_normal((4, 8))
+
+  def network(x):
+    return nn.softplus(nn.softplus(x @ w1) @ w2 + x @ v - 8) @ w3
+
+  x = cp.Variable(4)
+  hidden = cp.logistic(w2.T @ cp.logistic(w1.T @ x) + v.T @ x - 8)
+  problem = cp.Problem(cp.Minimize(w3 @ hidden), [x >= -1, x <= 1])
+  problem.solve(solver=cp.CLARABEL)
+  found = minimum.minimise(network, -np.ones(4), np.ones(4))
+  assert found.value == pytest.approx(problem.value, rel=1e-5)
+  assert found.bound <= problem.value + 1e-7 and found.gap < 1e-4 * abs(found.value)
+
+
+def test_a_concave_function_shows_a_gap():
+  """The control: the bound is of use for convex functions alone."""
+  found = minimum.minimise(lambda x: -jnp.sum(x**2), -np.ones(2), np.ones(2), start=[0.1, 0.1])
+  assert found.value == pytest.approx(-2)
+
+
+def test_a_logit_is_minimised_over_all_images():
+  run = make_run("mixer")
+  found = certified.minimise_logit(run, 2)
+  assert found.x.shape == (8, 8, 3) and found.x.min() >= 0 and found.x.max() <= 255
+  assert 0 <= found.gap < 1e-3 * (1 + abs(found.value))
+  with jax.enable_x64(True):
+    corners = np.random.default_rng(0).uniform(0, 255, (500, 8, 8, 3))
+    assert np.asarray(exact_logits(run)(corners))[:, 2].min() > found.value
+
+
+def test_norms_are_read_or_refused():
+  assert radii_report.norms_of("l1,linf") == ("l1", "linf") and radii_report.norms_of("") == ()
+  with pytest.raises(UserError, match="allowed: some of l1,l2,linf"):
+    radii_report.norms_of("l3")
+
+
+def test_a_report_is_written(tmp_path):
+  radii = [robustness.Radius(1, {"l1": r, "l2": r / 2}) for r in (0.1, 0.2, 0.3, 0.4)]
+  measured = radii_report.Measured(np.array([1, 1, 0, 1]), radii)
+  assert measured.certified_accuracy("l1", 0.15) == 0.5  # 0.1 too small, 0.3 is wrong.
+  table = radii_report.write_report(make_run(workdir=str(tmp_path)), measured, ("l1", "l2"))
+  assert table.row_count == 2 and "75.0 %" in table.title
+  lines = (tmp_path / "radii.csv").read_text().splitlines()
+  assert lines[0] == "example,label,predicted,l1,l2" and lines[3] == "2,0,1,0.3,0.15"
+  assert (tmp_path / "radii.png").stat().st_size > 5000

@@ -1,0 +1,348 @@
+"""Faults injected, and a run that survives them: a few of each; `experiments/faults` has all."""
+
+import os
+import shutil
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tests.support import of
+
+import convex_jax
+from convex_jax.runs import checkpoints
+from convex_jax.data import datasets
+from convex_jax.runs import manifest
+from convex_jax import mesh
+from convex_jax.training import step
+from convex_jax.training import loop
+from convex_jax.runs.checkpoints import Checkpoints
+from convex_jax.errors import Diverged, UserError, Unsaved
+from tests.support import bad_input, injections
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory):
+  """An undisturbed run."""
+  return injections.undisturbed(data_dir, tmp_path_factory.mktemp("whole") / "run", 90)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits_and_rows(data_dir, tmp_path, whole):
+  result, run, _ = injections.killed(data_dir, tmp_path, 2, whole)
+  assert result.all_survived
+  # That a kill undid a step: else it came before there was one to undo.
+  assert 1 < result.redone <= 2 * injections.SAVE_EVERY
+  assert len(list(run.workdir.glob("events.out.tfevents.*"))) == 1
+
+
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_kill_inside_a_save_leaves_the_old_or_the_new_one(data_dir, tmp_path, whole, n):
+  assert injections.killed_while_saving(data_dir, tmp_path, n, whole).all_survived
+
+
+@pytest.mark.slow  # By default one of tests/test_train.py.
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_by_75(data_dir, tmp_path, number, whole):
+  assert injections.signalled(data_dir, tmp_path, 1, number, whole).all_survived
+
+
+@pytest.mark.slow
+def test_more_signals_while_it_saves_do_no_damage(data_dir, tmp_path, whole):
+  assert injections.signalled_while_saving(data_dir, tmp_path, 1, whole).all_survived
+
+
+def test_damage_is_found_named_and_walked_back_from(whole, tmp_path):
+  damages = [injections.flip_bit, injections.truncate, injections.delete, injections.swap]
+  assert injections.damaged(whole, tmp_path, 24, damages).all_survived
+
+
+def test_a_damaged_run_ends_as_an_undamaged_one(whole, tmp_path):
+  assert injections.resumed_after_damage(whole, tmp_path, 1).all_survived
+
+
+def test_a_run_without_a_sound_checkpoint_does_not_begin_anew(whole, tmp_path):
+  assert injections.all_damaged(whole, tmp_path, 1).all_survived
+
+
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_full_disk_is_told_once_and_loses_nothing(data_dir, tmp_path, whole, n):
+  assert injections.full_disk(data_dir, tmp_path, n, whole=whole).all_survived
+
+
+@pytest.mark.slow  # It waits for what never comes.
+@pytest.mark.parametrize("n", [2])
+def test_a_save_that_hangs_is_waited_for_no_longer_than_asked(data_dir, tmp_path, whole, n):
+  assert injections.hung_save(data_dir, tmp_path, n, whole).all_survived
+
+
+def test_a_workdir_in_use_is_refused(data_dir, tmp_path):
+  assert injections.used_workdir(data_dir, tmp_path, 1).all_survived
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_numbers_of_devices(data_dir, tmp_path):
+  assert injections.other_devices(data_dir, tmp_path, 4).all_survived
+
+
+@pytest.mark.slow
+def test_a_process_that_loses_another_says_so(data_dir, tmp_path):
+  assert injections.lost_process(data_dir, tmp_path, 2).all_survived
+
+
+def test_time_runs_out(tiny_config, few_digits, tmp_path, monkeypatch):
+  """A limit in minutes stops like a signal."""
+  from convex_jax.errors import Stopped
+
+  monkeypatch.setattr(datasets, "load", lambda *_, **__: few_digits)
+  config = of(tiny_config, steps=100_000, time_limit=1e-4, eval__every_epochs=1e4)
+  with pytest.raises(Stopped, match="stopped at step") as caught:
+    loop.run(config, str(tmp_path / "run"))
+  assert caught.value.code == 75 and convex_jax.load(str(tmp_path / "run")).step < 100_000
+
+
+# Updates that cannot be made.
+
+
+@pytest.mark.parametrize("factor", [np.nan, np.inf])
+def test_a_batch_that_is_no_number_changes_nothing_but_the_step(data_dir, few_digits, factor):
+  """Weights, optimizer, BatchNorm's averages and those of weights wait; the others move."""
+  config = bad_input.tiny_config(data_dir)
+  with bad_input.poisoned(config, [2], factor):
+    assert dict(bad_input.skipped_alone(config, few_digits, [2], 4)) == {2: True}
+
+
+def test_the_projection_alone_does_not_stop_a_nan():
+  """Why updates are skipped: max(nan, 0) is nan."""
+  link = optax.keep_params_nonnegative()
+  params = jnp.ones(3)
+  updates, _ = link.update(jnp.full(3, jnp.nan), link.init(params), params)
+  assert np.isnan(optax.apply_updates(params, updates)).all()
+
+
+def test_skipped_updates_are_counted_and_told(
+  tiny_config, few_digits, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(datasets, "load", lambda *_, **__: few_digits)
+  config = of(tiny_config, steps=12, max_skipped=3, log__every_steps=4, eval__every_epochs=5.0)
+  with bad_input.poisoned(config, [1, 2, 6, 9], np.nan):
+    loop.run(config, str(tmp_path / "run"))
+  run = convex_jax.load(str(tmp_path / "run"))
+  assert sum(row["skipped"] for row in run.metrics("train")) == 4
+  assert all(np.isfinite(row.get("loss", 0.0)) for row in run.metrics("train"))
+  out = capsys.readouterr().out
+  assert "step 2 made no update: loss nan, gradient norm nan (and 1 more" in out
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.params))
+
+
+def test_too_many_in_a_row_end_the_run_and_keep_the_last_good_one(data_dir, tmp_path):
+  assert bad_input.bad_batches(data_dir, tmp_path, n=3, streaks=1).all_survived
+
+
+@pytest.mark.parametrize("deviations", [0.0, 6.0])
+def test_a_loss_spike_is_skipped_where_asked(data_dir, few_digits, deviations):
+  config = bad_input.tiny_config(data_dir, skip_spikes=deviations, optimizer__learning_rate=1e-4)
+  with bad_input.poisoned(config, [55], 100.0):
+    found = dict(bad_input.skipped_alone(config, few_digits, [55], 58))
+  assert found == {55: deviations > 0}
+
+
+def test_moments_of_losses_are_those_of_numpy():
+  losses = np.random.default_rng(0).gamma(2.0, size=90).astype(np.float32)
+  moments = jnp.zeros(3)
+  for loss in losses:
+    moments = step._seen(moments, loss)
+  want = [90, losses.mean(), losses.var()]
+  np.testing.assert_allclose(moments, want, rtol=1e-4)
+
+
+def test_a_state_that_overflowed_is_not_saved(tiny_config, few_digits, tmp_path, monkeypatch):
+  """Weights that are infinite although each update was finite."""
+  monkeypatch.setattr(datasets, "load", lambda *_, **__: few_digits)
+  real = loop.Job.train_call
+
+  def overflows(job, state, plan):
+    state, measured = real(job, state, plan)
+    if int(state.step) == 5:
+      state = state.replace(params=jax.tree.map(lambda p: p + jnp.inf, state.params))
+    return state, measured
+
+  monkeypatch.setattr(loop.Job, "train_call", overflows)
+  with pytest.raises(Diverged, match="after step 5 some weights are no finite numbers"):
+    loop.run(of(tiny_config, checkpoint__every_steps=5), str(tmp_path / "run"))
+  assert manifest.steps_in(str(tmp_path / "run" / "checkpoints")) == [3, 4]
+
+
+# Checkpoints.
+
+
+def saved(tiny_config, few_digits, folder, count=3, **options):
+  job = loop.Job(tiny_config, few_digits, mesh.make_mesh(jax.devices()[:1]))
+  state, ours = job.init(), Checkpoints(str(folder), 2, **options)
+  for i in range(count):
+    ours.save(state.replace(step=state.step + i + 1), accuracy=None)
+    ours.wait()
+  return job, state, ours
+
+
+def test_an_error_of_a_save_is_told_once_and_at_its_step(
+  tiny_config, few_digits, tmp_path, monkeypatch
+):
+  """The second of three saves meets a full disk while it is sealed."""
+  seal = manifest.seal
+
+  def full(folder, at, accuracy):
+    if at == 2:
+      raise OSError(28, "No space left on device")
+    seal(folder, at, accuracy)
+
+  monkeypatch.setattr(manifest, "seal", full)
+  told = []
+  _, _, ours = saved(tiny_config, few_digits, tmp_path, tell=told.append, go_on=True)
+  ours.close()
+  assert len(told) == 1 and "step 2 could not be written: [Errno 28] No space left" in told[0]
+  assert manifest.faults(str(tmp_path)) == {1: None, 3: None}
+  assert sorted(os.listdir(tmp_path)) == ["1", "3"]
+  _, _, strict = saved(tiny_config, few_digits, tmp_path / "strict", count=2)
+  with pytest.raises(Unsaved, match="step 2 could not be written") as caught:
+    strict.check()
+  assert caught.value.code == 74
+  with pytest.raises(Unsaved):
+    strict.close()
+
+
+def test_a_late_checkpoint_outlives_the_failure_of_a_later_one(
+  tiny_config, few_digits, tmp_path, monkeypatch
+):
+  """The second is written after the third was given up: it is sealed, and stays."""
+  seal, gate, told = manifest.seal, threading.Event(), []
+
+  def slow(folder, at, accuracy):
+    if at == 2:
+      gate.wait()
+    seal(folder, at, accuracy)
+
+  monkeypatch.setattr(manifest, "seal", slow)
+  _, state, ours = saved(tiny_config, few_digits, tmp_path, 1, tell=told.append, go_on=True)
+  ours._patience = 0.2
+  ours.save(state.replace(step=state.step + 2), accuracy=None)
+  ours.save(state.replace(step=state.step + 3), accuracy=None)
+  assert "step 3 could not be written: an older one" in told[-1] and "step 2" in told[0]
+  gate.set()
+  ours._writing.join()
+  with pytest.raises(Unsaved, match="step 3"):
+    ours.close()
+  assert manifest.faults(str(tmp_path)) == {1: None, 2: None}
+
+
+def test_a_run_killed_in_its_first_save_begins_anew_and_says_so(
+  tiny_config, few_digits, tmp_path, capsys
+):
+  _, _, ours = saved(tiny_config, few_digits, tmp_path / "checkpoints", count=1)
+  ours.close()
+  os.remove(tmp_path / "checkpoints" / "1" / "manifest.json")
+  lines = manifest.quarantine_damaged(str(tmp_path / "checkpoints"))
+  assert len(lines) == 1 and "checkpoint 1 has no manifest.json: it was not finished" in lines[0]
+  assert os.listdir(tmp_path / "checkpoints") == [] and os.listdir(tmp_path / "damaged") == ["1"]
+
+
+def test_the_command_verifies_and_seals(tiny_config, few_digits, tmp_path, capsys):
+  _, _, ours = saved(tiny_config, few_digits, tmp_path / "checkpoints")
+  ours.close()
+  verify = ["verify", str(tmp_path)]
+  assert checkpoints.main(verify) == 0
+  assert capsys.readouterr().out == "step 2: sound\nstep 3: sound\n"
+  (injections.files_of(tmp_path / "checkpoints" / "3")[0]).write_bytes(b"")
+  for step_ in (2, 3):
+    if step_ == 2:
+      os.remove(tmp_path / "checkpoints" / "2" / "manifest.json")
+  assert checkpoints.main(verify) == 1
+  out = capsys.readouterr().out
+  assert "step 2: has no manifest.json" in out and "step 3: " in out and "0 bytes" in out
+  with pytest.raises(UserError, match=r"python -m convex_jax\.checkpoint seal"):
+    manifest.quarantine_damaged(str(tmp_path / "checkpoints"))
+  assert checkpoints.main(["seal", str(tmp_path)]) == 1  # 3 stays damaged.
+  assert capsys.readouterr().out.startswith("step 2: sound\nstep 3: ")
+  assert checkpoints.main(["verify", str(tmp_path / "nothing")]) == 2
+
+
+def test_what_8_devices_saved_fewer_restore(data_dir, tmp_path):
+  assert bad_input.other_meshes(data_dir, tmp_path, 3).all_survived
+
+
+@pytest.mark.parametrize("fixture", bad_input.FIXTURES, ids=lambda path: path.name)
+def test_runs_of_every_format_load_and_go_on(fixture, tmp_path, data_dir):
+  """Written by the version that first had the format; logits as they were then."""
+  want = np.load(fixture / "logits.npz")
+  run = convex_jax.load(str(fixture))
+  np.testing.assert_allclose(run.logits(want["images"]), want["logits"], atol=1e-5)
+  workdir = tmp_path / "run"
+  shutil.copytree(fixture, workdir)
+  config = of(run.config.copy_and_resolve_references(), data__dir=data_dir)
+  config.steps = run.step  # Nothing to do but to restore and to evaluate.
+  loop.run(config, str(workdir))
+  again = convex_jax.load(str(workdir))
+  np.testing.assert_allclose(again.logits(want["images"]), want["logits"], atol=1e-5)
+
+
+def test_there_is_a_fixture_of_the_present_format():
+  from convex_jax.runs import workdir as describe
+
+  assert (
+    injections.ROOT.joinpath(f"tests/fixtures/run_{describe.FORMAT}_{manifest.FORMAT}")
+    in bad_input.FIXTURES
+  )
+
+
+# Readers, fuzzed.
+
+
+def test_mutated_descriptions_are_refused_or_change_nothing(whole, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(whole.workdir, workdir)
+  assert bad_input.mutated_descriptions(workdir, 600).all_survived
+
+
+def test_a_config_that_lies_about_its_values_is_refused(whole, tmp_path):
+  """Signed anew, as an attacker would."""
+  from convex_jax import files
+
+  workdir = tmp_path / "run"
+  shutil.copytree(whole.workdir, workdir)
+  path = str(workdir / "config.json")
+  good = files.read_json(path)
+  lies = [
+    lambda c: c["config"]["model"].update(name="os.system"),
+    lambda c: c["config"].update(batch_size="many"),
+    lambda c: c["data"].update(image_shape=[8, 8]),
+    lambda c: c["data"].update(mean=["x"]),
+    lambda c: c.update(data=None),
+    lambda c: c.update(config=[]),
+    lambda c: c.pop("format"),
+    lambda c: c.update(format=99),
+  ]
+  for lie in lies:
+    files.write_json(path, good)
+    content = files.read_json(path)
+    lie(content)
+    files.write_json(path, content)
+    with pytest.raises(UserError):
+      convex_jax.load(str(workdir))
+
+
+def test_odd_images_are_read_or_refused():
+  assert bad_input.odd_images(100).all_survived
+
+
+def test_no_data_is_told_with_a_cure(data_dir, photo_dir, tmp_path):
+  assert bad_input.no_data(data_dir, photo_dir, tmp_path, 99).all_survived
+
+
+def test_bad_configs_are_told_whole_and_before_any_device():
+  assert bad_input.bad_configs(40).all_survived
+
+
+def test_no_update_leaves_a_constrained_weight_below_zero():
+  assert bad_input.constrained_updates(36).all_survived

@@ -1,0 +1,246 @@
+"""A sweep: runs once what it says, goes on where it was stopped, overwrites nothing."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from convex_jax import files
+from convex_jax.errors import UserError
+from convex_jax.studies import jobs, results, sweep
+from tests.support import ROOT
+
+SAVED = pathlib.Path(__file__).parent / "fixtures" / "run_1_1"
+FILE = """
+from convex_jax.studies.jobs import Job
+
+TITLE = "Twins"
+SCHEDULES = {"tiny": "a few steps", "long": "more of them"}
+
+def get_sweep(schedule):
+  steps = {"tiny": 4, "long": 4000}[schedule]
+  changed = {"steps": steps, "model.size": "tiny", "model.patch": 4, "eval.every_epochs": 1000.0}
+  changed |= {"optimizer.learning_rate": RATE, "log.every_steps": 2}
+  return [
+    Job("twins", parts, "configs/mixer.py:digits", {**changed, "model.parts": parts}, seed)
+    for parts in ("base", "paper") for seed in (0,)
+  ]
+"""
+
+
+def folder_of(tmp_path, rate=1e-3, text=FILE):
+  folder = tmp_path / "claim"
+  folder.mkdir(exist_ok=True)
+  (folder / "sweep.py").write_text(text.replace("RATE", str(rate)))
+  return folder
+
+
+def command(folder, tmp_path, data_dir, *more):
+  args = [str(folder), f"--workdir={tmp_path / 'out'}", f"--data_dir={data_dir}", *more]
+  return [sys.executable, "-m", "convex_jax.sweep", *args]
+
+
+def found_workdirs(tmp_path):
+  return sorted((tmp_path / "out" / "tiny" / "twins").glob("*/seed_0"))
+
+
+def rows_of(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_sweep_runs_once_what_it_says(tmp_path, data_dir):
+  folder = folder_of(tmp_path)
+  start = command(folder, tmp_path, data_dir, "--at_once=2")
+  first = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert first.returncode == 0, first.stderr
+  found = results.read(str(tmp_path / "out"))
+  assert [row.key for row in found.rows] == [
+    ("twins", "base", "tiny", 0),
+    ("twins", "paper", "tiny", 0),
+  ]
+  # The paper twin keeps its LayerNorm: certified, and not proved.
+  assert [bool(row.certificate) for row in found.rows] == [False, True]
+  assert found.rows[1].certificate != "PROVED" and found.rows[1].broken_by
+  starts = [(w / "config.json").stat().st_mtime for w in found_workdirs(tmp_path)]
+  ends = [rows_of(w)[-1]["time"] for w in found_workdirs(tmp_path)]
+  assert max(starts) < min(ends)  # At once.
+  assert found.points and (tmp_path / "out" / "report.html").exists()
+  workdirs = found_workdirs(tmp_path)
+  assert len(workdirs) == 2
+  config = json.loads((workdirs[0] / "config.json").read_text())["config"]
+  assert config["steps"] == 4 and config["optimizer"]["learning_rate"] == 1e-3
+
+  logs = {w: (w / "log.txt").stat().st_mtime_ns for w in workdirs}
+  (tmp_path / "out" / "report.html").unlink()
+  again = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert again.returncode == 0 and (tmp_path / "out" / "report.html").exists()
+  assert {w: (w / "log.txt").stat().st_mtime_ns for w in workdirs} == logs  # None was started.
+
+  before = (tmp_path / "out" / "results.csv").read_bytes()
+  folder_of(tmp_path, rate=2e-3)
+  other = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert other.returncode == 2 and "of another config" in other.stderr
+  assert (tmp_path / "out" / "results.csv").read_bytes() == before
+
+
+class Ended:
+  """A child process that ends at once, by a code."""
+
+  def __init__(self, code):
+    self.pid, self.code = 0, code
+
+  def poll(self):
+    return self.code
+
+  def wait(self):
+    return self.code
+
+
+def run_with(monkeypatch, tmp_path, ends, parts="paper", at_once=1):
+  """`run_all` of jobs whose processes only end: {seed: (code of training, of certifying)}."""
+  started = []
+
+  def popen(command, stdout, **_):
+    workdir = pathlib.Path(next(a for a in command if a.startswith("--workdir="))[10:])
+    seed, certifies = int(workdir.name), "convex_jax.certify" in command
+    started.append((seed, certifies))
+    code, certificate = ends[seed][int(certifies)], workdir / "certificate.json"
+    if not certifies:
+      shutil.copytree(SAVED, workdir, dirs_exist_ok=True)
+      certificate.unlink()
+      content = json.loads((workdir / "config.json").read_text())
+      content.pop("sha256")
+      content["config"]["model"]["parts"], content["config"]["seed"] = parts, seed
+      (workdir / "config.json").write_text(json.dumps(content))
+    elif code == 1:  # Not proved. An exception ends by 1 as well, and writes none.
+      certificate.write_text(json.dumps({"verdict": "REFUTED", "reason": "LayerNorm"}))
+    return Ended(abs(code))
+
+  monkeypatch.setattr(sweep.subprocess, "Popen", popen)
+  monkeypatch.setattr(sweep, "POLL", 0.0)
+  tasks = [
+    jobs.Task(jobs.Job("p", "v", "", {}, s), "x", str(tmp_path / str(s)), "", 1, "step")
+    for s in ends
+  ]
+  return lambda: sweep.run_all(tasks, str(tmp_path), "", at_once), started
+
+
+def test_what_is_not_proved_is_a_result(monkeypatch, tmp_path):
+  run, started = run_with(monkeypatch, tmp_path, {0: (0, 1)})
+  assert [row.certificate for row in run().rows] == ["REFUTED"]
+  assert started == [(0, False), (0, True)]
+
+
+def test_a_base_is_not_certified(monkeypatch, tmp_path):
+  run, started = run_with(monkeypatch, tmp_path, {0: (0, 1)}, parts="base")
+  assert [row.certificate for row in run().rows] == [""] and started == [(0, False)]
+
+
+def test_a_certifier_that_fails_makes_no_result(monkeypatch, tmp_path):
+  run, _ = run_with(monkeypatch, tmp_path, {0: (0, -1)})  # By 1, without a certificate.
+  with pytest.raises(UserError, match=r"exit code 1, see .*log\.txt"):
+    run()
+  assert not results.read(str(tmp_path)).rows
+
+
+def test_a_job_that_fails_keeps_no_other_from_running(monkeypatch, tmp_path):
+  run, started = run_with(monkeypatch, tmp_path, {0: (137, 0), 1: (3, 0), 2: (0, 1)})
+  with pytest.raises(UserError, match=r"(?s)exit code 137.*1 runs failed"):
+    run()
+  rows = results.read(str(tmp_path)).rows
+  assert [(row.seed, row.outcome) for row in rows] == [(1, "diverged"), (2, "finished")]
+  assert started == [(0, False), (1, False), (2, False), (2, True)]
+  run, started = run_with(monkeypatch, tmp_path, {0: (0, 1), 1: (0, 1), 2: (0, 1)})
+  monkeypatch.setattr(jobs, "refuse_other_configs", lambda *_: None)
+  assert {row.seed for row in run().rows} == {0, 1, 2}
+  assert started == [(0, False), (0, True)]  # What failed; a diverged one would diverge again.
+
+
+def test_a_sweep_says_how_far_a_run_is(tmp_path):
+  workdir = tmp_path / "0"
+  task = jobs.Task(jobs.Job("p", "v", "", {}, 0), "x", str(workdir), "", 9.0, "epoch")
+  process = sweep.Process.__new__(sweep.Process)
+  process.task = task
+  assert process.progress() == 0.0
+  workdir.mkdir()
+  rows = "".join(json.dumps({"epoch": i / 2, "text": "x" * 100}) + "\n" for i in range(200))
+  (workdir / "metrics.jsonl").write_text(rows)
+  assert process.progress() == 99.5
+  (workdir / "metrics.jsonl").write_text(rows + '{"epoch": 1')  # One is being written.
+  assert process.progress() == 99.5
+
+
+def test_results_stand_as_the_jobs_do():
+  module = types.SimpleNamespace(
+    SCHEDULES={"short": "", "full": ""},
+    get_sweep=lambda _: [jobs.Job("p", v, "", {}, s) for v in ("base", "ioc") for s in (0, 1)],
+  )
+  keys = [("p", "ioc", "full", 1), ("p", "base", "full", 0), ("p", "other", "full", 0)]
+  keys += [("p", "ioc", "short", 0)]
+  rows = tuple(results.Result(*key, "", "finished", 1, 1.0, 1) for key in keys)
+  found = jobs.in_order(results.Results(rows), module).rows
+  assert [row.key for row in found] == [keys[3], keys[1], keys[0], keys[2]]
+
+
+def test_two_sweeps_do_not_write_one_table(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  folder, out = folder_of(tmp_path), tmp_path / "out"
+  out.mkdir()
+  with files.exclusive_lock(str(out / ".lock"), "in use"):
+    assert sweep.main([str(folder), f"--workdir={out}"]) == 2
+  assert "in use by another sweep" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_saves_its_runs_and_goes_on(tmp_path, data_dir):
+  folder = folder_of(tmp_path)
+  start = command(folder, tmp_path, data_dir, "--schedule=long", "--only=twins, base")
+  rows = tmp_path / "out" / "long" / "twins" / "base" / "seed_0" / "metrics.jsonl"
+  with subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as first:
+    while not rows.exists() or len(rows.read_text().splitlines()) < 3:
+      assert first.poll() is None
+      time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGINT)  # Impatience does no harm.
+    _, errors = first.communicate(timeout=60)
+  assert first.returncode == 75 and b"the same command goes on" in errors
+  saved = max(int(step) for step in os.listdir(rows.parent / "checkpoints") if step.isdigit())
+  assert 0 < saved < 4000 and not results.read(str(tmp_path / "out")).rows
+  second = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=500)
+  assert second.returncode == 0, second.stderr
+  assert f"at step {saved} of 4000" in (rows.parent / "log.txt").read_text()
+  assert len(results.read(str(tmp_path / "out")).rows) == 1
+
+
+@pytest.mark.parametrize(
+  ("text", "schedule", "words"),
+  [
+    ("TITLE = 'x'", "tiny", "does not define SCHEDULES, get_sweep"),
+    (FILE, "other", "--schedule=other is none; allowed: tiny, long"),
+    (FILE.replace('"model.size"', '"model.seize"'), "tiny", "model.seize"),
+    (FILE.replace("RATE", "-1.0"), "tiny", "learning_rate"),
+    (FILE.replace("(0,)", "(0, 0)"), "tiny", "is two jobs"),
+  ],
+)
+def test_a_sweep_that_cannot_be_run_is_told_first(tmp_path, monkeypatch, text, schedule, words):
+  monkeypatch.chdir(ROOT)
+  folder = folder_of(tmp_path, text=text)
+  with pytest.raises(UserError, match=words):
+    jobs.tasks_of(jobs.read_sweep(str(folder)), schedule, str(tmp_path / "out"))
+  assert not (tmp_path / "out").exists()
+
+
+def test_sweeps_that_are_kept_can_be_run(monkeypatch):
+  """Each claim's: every schedule's configs fit."""
+  monkeypatch.chdir(ROOT)
+  for path in sorted(pathlib.Path("experiments").glob("*/sweep.py")):
+    module = jobs.read_sweep(str(path.parent))
+    for schedule in module.SCHEDULES:
+      assert jobs.tasks_of(module, schedule, "runs/x"), (path, schedule)

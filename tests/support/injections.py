@@ -1,0 +1,574 @@
+"""Faults and what is left of a run after them: for tests, a few of each; for `experiments/faults`, all.
+
+Each function injects `n` faults of a kind and returns a `Result`. Runs are tiny Mixers on the
+embedded digits, in processes of their own (`victim.py`) where a process is to be lost.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX.proto import event_pb2
+
+import convex_jax
+from convex_jax.errors import UserError
+from convex_jax.runs import manifest, metrics_file
+from tests.support import ROOT
+
+SETTINGS = [
+  "--config=configs/mixer_ioc.py:digits",
+  "--config.model.size=tiny",
+  "--config.model.patch=4",
+  "--config.batch_size=16",
+  "--config.data.train_fraction=0.2",  # 287 examples: 18 steps an epoch.
+  "--config.ema_decay=0.9",
+  "--config.log.every_steps=5",
+  "--config.eval.every_epochs=1.0",
+  "--config.checkpoint.every_steps=7",
+]
+SAVE_EVERY, EXAMPLES, BATCH = 7, 287, 16
+
+
+@dataclasses.dataclass
+class Result:
+  """What a row of the table holds; None where a column has no meaning."""
+
+  injected: int = 0
+  survived: int = 0
+  redone: int | None = None  # Steps done again after a fault, at most.
+  lost: int | None = None  # Examples that an epoch lacks.
+  repeated: int | None = None  # Examples that an epoch has twice.
+  seconds: list[float] = dataclasses.field(default_factory=list)  # Command to first step beyond.
+  note: str = ""
+
+  @property
+  def all_survived(self) -> bool:
+    """Something was injected, all of it survived, no example was lost or came twice."""
+    return self.injected == self.survived > 0 and not self.lost and not self.repeated
+
+  def add(self, survived: bool, seconds: float | None = None, note: str = "") -> None:
+    """One fault more."""
+    self.injected += 1
+    self.survived += bool(survived)
+    if seconds is not None:
+      self.seconds.append(seconds)
+    if not survived and note:
+      self.note += f"{note}; "
+
+
+class Run:
+  """A run's command, with faults, and what it leaves."""
+
+  def __init__(self, data_dir: str, workdir: pathlib.Path, steps: int, *more: str):
+    self.workdir, self.steps = workdir, steps
+    self.log = workdir.parent / f"{workdir.name}.log"
+    self.arguments = [*SETTINGS, f"--config.data.dir={data_dir}", f"--config.steps={steps}", *more]
+
+  def start(self, faults: dict[str, Any] | None = None, **env: str) -> subprocess.Popen:
+    """The process; `faults` are `victim`'s."""
+    faults = {"log": str(self.log), **(faults or {})}
+    return subprocess.Popen(
+      [sys.executable, "-m", "tests.support.victim", *self.arguments, f"--workdir={self.workdir}"],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env={**os.environ, "FAULTS": json.dumps(faults), **env},
+    )
+
+  def finish(self, faults: dict[str, Any] | None = None, **env: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of a whole process."""
+    process = self.start(faults, **env)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+  def logged(self) -> list[tuple[int, list[int]]]:
+    """(step, examples) of each step that was done, in order, those done again twice."""
+    if not self.log.exists():
+      return []
+    with open(self.log) as file:
+      return [tuple(json.loads(line)) for line in file if line.endswith("\n")]
+
+  def outcome(self) -> tuple[Any, Any]:
+    """Every bit of the last checkpoint, and the rows without their clocks."""
+    return last_bits(self.workdir), rows_without_clock(self.workdir)
+
+  def redone(self) -> int:
+    """Steps done again after an interruption, at most; negative where some were left out."""
+    steps = [step for step, _ in self.logged()]
+    back = [a - b + 1 for a, b in itertools.pairwise(steps) if b != a + 1]
+    return max(back, key=abs, default=0)
+
+  def audit(self) -> tuple[int, int]:
+    """Examples lost, and repeated, in the whole epochs of the steps that counted."""
+    final = dict(self.logged())
+    order = [example for step in range(self.steps) for example in final.get(step, [])]
+    lost = repeated = 0
+    for start in range(0, len(order) - EXAMPLES + 1, EXAMPLES):
+      seen = collections.Counter(order[start : start + EXAMPLES])
+      lost += EXAMPLES - len(seen)
+      repeated += sum(seen.values()) - len(seen)
+    missing = (self.steps - len(final)) * BATCH
+    return lost + missing, repeated
+
+
+def last_bits(workdir: pathlib.Path) -> tuple[int, list[bytes]]:
+  """Every array of the last checkpoint, optimizer state included."""
+  from orbax.checkpoint import v1 as ocp
+
+  step = manifest.steps_in(str(workdir / "checkpoints"))[-1]
+  path = str(workdir / "checkpoints" / str(step))
+  items = {}
+  for name in ("weights", "ema", "training"):
+    if os.path.isdir(os.path.join(path, name)):
+      shapes = ocp.metadata(path, checkpointable_name=name).metadata
+      target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), shapes)
+      items[name] = ocp.load(path, target, checkpointable_name=name)
+  return step, [leaf.tobytes() for leaf in jax.tree.leaves(items)]
+
+
+def rows_without_clock(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of metrics.jsonl, but for what a clock measured."""
+  clock = ("images_per_second", "input_wait_frac", "time")
+  every = metrics_file.read_metrics(str(workdir / "metrics.jsonl"))
+  return [{k: v for k, v in row.items() if k not in clock} for row in every]
+
+
+def wait_for(what: Callable[[], Any], process: subprocess.Popen, seconds: float = 120) -> Any:
+  """Polls until `what` is true; an error where the process ends before, or time does."""
+  until = time.monotonic() + seconds
+  while not (found := what()):
+    if process.poll() is not None or time.monotonic() > until:
+      process.kill()
+      raise RuntimeError(f"ended too early: {process.communicate()}")
+    time.sleep(0.005)
+  return found
+
+
+@contextlib.contextmanager
+def killed_at_the_end(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+  """No process outlives what started it."""
+  try:
+    yield process
+  finally:
+    if process.poll() is None:
+      process.kill()
+    process.communicate()
+
+
+# Interruptions: a chain of them on one run, beside an undisturbed one.
+
+
+def chain(
+  data_dir: str,
+  folder: pathlib.Path,
+  n: int,
+  interrupt: Callable[[subprocess.Popen, Run, random.Random], None],
+  faults: Callable[[random.Random], dict[str, Any]],
+  code: int,
+  steps: int,
+  whole: Run | None = None,
+) -> tuple[Result, Run, Run]:
+  """Interrupts a run `n` times at random moments; (result, the run, an undisturbed one).
+
+  Survived: each leg ended by the exit code that was due, and the end has the same bits, and
+  rows: no step twice, none missing. (A stop divides a row of training means in two.)
+  With `whole`, a finished run, its steps are those.
+  """
+  rng, result = random.Random(0), Result()
+  if whole is None:
+    whole = undisturbed(data_dir, folder / "undisturbed", steps)
+  run = Run(data_dir, folder / "interrupted", whole.steps)
+  fine, seconds = [], []
+  for _ in range(n):
+    before, began = len(run.logged()), time.monotonic()
+    with killed_at_the_end(run.start({"sleep": 0.02, **faults(rng)})) as process:
+      wait_for(lambda n=before: len(run.logged()) > n, process)
+      seconds.append(time.monotonic() - began)
+      if interrupt is not by_itself:  # The first step is still being compiled.
+        wait_for(lambda n=before: len(run.logged()) > n + 2, process)
+      interrupt(process, run, rng)
+      process.wait(timeout=120)
+      fine.append(process.returncode == code)
+  ended, _, err = run.finish()
+  same = ended == 0 and last_bits(run.workdir) == last_bits(whole.workdir)
+  same &= rows_are_of(run, whole, exactly=code == -9)
+  for survived, spent in zip(fine, seconds, strict=True):
+    result.add(survived and same, spent, f"exit codes or bits differ {err[-200:]}")
+  result.redone, (result.lost, result.repeated) = run.redone(), run.audit()
+  return result, run, whole
+
+
+def undisturbed(data_dir: str, workdir: pathlib.Path, steps: int) -> Run:
+  """A finished run."""
+  whole = Run(data_dir, workdir, steps)
+  code, _, err = whole.finish()
+  assert code == 0, err
+  return whole
+
+
+def rows_are_of(run: Run, whole: Run, exactly: bool) -> bool:
+  """Whether a run's rows are an undisturbed one's; its events are its rows."""
+  ours, theirs = rows_without_clock(run.workdir), rows_without_clock(whole.workdir)
+  if not exactly:
+    train = [row["step"] for row in ours if row["kind"] == "train"]
+    if train != sorted(set(train)):
+      return False
+    ours, theirs = ([row for row in part if row["kind"] != "train"] for part in (ours, theirs))
+  told = [(row["step"], row["kind"]) for row in rows_without_clock(run.workdir)]
+  return ours == theirs and told == [(step, kind) for step, kind, _ in events(run.workdir)]
+
+
+def events(workdir: pathlib.Path) -> list[tuple[int, str, dict[str, float]]]:
+  """(step, kind, scalars) of every TensorBoard event of a workdir, in the order of the files."""
+  found = []
+  for path in sorted(workdir.glob("events.out.tfevents.*")):
+    content = path.read_bytes()
+    while content:
+      (length,) = struct.unpack("<Q", content[:8])
+      event = event_pb2.Event.FromString(content[12 : 12 + length])
+      if scalars := {value.tag: value.simple_value for value in event.summary.value}:
+        found.append((event.step, next(iter(scalars)).split("/")[0], scalars))
+      content = content[16 + length :]
+  return found
+
+
+def after_a_moment(number: int) -> Callable[..., None]:
+  """Sends a signal within two seconds of the first steps."""
+
+  def interrupt(process, run, rng):
+    time.sleep(rng.uniform(0, 2.0))
+    process.send_signal(number)
+
+  return interrupt
+
+
+def by_itself(process: subprocess.Popen, run: Run, rng: random.Random) -> None:
+  """Waits until the process has killed itself."""
+  process.wait(timeout=120)
+
+
+def twice_while_saving(process: subprocess.Popen, run: Run, rng: random.Random) -> None:
+  """One signal stops the run; more come while it saves."""
+  time.sleep(rng.uniform(0, 0.2))
+  for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+    process.send_signal(number)
+    time.sleep(rng.uniform(0.02, 0.2))
+
+
+POINTS = ("begun", "before_commit", "after_commit", "in_seal", "after_seal")
+
+
+def killed(
+  data_dir: str, folder: pathlib.Path, n: int, whole: Run | None = None
+) -> tuple[Result, Run, Run]:
+  """SIGKILL at a random moment."""
+  interrupt = after_a_moment(signal.SIGKILL)
+  return chain(data_dir, folder, n, interrupt, lambda rng: {}, -9, 60 + 25 * n, whole)
+
+
+def killed_while_saving(
+  data_dir: str, folder: pathlib.Path, n: int, whole: Run | None = None
+) -> Result:
+  """SIGKILL at a point inside the first, second or third save."""
+
+  def faults(rng):
+    return {"die": rng.choice(POINTS), "at": rng.randint(1, 3), "sleep": 0.005}
+
+  return chain(data_dir, folder, n, by_itself, faults, -9, 60 + 21 * n, whole)[0]
+
+
+def signalled(
+  data_dir: str, folder: pathlib.Path, n: int, number: int, whole: Run | None = None
+) -> Result:
+  """SIGTERM or SIGINT at a random moment."""
+  interrupt = after_a_moment(number)
+  return chain(data_dir, folder, n, interrupt, lambda rng: {}, 75, 60 + 30 * n, whole)[0]
+
+
+def signalled_while_saving(
+  data_dir: str, folder: pathlib.Path, n: int, whole: Run | None = None
+) -> Result:
+  """Two more signals while the stopped run saves."""
+  slow = {"linger": 0.4}
+  return chain(data_dir, folder, n, twice_while_saving, lambda rng: slow, 75, 60 + 30 * n, whole)[0]
+
+
+# Damage to what is stored.
+
+
+def flip_bit(path: pathlib.Path, rng: random.Random) -> None:
+  """One bit of a file."""
+  content = bytearray(path.read_bytes())
+  bit = rng.randrange(8 * len(content))
+  content[bit // 8] ^= 1 << bit % 8
+  path.write_bytes(content)
+
+
+def truncate(path: pathlib.Path, rng: random.Random) -> None:
+  """Some of a file's end is missing."""
+  os.truncate(path, rng.randrange(path.stat().st_size))
+
+
+def delete(path: pathlib.Path, rng: random.Random) -> None:
+  """A file is missing."""
+  path.unlink()
+
+
+def swap(path: pathlib.Path, rng: random.Random) -> None:
+  """A file of the older checkpoint is in its place."""
+  files = [p for p in path.parent.parent.rglob("*") if p.is_file() and p != path]
+  other = rng.choice([p for p in files if p.read_bytes() != path.read_bytes()])
+  path.write_bytes(other.read_bytes())
+
+
+def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Those that hold anything."""
+  return sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
+
+
+def damaged(
+  whole: Run, folder: pathlib.Path, n: int, damages: list[Callable], seed: int = 0
+) -> Result:
+  """Damages a file of the newest checkpoint of a finished run, each time of a fresh copy.
+
+  Survived: reading the newest is refused, the file named, the older one found in its place.
+  """
+  rng, result = random.Random(seed), Result()
+  for i in range(n):
+    workdir = folder / f"damaged_{i}"
+    shutil.copytree(whole.workdir, workdir)
+    steps = manifest.steps_in(str(workdir / "checkpoints"))
+    newest = workdir / "checkpoints" / str(steps[-1])
+    path = rng.choice(files_of(newest))
+    damages[i % len(damages)](path, rng)
+    name = path.relative_to(newest).as_posix()
+    try:
+      told = refusal(lambda w=workdir: convex_jax.load(str(w)))
+      lines = manifest.quarantine_damaged(str(workdir / "checkpoints"))
+      named = len(lines) == 1 and name in lines[0] and f"checkpoint {steps[-1]} " in lines[0]
+      found = manifest.steps_in(str(workdir / "checkpoints")) == steps[:-1]
+      loads = i % 10 or convex_jax.load(str(workdir)).step == steps[-2]
+      unfinished = name == "manifest.json" and not path.exists()
+      result.add((name in told or unfinished) and named and found and loads, note=f"{name}: {told}")
+    finally:
+      shutil.rmtree(workdir)
+  return result
+
+
+def refusal(action: Callable[[], Any]) -> str:
+  """The words of the `UserError` that an action raises; empty where it raises none."""
+  try:
+    action()
+  except UserError as error:
+    return str(error)
+  return ""
+
+
+def resumed_after_damage(whole: Run, folder: pathlib.Path, n: int) -> Result:
+  """A bit of the newest checkpoint is flipped, and the same command given: the same end."""
+  rng, result = random.Random(1), Result(redone=0)
+  for i in range(n):
+    run = Run("", folder / f"resumed_{i}", whole.steps)
+    run.arguments = whole.arguments
+    shutil.copytree(whole.workdir, run.workdir)
+    newest = manifest.steps_in(str(run.workdir / "checkpoints"))[-1]
+    older = manifest.steps_in(str(run.workdir / "checkpoints"))[-2]
+    flip_bit(rng.choice(files_of(run.workdir / "checkpoints" / str(newest))), rng)
+    began = time.monotonic()
+    code, out, err = run.finish()
+    told = f"checkpoint {newest} " in out and f"at step {older} " in out
+    result.add(
+      code == 0 and told and run.outcome() == whole.outcome(), time.monotonic() - began, err[-200:]
+    )
+    result.redone = max(result.redone, newest - older)
+  return result
+
+
+def all_damaged(whole: Run, folder: pathlib.Path, n: int) -> Result:
+  """Every checkpoint has a flipped bit: exit code 2, each named, nothing moved."""
+  rng, result = random.Random(2), Result()
+  for i in range(n):
+    run = Run("", folder / f"all_damaged_{i}", whole.steps)
+    run.arguments = whole.arguments
+    shutil.copytree(whole.workdir, run.workdir)
+    steps = manifest.steps_in(str(run.workdir / "checkpoints"))
+    for step in steps:
+      flip_bit(rng.choice(files_of(run.workdir / "checkpoints" / str(step))), rng)
+    code, _, err = run.finish()
+    named = all(f"step {step}: " in err for step in steps) and "begin anew" in err
+    kept = manifest.steps_in(str(run.workdir / "checkpoints")) == steps
+    result.add(code == 2 and named and kept and "Traceback" not in err, note=err[-200:])
+  return result
+
+
+# Storage that does not take what is written.
+
+
+def full_disk(
+  data_dir: str,
+  folder: pathlib.Path,
+  n: int,
+  mount: pathlib.Path | None = None,
+  whole: Run | None = None,
+) -> Result:
+  """No checkpoint and no row can be written for some steps; every other run is to go on.
+
+  With `mount`, a small file system of its own, the disk is really full; else no file may be
+  larger than 1,000 bytes. Survived: told at that step, the older checkpoints as they were, no
+  temporaries, and in the end the bits and rows of an undisturbed run. (On a slow machine the
+  checkpoint of step 21 is still being written at step 24, and that of step 49 after step 50.)
+  """
+  whole, result = whole or undisturbed(data_dir, folder / "undisturbed", 70), Result()
+  for i in range(n):
+    goes_on = i % 2 == 0
+    more = [f"--config.checkpoint.must_save={not goes_on}"]
+    run = Run(data_dir, (mount or folder) / f"full_{i}", whole.steps, *more)
+    faults: dict[str, Any] = {"full": (24, 50), "sleep": 0.05}
+    if mount:
+      faults["ballast"] = str(mount / "ballast")
+    code, out, err = run.finish(faults)
+    told = [s for s in range(99) if f"checkpoint of step {s} could not be written" in out + err]
+    left = [p.name for p in (run.workdir / "checkpoints").iterdir() if not p.name.isdigit()]
+    if goes_on:
+      fine = code == 0 and sorted({*told} - {21, 49}) == [28, 35, 36, 42]
+    else:
+      with contextlib.suppress(OSError):
+        (mount or folder).joinpath("ballast").unlink()
+      sound = not any(manifest.faults(str(run.workdir / "checkpoints")).values())
+      fine = code == 74 and told in ([28], [21]) and sound
+      fine &= run.finish()[0] == 0
+    fine &= not left and run.outcome() == whole.outcome()
+    result.add(fine and "Traceback" not in err, note=f"{code} {told} {left} {err[-300:]}")
+    shutil.rmtree(run.workdir)
+  return result
+
+
+def hung_save(data_dir: str, folder: pathlib.Path, n: int, whole: Run | None = None) -> Result:
+  """A checkpoint's commit never ends; every other run is to go on.
+
+  Survived: told within `checkpoint.patience`, exit code 74 in bounded time, and the next
+  command ends with the bits of an undisturbed run.
+  """
+  whole, result = whole or undisturbed(data_dir, folder / "undisturbed", 70), Result()
+  for i in range(n):
+    goes_on = i % 2 == 1
+    more = [f"--config.checkpoint.must_save={not goes_on}", "--config.checkpoint.patience=10.0"]
+    run = Run(data_dir, folder / f"hung_{i}", whole.steps, *more)
+    code, out, err = run.finish({"hang": 21, "sleep": 0.05})
+    told = "step 21 could not be written: it is not written after 10 s" in out + err
+    last = max(step for step, _ in run.logged())
+    fine = code == 74 and told and (last == whole.steps - 1) == goes_on
+    began = time.monotonic()
+    fine &= run.finish()[0] == 0 and run.outcome() == whole.outcome()
+    result.add(fine, time.monotonic() - began, f"{code} {last} {out[-200:]} {err[-300:]}")
+  return result
+
+
+def used_workdir(data_dir: str, folder: pathlib.Path, n: int) -> Result:
+  """A second run in a workdir that is in use: exit code 2, the first goes on undisturbed."""
+  result = Result()
+  run = Run(data_dir, folder / "used", 10_000)
+  with killed_at_the_end(run.start({"sleep": 0.05})) as process:
+    wait_for(run.logged, process)
+    for _ in range(n):
+      code, _, err = Run(data_dir, run.workdir, 10_000).finish({"log": os.devnull})
+      fine = code == 2 and f"in use by another run (process {process.pid} on" in err
+      result.add(fine and process.poll() is None, note=err[-200:])
+  return result
+
+
+def read_only(data_dir: str, mount: pathlib.Path, n: int) -> Result:
+  """A workdir on a file system that takes nothing: exit code 2 before any work."""
+  result = Result()
+  for i in range(n):
+    code, _, err = Run(data_dir, mount / f"run_{i}", 10).finish({"log": os.devnull})
+    result.add(code == 2 and "cannot be written" in err and "Traceback" not in err, note=err[-200:])
+  return result
+
+
+# Several processes, several devices.
+
+
+def free_port() -> int:
+  """A port of this machine that nobody listens on."""
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    return s.getsockname()[1]
+
+
+def lost_process(data_dir: str, folder: pathlib.Path, n: int) -> Result:
+  """One of two processes is killed: the other ends with a message, and both can go on."""
+  result = Result()
+  for i in range(n):
+    port, runs = free_port(), []
+    for k in range(2):
+      where = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={k}"]
+      runs.append(Run(data_dir, folder / f"two_{i}", 2000, "--distributed=on", *where))
+    processes = [run.start({"sleep": 0.02}, JAX_NUM_CPU_DEVICES="1") for run in runs]
+    with contextlib.ExitStack() as stack:
+      for process in processes:
+        stack.enter_context(killed_at_the_end(process))
+      wait_for(lambda r=runs[0]: len(r.logged()) > 30, processes[0])
+      victim, other = processes[i % 2], processes[1 - i % 2]
+      victim.kill()
+      began = time.monotonic()
+      _, err = other.communicate(timeout=150)
+      spent = time.monotonic() - began
+      told = "the same command on every host" in err
+      result.add(other.returncode == 75 and told, spent, f"{other.returncode} {err[-500:]}")
+  return result
+
+
+def other_devices(data_dir: str, folder: pathlib.Path, n: int) -> Result:
+  """A run stopped and gone on with on another number of devices, again and again."""
+  counts = [1, 2, 4, 8]
+  whole = undisturbed(data_dir, folder / "undisturbed", 60 + 30 * n)
+  run = Run(data_dir, folder / "moved", whole.steps)
+  result, rng, fine = Result(), random.Random(3), []
+  for i in range(n):
+    before = len(run.logged())
+    devices = {"JAX_NUM_CPU_DEVICES": str(counts[i % 4])}
+    with killed_at_the_end(run.start({"sleep": 0.02}, **devices)) as process:
+      wait_for(lambda n=before: len(run.logged()) > n + 2, process)
+      time.sleep(rng.uniform(0, 0.4))
+      process.terminate()
+      fine.append(process.wait(timeout=120) == 75)
+  fine.append(run.finish()[0] == 0)
+  order = dict(run.logged()) == dict(whole.logged())
+  a, b = (rows_without_clock(x.workdir)[-1]["train_loss"] for x in (run, whole))
+  far = abs(a / b - 1)
+  for survived in fine[:-1]:
+    result.add(survived and fine[-1] and order and far < 1e-2, note=f"loss apart {far:.1e}")
+  result.redone, (result.lost, result.repeated) = run.redone(), run.audit()
+  result.note += f"the final losses are {far:.1e} apart"
+  return result
+
+
+def same_seed(data_dir: str, folder: pathlib.Path, n: int) -> Result:
+  """The same command in two workdirs: the same bits and rows."""
+  runs = [Run(data_dir, folder / f"seed_{i}", 40) for i in range(n + 1)]
+  outcomes = []
+  for run in runs:
+    assert run.finish()[0] == 0
+    outcomes.append(run.outcome())
+  result = Result()
+  for outcome in outcomes[1:]:
+    result.add(outcome == outcomes[0])
+  return result

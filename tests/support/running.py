@@ -1,0 +1,38 @@
+"""Runs the training command, or the compiled step alone."""
+
+import os
+import subprocess
+
+import jax
+import numpy as np
+
+from convex_jax import mesh
+from convex_jax.training import loop
+from tests.support import ROOT
+
+
+def run_main(*args, env=None, **kwargs):
+  return subprocess.run(
+    args[0] if len(args) == 1 else list(args),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    env={**os.environ, **(env or {})},
+    **kwargs,
+  )
+
+
+def leaves_close(got, want, atol):
+  pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+  for a, b in pairs:
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=atol)
+
+
+def run_steps(config, examples, devices, calls):
+  job = loop.Job(config, examples, mesh.make_mesh(jax.devices()[:devices]))
+  state, losses = job.init(), []
+  for steps in calls:
+    state, metrics = job.train_call(state, job.batches(steps))
+    losses += np.atleast_1d(metrics["loss"]).tolist()
+  return job, state, losses

@@ -1,0 +1,119 @@
+"""`convex_jax.main` with a fault, for tests that need a process to lose.
+
+FAULTS, a JSON object in the environment, says which:
+
+| key | what happens |
+|---|---|
+| sleep | seconds before each call of the compiled step |
+| die, at | SIGKILL of itself at the n-th save: `begun`, `before_commit`, `after_commit`, `in_seal`, `after_seal` |
+| linger | seconds that the commit of a checkpoint takes |
+| hang | the commit of the checkpoint of this step never ends |
+| full | (first, last) step of a disk that takes no file above 1,000 bytes |
+| ballast | a file that fills its disk during those steps instead |
+| log | a file to which the examples of each step are written |
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+
+from convex_jax import files, main
+from convex_jax.runs import checkpoints, manifest
+from convex_jax.training import loop
+
+FAULTS = json.loads(os.environ.get("FAULTS", "{}"))
+saves = 0
+
+
+def die(at: str) -> None:
+  if FAULTS.get("die") == at and saves == FAULTS["at"]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def committing(rename):
+  def patched(source, target, **kwargs):
+    name = os.path.basename(os.fspath(target))
+    commits = name.isdigit() and "checkpoints" in os.fspath(target)
+    if commits and "damaged" not in os.fspath(target):
+      if FAULTS.get("hang") == int(name):
+        threading.Event().wait()
+      die("before_commit")
+      rename(source, target, **kwargs)
+      die("after_commit")
+      time.sleep(FAULTS.get("linger", 0))
+    else:
+      rename(source, target, **kwargs)
+
+  return patched
+
+
+def counted(save):
+  def patched(*args, **kwargs):
+    global saves
+    saves += 1
+    response = save(*args, **kwargs)
+    die("begun")
+    return response
+
+  return patched
+
+
+def sealing(seal):
+  def patched(folder, step, accuracy):
+    if FAULTS.get("die") == "in_seal" and saves == FAULTS["at"]:
+      with files.atomic_write(os.path.join(folder, manifest.NAME)) as file:
+        file.write("{")
+        file.flush()
+        die("in_seal")
+    seal(folder, step, accuracy)
+    die("after_seal")
+
+  return patched
+
+
+def fill(is_full: bool) -> None:
+  if "ballast" not in FAULTS:
+    most = 1000 if is_full else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+  elif is_full:
+    with contextlib.suppress(OSError), open(FAULTS["ballast"], "ab", buffering=0) as file:
+      while file.write(bytes(4096)) == 4096:
+        pass
+  else:
+    with contextlib.suppress(OSError):
+      os.remove(FAULTS["ballast"])
+
+
+def stepping(call):
+  def patched(job, state, plan):
+    time.sleep(FAULTS.get("sleep", 0))
+    step = int(state.step)
+    if "full" in FAULTS:
+      fill(False)
+    if "log" in FAULTS:
+      here = [np.asarray(shard.data).ravel() for shard in plan["index"].addressable_shards]
+      examples = np.concatenate(here).tolist()
+      with open(FAULTS["log"], "a") as file:
+        file.write(json.dumps([step, examples]) + "\n")
+    if "full" in FAULTS:
+      fill(FAULTS["full"][0] <= step < FAULTS["full"][1])
+    return call(job, state, plan)
+
+  return patched
+
+
+if __name__ == "__main__":
+  os.rename = committing(os.rename)
+  manifest.seal = sealing(manifest.seal)
+  checkpointer = checkpoints.ocp.training.Checkpointer
+  checkpointer.save_checkpointables_async = counted(checkpointer.save_checkpointables_async)
+  loop.Job.train_call = stepping(loop.Job.train_call)
+  sys.exit(main.main())

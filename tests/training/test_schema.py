@@ -1,0 +1,109 @@
+"""A config's mistakes: all at once, one line each, with what is allowed."""
+
+import pytest
+
+from configs import base, mixer, mlp
+from convex_jax.config_files import flatten
+from convex_jax.errors import UserError
+from convex_jax.training import schema
+
+BAD = {  # path: (value, words that the line must hold)
+  "seed": (-1, "from 0"),
+  "epochs": (0, "from 1"),
+  "batch_size": (-4, "from 1"),
+  "dtype": ("bfloat", "Did you mean 'bfloat16'"),
+  "label_smoothing": (1.0, "below 1"),
+  "ema_decay": (-0.5, "from 0"),
+  "data.name": ("cifar", "cifar10"),
+  "data.classes": (("cat",), "two or more different names"),
+  "data.label_noise": (1.5, "0 to 1"),
+  "data.train_fraction": (0.0, "above 0"),
+  "data.loader": ("gpu", "resident"),
+  "data.flip": (1, "true, false"),
+  "model.name": ("mixr", "Did you mean 'mixer'"),
+  "model.parts": ("icc", "base, ioc, paper"),
+  "model.constraint": ("clip", "clamp, exponentiate"),
+  "optimizer.name": ("adamm", "Did you mean 'adam'"),
+  "optimizer.learning_rate": (0.0, "above 0"),
+  "optimizer.decay_at": ((0.9, 0.5), "rising"),
+  "optimizer.b1": (1.0, "below 1"),
+  "checkpoint.keep": (1, "from 2"),
+  "log.profile_steps": ((3, 1), "first and last"),
+}
+
+
+def test_switches_of_an_architecture_may_be_set():
+  config = mlp.get_config()
+  for value in (True, False, None):
+    config.model.dense_readout = value
+    assert schema.mistakes(config) == []
+
+
+def broken(changes):
+  config = base.get_config()
+  for path, value in changes.items():
+    *parents, last = path.split(".")
+    target = config
+    for parent in parents:
+      target = target[parent]
+    with target.ignore_type():
+      target[last] = value
+  return config
+
+
+@pytest.mark.parametrize("path", BAD)
+def test_each_mistake_is_one_line_with_path_value_and_allowed(path):
+  value, words = BAD[path]
+  lines = schema.mistakes(broken({path: value}))
+  assert len(lines) == 1 and lines[0].startswith(f"{path} is {value!r}") and words in lines[0]
+
+
+def test_all_mistakes_come_at_once():
+  with pytest.raises(UserError) as caught:
+    schema.check(broken({path: value for path, (value, _) in BAD.items()}))
+  assert len(str(caught.value).splitlines()) == len(BAD)
+  assert caught.value.code == 2
+
+
+def test_wrong_types_unknown_and_missing_keys():
+  config = broken({"batch_size": "many"})
+  config.epocs = 3
+  del config.data["flip"]
+  lines = "\n".join(schema.mistakes(config))
+  assert "batch_size is 'many'" in lines
+  assert "epocs is no key. Did you mean 'epochs'?" in lines
+  assert "data.flip is missing" in lines
+
+
+STREAMED = {"data.name": "imagenet2012", "data.loader": "stream"}
+
+
+@pytest.mark.parametrize(
+  "config,changes,words",
+  [
+    (mixer, {"data.image_size": 70}, "multiples of 9"),
+    (mixer, {"model.size": "S16"}, "Did you mean 'S/16'"),
+    (mixer, {"model.patch": 0}, "from 1, or None"),
+    (mixer, {"model.pach": 3}, "Did you mean 'model.patch'"),
+    (mlp, {"optimizer.weight_decay": 0.1}, "Did you mean optimizer.name='adamw'"),
+    (mlp, {"data.loader": "stream"}, "decoded at once; allowed: auto"),
+    (mlp, {"data.cache_size": 40}, "has no cache; allowed: 0"),
+    (mlp, {"data.name": "imagenet2012"}, "allowed: stream, or resident"),
+    (mlp, {**STREAMED, "data.label_noise": 0.5}, "data.label_noise is 0.5"),
+    (mlp, {**STREAMED, "data.cache_size": 20}, "at least as large"),
+    (mlp, {"model.one_logit": True}, "with 10 classes; allowed: two"),
+    (mlp, {"steps": 5, "optimizer.warmup_steps": 5}, "below steps"),
+  ],
+)
+def test_values_that_clash_and_fields_of_an_architecture(config, changes, words):
+  config = config.get_config()
+  for path, value in changes.items():
+    *parents, last = path.split(".")
+    target = config[parents[0]] if parents else config
+    target[last] = value
+  lines = schema.mistakes(config)
+  assert len(lines) == 1 and words in lines[0]
+
+
+def test_the_rules_and_the_base_config_name_the_same_keys():
+  assert set(schema.RULES) == {path for path, _ in flatten(base.get_config())}

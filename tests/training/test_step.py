@@ -1,0 +1,140 @@
+"""One update: the same on 1, 2 and 8 devices, under pmap, and in one call of many steps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convex_jax import mesh
+from convex_jax.data import augment
+from convex_jax.data.batches import Feed
+from convex_jax.models import catalog, constraints
+from convex_jax.training import loop, optimizer, step
+from tests.support import of
+from tests.support.running import leaves_close, run_steps
+
+RECIPE = {
+  "mixup": 0.8,
+  "cutmix": 1.0,
+  "data__erasing": 0.5,
+  "data__jitter": 0.4,
+  "data__randaugment": (2, 9.0),
+  "data__repeats": 2,
+}
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    pytest.param({"model__parts": "base"}, marks=pytest.mark.slow),
+    pytest.param(RECIPE, marks=pytest.mark.slow),
+  ],
+  ids=["ioc", "base", "recipe"],
+)
+def test_world_sizes_agree(tiny_config, few_digits, changes):
+  """BatchNorm sees the global batch; order, augmentation and mixing know no devices."""
+  config = of(tiny_config, optimizer__name="sgd", **changes)
+  calls = [range(i, i + 1) for i in range(4)]
+  _, want, losses = run_steps(config, few_digits, 1, calls)
+  for devices in (2, 8):
+    job, got, other = run_steps(config, few_digits, devices, calls)
+    np.testing.assert_allclose(other, losses, rtol=1e-5)
+    leaves_close(got, want, atol=1e-6)
+    figures = job.evaluate(got, final=True)
+    assert figures["test_accuracy"] * 50 == pytest.approx(round(figures["test_accuracy"] * 50))
+
+
+def test_resident_and_sent_batches_train_to_the_same_bits(tiny_config, few_digits):
+  calls = [range(i, i + 1) for i in range(3)]
+  (_, resident, losses), (_, sent, others) = (
+    run_steps(of(tiny_config, data__loader=loader), few_digits, 2, calls)
+    for loader in ("resident", "host")
+  )
+  assert losses == others and len(losses) == 3
+  for a, b in zip(jax.tree.leaves(resident), jax.tree.leaves(sent), strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_several_steps_a_call_are_the_same_steps(tiny_config, few_digits):
+  config = of(tiny_config, optimizer__name="sgd")
+  _, one, losses = run_steps(config, few_digits, 1, [range(i, i + 1) for i in range(4)])
+  _, four, stacked = run_steps(config, few_digits, 1, [range(0, 4)])
+  np.testing.assert_allclose(stacked, losses, rtol=1e-5)
+  leaves_close(four, one, atol=1e-6)
+  assert int(four.step) == 4
+
+
+def test_pmap_with_an_axis_name_gives_the_same_update(tiny_config, few_digits):
+  """The card's `jax.pmap`: gradients averaged, BatchNorm over the axis. 4 devices."""
+  config = of(tiny_config, optimizer__name="sgd", data__crop_padding=1)
+  job, want, losses = run_steps(config, few_digits, 1, [range(0, 1), range(1, 2)])
+  shape = job.image_shape
+  model = catalog.build(config.model, 10, axis_name="batch")
+  boxed = jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0), shape))
+  tx = optimizer.make_optimizer(
+    config.optimizer, job.total_steps, constraints.constraints_of(boxed["params"])
+  )
+  prepare = augment.make_prepare(8, *few_digits.train.statistics())
+  update = functools.partial(
+    step.train_step,
+    model=model,
+    tx=tx,
+    augment=augment.make_augment(config.data, prepare),
+    key=jax.random.split(jax.random.key(config.seed))[1],
+    label_smoothing=0.0,
+    ema_decay=0.0,
+    axis_name="batch",
+  )
+  devices = jax.devices()[:4]
+  state = jax.tree.map(lambda a: jnp.stack([jnp.asarray(a)] * 4), jax.device_get(job.init()))
+  pmapped = jax.pmap(update, axis_name="batch", devices=devices)
+  feed = Feed(few_digits.train, mesh.make_mesh(jax.devices()[:1]), resident=False)
+  for i in range(2):
+    plan = feed.train_plan(range(i, i + 1), 16, config.seed)
+    batch = {
+      name: np.asarray(column).reshape(4, 4, *column.shape[2:]) for name, column in plan.items()
+    }
+    state, metrics = pmapped(state, batch)
+    np.testing.assert_allclose(metrics["loss"], [losses[i]] * 4, rtol=1e-5)
+  leaves_close(jax.tree.map(lambda a: a[0], state), jax.device_get(want), atol=1e-6)
+
+
+def test_evaluation_counts_every_example_once_whatever_the_batch(tiny_config, few_digits):
+  figures = []
+  for batch_size, devices in ((16, 8), (50, 1), (8, 2)):
+    config = of(tiny_config, batch_size=batch_size)
+    job = loop.Job(config, few_digits, mesh.make_mesh(jax.devices()[:devices]))
+    figures.append(job.evaluate(job.init(), final=True))
+  state, model = job.init(), job.model
+  prepare = augment.make_prepare(8, *few_digits.train.statistics())
+  logits = step.apply(model, state.weights(), prepare(jnp.asarray(few_digits.test.images)))
+  accuracy = float(np.mean(np.asarray(logits).argmax(-1) == few_digits.test.labels))
+  for row in figures:
+    assert row["test_accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert row["test_loss"] == pytest.approx(figures[0]["test_loss"], rel=1e-5)
+    assert row["smallest_constrained"] >= 0 and 0 <= row["zero_share"] <= 1
+
+
+def test_averaged_weights_follow_their_formula(tiny_config, few_digits):
+  config = of(tiny_config, ema_decay=0.5)
+  job = loop.Job(config, few_digits, mesh.make_mesh(jax.devices()[:1]))
+  state = job.init()
+  average = jax.device_get(state.params)
+  for i in range(3):
+    state, _ = job.train_call(state, job.batches(range(i, i + 1)))
+    decay = min(0.5, (1 + i) / (10 + i))
+    new = jax.device_get(state.params)
+    average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, average, new)
+  leaves_close(state.ema["params"], average, atol=1e-7)
+  assert state.weights() is state.ema
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(tiny_config, few_digits):
+  calls = [range(i, i + 1) for i in range(3)]  # The head starts at 0: the first loss is ln 10.
+  _, state, losses = run_steps(of(tiny_config, dtype="bfloat16"), few_digits, 1, calls)
+  _, _, exact = run_steps(tiny_config, few_digits, 1, calls)
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+  assert 0 < abs(losses[2] - exact[2]) < 0.05 * exact[2]
