@@ -12,6 +12,7 @@ import pytest
 from convex_jax import files
 from convex_jax.errors import UserError
 from convex_jax.runs import manifest, metrics_file
+from convex_jax.runs.workdir import Workdir
 from tests.support import ROOT, injections
 
 
@@ -161,13 +162,13 @@ def row(step, kind="train", **more):
 
 
 def test_after_a_resume_rows_and_events_hold_every_step_once(tmp_path):
-  first = metrics_file.Rows(str(tmp_path), 0)
+  first = metrics_file.MetricsFile(Workdir(str(tmp_path)), 0)
   for step in (2, 4, 6):
     first.append(row(step, loss=float(step)))
   del first  # Killed: nothing is closed.
   with open(tmp_path / "metrics.jsonl", "a") as file:
     file.write('{"step": 8, "ki')
-  again = metrics_file.Rows(str(tmp_path), 4)
+  again = metrics_file.MetricsFile(Workdir(str(tmp_path)), 4)
   again.append(row(6, loss=6.0))
   assert again.close() is None and again.torn == 0
   assert [r["step"] for r in metrics_file.read_metrics(again.path)] == [2, 4, 6]
@@ -178,12 +179,12 @@ def test_after_a_resume_rows_and_events_hold_every_step_once(tmp_path):
 def test_damaged_lines_are_counted(tmp_path):
   lines = [json.dumps(row(2)), "garbage", "[]", '{"step": "x", "kind": 1}', json.dumps(row(4))]
   (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-  again = metrics_file.Rows(str(tmp_path), 4)
+  again = metrics_file.MetricsFile(Workdir(str(tmp_path)), 4)
   assert again.torn == 3 and [r["step"] for r in metrics_file.read_metrics(again.path)] == [2, 4]
 
 
 def test_rows_that_cannot_be_written_wait(tmp_path, monkeypatch):
-  ours = metrics_file.Rows(str(tmp_path), 0)
+  ours = metrics_file.MetricsFile(Workdir(str(tmp_path)), 0)
   ours.append(row(1))
   monkeypatch.setattr(ours, "path", str(tmp_path / "no" / "such"))
   assert "No such file" in ours.append(row(2)) and ours.append(row(3))
@@ -193,7 +194,7 @@ def test_rows_that_cannot_be_written_wait(tmp_path, monkeypatch):
 
 
 def test_events_that_could_not_be_written_come_with_the_close(tmp_path, monkeypatch):
-  ours = metrics_file.Rows(str(tmp_path), 0)
+  ours = metrics_file.MetricsFile(Workdir(str(tmp_path)), 0)
 
   def full(*_):
     raise OSError(28, "No space left on device")

@@ -93,7 +93,7 @@ def tasks_of(module: Any, schedule: str, folder: str) -> list[Task]:
     except Exception as error:  # Whatever a config's code, or a value that does not fit, raises.
       lines.append(f"{workdir}: {shlex.join(job.arguments())}: {error}")
       continue
-    lines += [f"{workdir}: config.{line}" for line in mistakes(config)]
+    lines += [f"{workdir}: {line}" for line in mistakes(config)]
     total, unit = (config.steps, "step") if config.steps else (config.epochs, "epoch")
     tasks.append(Task(job, schedule, workdir, describe.digest(config), total, unit))
   workdirs = [task.workdir for task in tasks]
@@ -113,7 +113,7 @@ def refuse_other_configs(tasks: list[Task], before: results.Results) -> None:
     if there.get(task.key, task.digest) != task.digest:
       lines.append(f"results.csv has {task.key} of another config ({there[task.key]})")
     if os.path.exists(os.path.join(task.workdir, "config.json")):
-      found = describe.digest(describe.read(task.workdir)["config"])
+      found = describe.digest(describe.Workdir(task.workdir).description()["config"])
       if found != task.digest:
         lines.append(f"{task.workdir} holds a run of another config ({found})")
   if lines:

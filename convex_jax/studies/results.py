@@ -15,7 +15,6 @@ from convex_jax import files
 from convex_jax.config_files import flatten
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
-from convex_jax.runs import metrics_file
 from convex_jax.runs import workdir as describe
 from convex_jax.training import step
 
@@ -158,7 +157,7 @@ def of_workdirs(workdirs: Iterable[str]) -> Results:
   config (but the seed) in which the runs of a panel differ.
   """
   dirs = [os.path.expanduser(workdir) for workdir in workdirs]
-  configs = [dict(flatten(describe.read(workdir)["config"])) for workdir in dirs]
+  configs = [dict(flatten(describe.Workdir(workdir).description()["config"])) for workdir in dirs]
   panels = [f"{c['model.name']} {c['model.size']} on {c['data.name']}" for c in configs]
   found = Results()
   for workdir, config, panel in zip(dirs, configs, panels, strict=True):
@@ -167,7 +166,8 @@ def of_workdirs(workdirs: Iterable[str]) -> Results:
       key
       for key in sorted(config)
       if key not in ("seed", "model.parts")
-      and not key.startswith(describe.FREE_TO_CHANGE)
+      and key not in describe.FREE_KEYS
+      and not key.startswith(describe.FREE_SECTIONS)
       and any(c.get(key) != config[key] for c in beside)
     ]
     words = [f"{key.rpartition('.')[2]} {config[key]}" for key in apart]
@@ -185,8 +185,8 @@ def _short(value: float) -> float:
 
 def _read(workdir: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   path = os.path.join(workdir, "metrics.jsonl")
-  description = describe.read(workdir)
-  return description, metrics_file.read_metrics(path) if os.path.exists(path) else []
+  description = describe.Workdir(workdir).description()
+  return description, describe.read_rows(path)[0] if os.path.exists(path) else []
 
 
 def is_finished(workdir: str, digest: str) -> bool:

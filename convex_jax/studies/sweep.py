@@ -172,7 +172,7 @@ def _is_finished(task: Task) -> bool:
 
 def _lacks_certificate(workdir: str) -> bool:
   """Whether a finished run is still to be certified: a base twin is not meant to be convex."""
-  parts = describe.read(workdir)["config"]["model"]["parts"]
+  parts = describe.Workdir(workdir).description()["config"]["model"]["parts"]
   return parts != "base" and not os.path.exists(os.path.join(workdir, "certificate.json"))
 
 

@@ -39,6 +39,19 @@ class State(struct.PyTreeNode):
     """What evaluation, a checkpoint's reader and a certificate use."""
     return self.ema if self.ema is not None else {"params": self.params, "stats": self.stats}
 
+  def items(self) -> dict[str, Any]:
+    """The items of a checkpoint, see `runs.checkpoints`."""
+    items = {
+      "weights": {"params": self.params, "stats": self.stats},
+      "training": {"step": self.step, "opt_state": self.opt_state, "losses": self.losses},
+    }
+    return items if self.ema is None else {**items, "ema": self.ema}
+
+  @classmethod
+  def of(cls, items: dict[str, Any]) -> "State":
+    """The state whose `items` these are."""
+    return cls(**items["weights"], **items["training"], ema=items.get("ema"))
+
 
 def init_state(
   model: nn.Module,

@@ -17,7 +17,7 @@ from jax import lax
 from convex_jax import mesh
 from convex_jax.data import datasets
 from convex_jax.models import catalog, layers
-from convex_jax.training import loop, runtime, step
+from convex_jax.training import program, runtime, step
 from experiments.speed import worker
 from experiments.speed.cases import CASES, Case, config_of
 
@@ -31,13 +31,13 @@ def with_norm(norm: str):
   return make_parts
 
 
-def job_of(case: Case, parts: str, classes: int) -> loop.Job:
+def job_of(case: Case, parts: str, classes: int) -> program.Program:
   """The job of a run on random images."""
   rng, count = np.random.default_rng(0), worker.BATCHES * case.batch
   images = rng.integers(0, 256, (count, case.px, case.px, 3), np.uint8)
   split = datasets.Split(images, rng.integers(0, classes, count).astype(np.int32))
   names = tuple(str(i) for i in range(classes))
-  return loop.Job(
+  return program.Program(
     config_of(case, parts), datasets.Data(split, None, split, names), mesh.make_mesh()
   )
 

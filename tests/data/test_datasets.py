@@ -18,7 +18,7 @@ from convex_jax import mesh
 from convex_jax.data import batches as feed
 from convex_jax.data import datasets, prepare, sampling, splits
 from convex_jax.errors import UserError
-from convex_jax.training import loop
+from convex_jax.training import program
 from tests.support import ROOT, SHARED_DATA, of
 
 
@@ -282,7 +282,7 @@ def test_synthetic_images_train_at_any_size_without_any_data(tiny_config, loader
   assert (len(examples.train), len(examples.test)) == (128, 50_000)
   assert examples.train.image_shape == (12, 12, 3) and len(examples.class_names) == 1000
   examples = dataclasses.replace(examples, test=examples.test.first(20))
-  job = loop.Job(config, examples, mesh.make_mesh())
+  job = program.Program(config, examples, mesh.make_mesh())
   state, measured = job.train_call(job.init(), job.batches(range(1)))
   assert np.isfinite(measured["loss"])
   assert np.isfinite(job.evaluate(state, final=False)["test_loss"])

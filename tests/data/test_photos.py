@@ -23,7 +23,7 @@ from convex_jax import files, mesh
 from convex_jax.data import command, datasets, prepare, sampling, splits, tfrecord
 from convex_jax.data.photos import cache, decode, stream, worker
 from convex_jax.errors import UserError
-from convex_jax.training import loop
+from convex_jax.training import loop, program
 from tests.support import ROOT, SHARED_DATA, of, photos
 from tests.support.bad_input import children, lost_workers, streaming
 
@@ -452,7 +452,7 @@ def test_a_run_on_photographs_trains_resumes_and_reloads(photo_dir, tmp_path, lo
   whole = loop.run(natural_config(photo_dir, **changes), str(tmp_path / "whole"))
   assert np.isfinite(whole["test_loss"])
   part = natural_config(photo_dir, **changes)
-  original = loop.Job.batches
+  original = program.Program.batches
   with pytest.MonkeyPatch.context() as patch:
 
     def stops(job, steps):
@@ -460,7 +460,7 @@ def test_a_run_on_photographs_trains_resumes_and_reloads(photo_dir, tmp_path, lo
         raise KeyboardInterrupt
       return original(job, steps)
 
-    patch.setattr(loop.Job, "batches", stops)
+    patch.setattr(program.Program, "batches", stops)
     with pytest.raises(KeyboardInterrupt):
       loop.run(part, str(tmp_path / "part"))
   resumed = loop.run(part, str(tmp_path / "part"))

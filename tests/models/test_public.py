@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from convex_jax.data import datasets
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.public import files as public_files
@@ -249,20 +248,19 @@ def test_an_mlps_first_layer_is_permuted(save):
 def test_a_run_starts_from_public_weights(
   tiny_config, few_digits, save, tmp_path, monkeypatch, capsys
 ):
-  monkeypatch.setattr(datasets, "load", lambda *a, **k: few_digits)
   config = of(tiny_config, model__parts="base", init_from=save(official()), steps=1)
   config.model.update(ALIKE)
   config.optimizer.learning_rate = 1e-9
   workdir = str(tmp_path / "run")
-  loop.run(config, workdir)
+  loop.run(config, workdir, few_digits)
   assert "weights from" in capsys.readouterr().out
   got = run.load(workdir).params["block_0"]["token_mixing"]["dense_0"]["kernel"]
   np.testing.assert_allclose(got, official()["MixerBlock_0/token_mixing/Dense_0/kernel"], atol=1e-6)
   # A file that does not fit leaves nothing behind that the corrected command would meet.
   wrong = of(config, init_from="nowhere.npz")
   with pytest.raises(UserError, match=r"nowhere.npz does not exist"):
-    loop.run(wrong, str(tmp_path / "other"))
+    loop.run(wrong, str(tmp_path / "other"), few_digits)
   assert not (tmp_path / "other" / "config.json").exists()
   # Once there are checkpoints, the public file may go.
   (tmp_path / "public.npz").unlink()
-  loop.run(config, workdir)
+  loop.run(config, workdir, few_digits)

@@ -28,7 +28,8 @@ from tensorboardX.proto import event_pb2
 
 import convex_jax
 from convex_jax.errors import UserError
-from convex_jax.runs import manifest, metrics_file
+from convex_jax.runs import manifest
+from convex_jax.runs.workdir import Workdir
 from tests.support import ROOT
 
 SETTINGS = [
@@ -146,7 +147,7 @@ def last_bits(workdir: pathlib.Path) -> tuple[int, list[bytes]]:
 def rows_without_clock(workdir: pathlib.Path) -> list[dict[str, Any]]:
   """The rows of metrics.jsonl, but for what a clock measured."""
   clock = ("images_per_second", "input_wait_frac", "time")
-  every = metrics_file.read_metrics(str(workdir / "metrics.jsonl"))
+  every = Workdir(str(workdir)).rows()
   return [{k: v for k, v in row.items() if k not in clock} for row in every]
 
 
@@ -362,7 +363,7 @@ def damaged(
     try:
       told = refusal(lambda w=workdir: convex_jax.load(str(w)))
       lines = manifest.quarantine_damaged(str(workdir / "checkpoints"))
-      named = len(lines) == 1 and name in lines[0] and f"checkpoint {steps[-1]} " in lines[0]
+      named = len(lines) == 1 and name in lines[0] and f"Checkpoint {steps[-1]} " in lines[0]
       found = manifest.steps_in(str(workdir / "checkpoints")) == steps[:-1]
       loads = i % 10 or convex_jax.load(str(workdir)).step == steps[-2]
       unfinished = name == "manifest.json" and not path.exists()
@@ -393,7 +394,7 @@ def resumed_after_damage(whole: Run, folder: pathlib.Path, n: int) -> Result:
     flip_bit(rng.choice(files_of(run.workdir / "checkpoints" / str(newest))), rng)
     began = time.monotonic()
     code, out, err = run.finish()
-    told = f"checkpoint {newest} " in out and f"at step {older} " in out
+    told = f"Checkpoint {newest} " in out and f"at step {older} " in out
     result.add(
       code == 0 and told and run.outcome() == whole.outcome(), time.monotonic() - began, err[-200:]
     )
@@ -412,7 +413,7 @@ def all_damaged(whole: Run, folder: pathlib.Path, n: int) -> Result:
     for step in steps:
       flip_bit(rng.choice(files_of(run.workdir / "checkpoints" / str(step))), rng)
     code, _, err = run.finish()
-    named = all(f"step {step}: " in err for step in steps) and "begin anew" in err
+    named = all(f"step {step}: " in err for step in steps) and "start a new run" in err
     kept = manifest.steps_in(str(run.workdir / "checkpoints")) == steps
     result.add(code == 2 and named and kept and "Traceback" not in err, note=err[-200:])
   return result
@@ -499,7 +500,7 @@ def read_only(data_dir: str, mount: pathlib.Path, n: int) -> Result:
   result = Result()
   for i in range(n):
     code, _, err = Run(data_dir, mount / f"run_{i}", 10).finish({"log": os.devnull})
-    result.add(code == 2 and "cannot be written" in err and "Traceback" not in err, note=err[-200:])
+    result.add(code == 2 and "not writable" in err and "Traceback" not in err, note=err[-200:])
   return result
 
 
@@ -531,7 +532,7 @@ def lost_process(data_dir: str, folder: pathlib.Path, n: int) -> Result:
       began = time.monotonic()
       _, err = other.communicate(timeout=150)
       spent = time.monotonic() - began
-      told = "the same command on every host" in err
+      told = "same command on every host" in err
       result.add(other.returncode == 75 and told, spent, f"{other.returncode} {err[-500:]}")
   return result
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from convex_jax import mesh
-from convex_jax.training import loop
+from convex_jax.training import program
 from tests.support import ROOT
 
 
@@ -30,7 +30,7 @@ def leaves_close(got, want, atol):
 
 
 def run_steps(config, examples, devices, calls):
-  job = loop.Job(config, examples, mesh.make_mesh(jax.devices()[:devices]))
+  job = program.Program(config, examples, mesh.make_mesh(jax.devices()[:devices]))
   state, losses = job.init(), []
   for steps in calls:
     state, metrics = job.train_call(state, job.batches(steps))

@@ -26,7 +26,7 @@ import numpy as np
 
 from convex_jax import files, main
 from convex_jax.runs import checkpoints, manifest
-from convex_jax.training import loop
+from convex_jax.training import program
 
 FAULTS = json.loads(os.environ.get("FAULTS", "{}"))
 saves = 0
@@ -115,5 +115,5 @@ if __name__ == "__main__":
   manifest.seal = sealing(manifest.seal)
   checkpointer = checkpoints.ocp.training.Checkpointer
   checkpointer.save_checkpointables_async = counted(checkpointer.save_checkpointables_async)
-  loop.Job.train_call = stepping(loop.Job.train_call)
+  program.Program.train_call = stepping(program.Program.train_call)
   sys.exit(main.main())

@@ -14,8 +14,8 @@ from convex_jax.data import augment
 from convex_jax.data.batches import Feed
 from convex_jax.errors import UserError
 from convex_jax.models import catalog, constraints, fast_forms
-from convex_jax.runs import checkpoints as checkpoint
-from convex_jax.training import loop, optimizer, step
+from convex_jax.runs.checkpoints import Checkpoints
+from convex_jax.training import loop, optimizer, program, step
 from convex_jax.training.schema import mistakes
 from tests.support import of
 from tests.support.running import leaves_close, run_steps
@@ -60,7 +60,7 @@ def split_all(monkeypatch):
 
 
 def split_state(config, examples):
-  job = loop.Job(config, examples, mesh.make_mesh(jax.devices(), fsdp=4))
+  job = program.Program(config, examples, mesh.make_mesh(jax.devices(), fsdp=4))
   state = job.init()
   for steps in CALLS:
     state, _ = job.train_call(state, job.batches(steps))
@@ -87,14 +87,14 @@ def test_a_checkpoint_of_split_weights_is_restored_on_one_device_and_back(
   tiny_config, few_digits, tmp_path
 ):
   _, state = split_state(tiny_config, few_digits)
-  saved = checkpoint.Checkpoints(str(tmp_path), 2)
-  saved.save(state, 0.5)
+  saved = Checkpoints(str(tmp_path), 2)
+  saved.save(int(state.step), state.items(), 0.5)
   saved.close()
   for devices, fsdp in ((1, 1), (2, 2), (8, 2)):
     over = mesh.make_mesh(jax.devices()[:devices], fsdp)
-    job = loop.Job(tiny_config, few_digits, over)
-    again = checkpoint.Checkpoints(str(tmp_path), 2)
-    restored = again.restore(job.init())
+    job = program.Program(tiny_config, few_digits, over)
+    again = Checkpoints(str(tmp_path), 2)
+    restored = step.State.of(again.restore(job.init().items()))
     again.close()
     for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
       np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

@@ -11,7 +11,7 @@ from convex_jax import mesh
 from convex_jax.data import augment
 from convex_jax.data.batches import Feed
 from convex_jax.models import catalog, constraints
-from convex_jax.training import loop, optimizer, step
+from convex_jax.training import optimizer, program, step
 from tests.support import of
 from tests.support.running import leaves_close, run_steps
 
@@ -106,7 +106,7 @@ def test_evaluation_counts_every_example_once_whatever_the_batch(tiny_config, fe
   figures = []
   for batch_size, devices in ((16, 8), (50, 1), (8, 2)):
     config = of(tiny_config, batch_size=batch_size)
-    job = loop.Job(config, few_digits, mesh.make_mesh(jax.devices()[:devices]))
+    job = program.Program(config, few_digits, mesh.make_mesh(jax.devices()[:devices]))
     figures.append(job.evaluate(job.init(), final=True))
   state, model = job.init(), job.model
   prepare = augment.make_prepare(8, *few_digits.train.statistics())
@@ -120,7 +120,7 @@ def test_evaluation_counts_every_example_once_whatever_the_batch(tiny_config, fe
 
 def test_averaged_weights_follow_their_formula(tiny_config, few_digits):
   config = of(tiny_config, ema_decay=0.5)
-  job = loop.Job(config, few_digits, mesh.make_mesh(jax.devices()[:1]))
+  job = program.Program(config, few_digits, mesh.make_mesh(jax.devices()[:1]))
   state = job.init()
   average = jax.device_get(state.params)
   for i in range(3):
