@@ -41,7 +41,11 @@ def find(path: str) -> str:
 
 
 def load(arguments: list[str]) -> Any:
-  """The config that the arguments ["--config=FILE", "--config.KEY=VALUE", ...] make."""
+  """The config that the arguments ["--config=FILE", "--config.KEY=VALUE", ...] make.
+
+  Raises whatever a file that cannot be read, an unknown key, or a value that does not fit makes
+  ml_collections raise.
+  """
   make_importable()
   found = [
     f"--config={find(a.partition('=')[2])}" if a.startswith("--config=") else a for a in arguments
@@ -49,7 +53,9 @@ def load(arguments: list[str]) -> Any:
   command, values = ["convex_jax", *found], flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
   values(command)
-  return values["config"].value
+  config = values["config"].value
+  list(config.items())  # A file that cannot be read raises here, and not before.
+  return config
 
 
 @functools.cache

@@ -91,7 +91,7 @@ def _explain(file: str, overrides: list[str]) -> list[str]:
   try:
     known = [path for path, _ in config_files.flatten(config_files.load([f"--config={file}"]))]
   except Exception as error:
-    return [f"--config={file} cannot be read: {error.__cause__ or error}"]
+    return [f"--config={file} cannot be read: {' '.join(str(error.__cause__ or error).split())}"]
   good, lines = [], []
   for override in overrides:
     match = _OVERRIDE.match(override)

@@ -40,7 +40,7 @@ class Program:
     self.parameters = optax.tree.size(boxed["params"])
     self.constraints = constraints.constraints_of(boxed["params"])
     self.tx = optimizer.make_optimizer(config.optimizer, self.total_steps, self.constraints)
-    self._batches = {
+    self.splits = {
       name: batches.feed_of(split, mesh, config.data) for name, split in examples.splits().items()
     }
     self._compile()
@@ -128,16 +128,16 @@ class Program:
 
   def batches(self, steps: range) -> Any:
     """What the batches of these steps are made of, on the devices."""
-    return self._batches["train"].train_plan(steps, self.config.batch_size, self.config.seed)
+    return self.splits["train"].train_plan(steps, self.config.batch_size, self.config.seed)
 
   def train_call(self, state: step.State, plan: Any) -> tuple[step.State, dict[str, jax.Array]]:
     """Several updates in one dispatch; metrics are stacked over the steps."""
-    return self._train_call(state, self._batches["train"].arrays, plan)
+    return self._train_call(state, self.splits["train"].arrays, plan)
 
   def evaluate(self, state: step.State, final: bool) -> dict[str, float]:
     """Every split at inference, images not augmented; all training images if `final`."""
     weights, row = state.weights(), {}
-    for name, split in self._batches.items():
+    for name, split in self.splits.items():
       limit = self.config.eval.train_examples if name == "train" and not final else 0
       total = self._nothing()
       for i, plan in enumerate(split.eval_plans(self.config.batch_size, limit), 1):
@@ -162,7 +162,7 @@ class Program:
 
   def close(self) -> None:
     """Ends what reads data beside the run."""
-    for split in self._batches.values():
+    for split in self.splits.values():
       split.close()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from convex_jax import mesh
 from convex_jax.training import program
-from tests.support import ROOT
+from tests.support import PATIENCE, ROOT
 
 
 def run_main(*args, env=None, **kwargs):
@@ -17,7 +17,7 @@ def run_main(*args, env=None, **kwargs):
     cwd=ROOT,
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=PATIENCE,
     env={**os.environ, **(env or {})},
     **kwargs,
   )
