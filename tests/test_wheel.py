@@ -93,6 +93,7 @@ def test_the_wheel_holds_every_module_and_config(wheel):
 
 def test_the_installed_wheel_trains_certifies_and_loads(wheel, tmp_path):
   python, home = install(wheel, "train", tmp_path / "venv"), tmp_path / "empty"
+  assert "tensorflow" not in required(wheel, "train")
   home.mkdir()
   tiny = [f"--config.{change}" for change in TINY]
   passes(python, "-m", "convex_jax.main", "--config=configs/mixer_ioc.py:digits", *tiny, cwd=home)
