@@ -1,9 +1,11 @@
 """The rules of the house: which package may import which, and what no module does."""
 
 import ast
+import re
 
 import pytest
 
+import convex_jax
 from tests.support import ROOT
 
 PACKAGE = ROOT / "convex_jax"
@@ -64,3 +66,10 @@ def test_every_test_passes_without_the_experiments():
 def test_nothing_imports_tensorflow(path):
   """Not even where it is installed; tests/test_wheel.py trains in an environment without it."""
   assert "tensorflow" not in {name.split(".")[0] for name in imports_of(path)}
+
+
+def test_the_version_is_the_same_everywhere():
+  changelog, citation = ((ROOT / n).read_text() for n in ("CHANGELOG.md", "CITATION.cff"))
+  date = re.search(r"^date-released: (\S+)$", citation, re.MULTILINE)[1]
+  assert f"\nversion: {convex_jax.__version__}\n" in citation
+  assert f"\n## [{convex_jax.__version__}] - {date}\n" in changelog
