@@ -11,8 +11,6 @@ import sys
 import threading
 from typing import Any
 
-from absl import logging
-
 from convex_jax import command_line, config_files
 from convex_jax.errors import UserError
 
@@ -23,7 +21,6 @@ _OVERRIDE = re.compile(r"--(?:no)?config\.([\w.]+)")
 
 def main(argv: list[str] | None = None) -> int:
   """Trains; returns the exit code, or ends the process where threads would wait for ever."""
-  logging.set_verbosity(logging.ERROR)  # TFDS and Orbax talk at length below that.
   arguments = sys.argv[1:] if argv is None else argv
   overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
   args = _parser().parse_args([a for a in arguments if a not in overrides])
@@ -57,8 +54,12 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
   if args.config is None:
     raise UserError("Missing option --config, for example --config=configs/mixer_ioc.py:digits")
+  # From here on what the extra `train` installs is needed; `--help` works without it.
+  from absl import logging
+
   from convex_jax.training import runtime
 
+  logging.set_verbosity(logging.ERROR)  # TFDS and Orbax talk at length below that.
   runtime.keep_compiled_programs()
   runtime.tune_cpu()
   from convex_jax.runs import checkpoints
