@@ -56,6 +56,7 @@ html_title = f"convex_jax {version}"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_theme_options = {
+  "navbar_persistent": [],  # The sidebar has a search field.
   "home_page_in_toc": True,
   "show_navbar_depth": 1,
   "show_toc_level": 2,
@@ -67,6 +68,7 @@ copybutton_prompt_is_regexp = True
 
 
 def setup(app):
+  """Connects what runs before a build and on each docstring."""
   app.connect("builder-inited", lambda app: generate.write())
   app.connect("autodoc-process-docstring", _docstring, priority=400)  # Before napoleon, 500.
 

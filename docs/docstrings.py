@@ -19,7 +19,7 @@ def to_rst(lines: list[str]) -> list[str]:
   for paragraph in _paragraphs(lines):
     indented = paragraph[0].startswith(" ")
     belongs = SECTION.match(first) or ITEM.match(first)
-    if paragraph[0].startswith("|"):
+    if all(line.startswith("|") and line.endswith("|") for line in paragraph):
       out += ["::", "", *(f"  {line}" for line in paragraph)]
     elif indented and not belongs:
       out += ["::", "", *paragraph]
