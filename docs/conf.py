@@ -1,11 +1,14 @@
 """Sphinx's settings: `make docs`.
 
 Tables and API pages are made from the code by `generate.py` before each build. Notebooks are
-run once and cached in `_build`; `DOCS_NOTEBOOKS=off make docs` shows them without results.
+run once and cached in `_build`, on the run of `make train`, which is trained where it is missing;
+`DOCS_NOTEBOOKS=off make docs` shows them without results.
 """
 
 import os
 import pathlib
+import re
+import subprocess
 import sys
 
 DOCS = pathlib.Path(__file__).parent
@@ -40,7 +43,7 @@ myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = os.environ.get("DOCS_NOTEBOOKS", "cache")
 nb_execution_cache_path = str(DOCS / "_build" / "notebooks")
-nb_execution_timeout = 600  # Seconds: the first notebook trains the network of `make train`.
+nb_execution_timeout = 600  # Seconds.
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
@@ -69,9 +72,27 @@ copybutton_prompt_is_regexp = True
 
 def setup(app):
   """Connects what runs before a build and on each docstring."""
-  app.connect("builder-inited", lambda app: generate.write())
+  app.connect("builder-inited", _prepare)
   app.connect("autodoc-process-docstring", _docstring, priority=400)  # Before napoleon, 500.
+  app.connect("autodoc-process-signature", _signature)
+
+
+def _prepare(app):
+  """Makes what is generated, and the run that the notebooks look at."""
+  generate.write()
+  root = DOCS.parent
+  if nb_execution_mode != "off" and not (root / "runs/mixer_ioc_digits/certificate.json").exists():
+    train = [sys.executable, "-m", "convex_jax.main", "--config=configs/mixer_ioc.py:digits"]
+    subprocess.run(train, cwd=root, check=True)
 
 
 def _docstring(app, what, name, obj, options, lines):
   lines[:] = to_rst(lines)
+
+
+def _signature(app, what, name, obj, options, signature, returns):
+  """Without objects as defaults, which Sphinx cannot parse, and Flax's own two arguments."""
+  if signature:
+    signature = re.sub(r"= <(?:[^<>]|<[^<>]*>)*>", "= ...", signature)
+    signature = re.sub(r"(, )?parent: [^=]*= \.\.\., name: str \| None = None", "", signature)
+  return signature, returns
