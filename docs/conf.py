@@ -49,6 +49,7 @@ nb_merge_streams = True
 
 autodoc_default_options = {"member-order": "bysource"}
 autodoc_typehints = "signature"
+add_module_names = False
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False

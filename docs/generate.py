@@ -34,7 +34,8 @@ PRIMITIVES = {
   "convex and increasing": "exp exp2 expm1",
   "convex of affine": "abs square integer_pow",
   "convex where it is a log-sum-exp of convex values": "log",
-  "an activation with one kink, judged by what it computes": "select_n clamp",
+  "convex where nothing is cut off above, concave where nothing is cut off below": "clamp",
+  "a choice by a known condition; or an activation with one kink, judged by what it computes": "select_n",
   "moves elements: curvature moves with them": "broadcast_in_dim reshape transpose squeeze"
   " expand_dims rev slice dynamic_slice gather dynamic_update_slice concatenate stack tile pad",
 }
@@ -232,22 +233,31 @@ def api_pages() -> dict[str, str]:
     pages[f"{name}.md"] = (
       f"# {short}\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n" + _toc(inner)
     )
-  top = [f"{PACKAGE}.{room}" for room in ROOMS if f"{PACKAGE}.{room}" in names]
-  top += [n for n in names if n.count(".") == 1 and n not in top]
   face = importlib.import_module(PACKAGE)
-  listed = "\n".join(
-    f"- `{PACKAGE}.{name}`: {_summary(getattr(face, name))}"
-    for name in face.__all__
-    if not name.startswith("_")
-  )
-  pages["index.md"] = (
-    "# API reference\n\n"
-    "These names are importable from `convex_jax` itself:\n\n"
-    f"{listed}\n\n"
-    "Everything else is in its module. A package imports only the packages listed before it;\n"
-    "`proof` needs JAX, NumPy and SciPy alone.\n" + _toc(top)
+  things = {n: getattr(face, n) for n in face.__all__ if not n.startswith("_")}
+  rooms = [f"{PACKAGE}.{room}" for room in ROOMS if f"{PACKAGE}.{room}" in names]
+  ground = [name for name in names if name.count(".") == 1 and name not in rooms]
+  pages["index.md"] = "\n".join(
+    [
+      "# API reference\n",
+      "These names can be imported from `convex_jax` itself:\n",
+      *(
+        f"- {{py:obj}}`{n} <{thing.__module__}.{thing.__qualname__}>`: {_summary(thing)}"
+        for n, thing in things.items()
+      ),
+      "\nEverything else is imported from its module. A package imports only those listed before",
+      "it, and `proof` needs JAX, NumPy and SciPy alone.\n",
+      *(f"- [{n.partition('.')[2]}]({n}.md): {_first_line(n)}" for n in rooms),
+      "\nModules outside of these packages:\n",
+      *(f"- [{n.partition('.')[2]}]({n}.md): {_first_line(n)}" for n in ground),
+      _toc([*rooms, *ground]).replace(":maxdepth: 1", ":hidden:"),
+    ]
   )
   return pages
+
+
+def _first_line(name: str) -> str:
+  return _summary(importlib.import_module(name))
 
 
 def _summary(thing: Any) -> str:
