@@ -195,8 +195,10 @@ def sizes() -> str:
 
 def experiment_table(name: str) -> str:
   """A table that `experiments.readme` makes of measured results; links from the site's root."""
-  text = getattr(importlib.import_module("experiments.readme"), name)()
-  return text.replace("](experiments/", "](/experiments/")
+  make = getattr(importlib.import_module("experiments.readme"), name)
+  if inspect.signature(make).parameters:
+    return make("/experiments")
+  return make().replace("](experiments/", "](/experiments/")
 
 
 TABLES = {
