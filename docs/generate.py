@@ -33,7 +33,7 @@ PRIMITIVES = {
   "minima: concave of concave": "min reduce_min reduce_window_min cummin",
   "convex and increasing": "exp exp2 expm1",
   "convex of affine": "abs square integer_pow",
-  "convex where it is a log-sum-exp of convex values": "log",
+  "as part of a log-sum-exp of convex values": "log",
   "convex where nothing is cut off above, concave where nothing is cut off below": "clamp",
   "a choice by a known condition; or an activation with one kink, judged by what it computes": "select_n",
   "moves elements: curvature moves with them": "broadcast_in_dim reshape transpose squeeze"

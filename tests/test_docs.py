@@ -1,5 +1,6 @@
 """The documentation: commands, files, keys and names in it exist; what can run here, runs."""
 
+import configparser
 import importlib
 import os
 import pathlib
@@ -76,10 +77,14 @@ def test_a_flag_that_does_not_exist_is_found(tmp_path, capsys):
 
 
 @each_page
-def test_files_and_targets_exist(path):
+def test_files_extras_and_targets_exist(path):
   text = path.read_text()
   for name in re.findall(r"\b((?:configs|experiments|docs)/[\w./]*\w)", text):
     assert (ROOT / name).exists(), name
+  extras = configparser.ConfigParser()
+  extras.read(ROOT / "setup.cfg")
+  for extra in re.findall(r"'\.\[(\w+)\]'", text):
+    assert extra in extras["options.extras_require"], extra
   targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
   for target in re.findall(r"`make (\w+)`", text):
     assert target in targets, target
@@ -133,7 +138,6 @@ def test_the_generated_tables_are_complete():
   text = generate.config_tables()
   assert all(f"`{key}`" in text for key in schema.RULES)
   assert all(f"`{name}`" in generate.primitives() for name in RULES)
-  assert not {n for names in generate.PRIMITIVES.values() for n in names.split()} - RULES.keys()
   assert all(f"convex_jax {name}" in generate.commands() for name in COMMANDS)
   assert all(f"| {end.code} |" in generate.exit_codes() for end in errors.Ended.__subclasses__())
   assert all(f"`{name}`" in generate.sizes() for name in catalog.names())
