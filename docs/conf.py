@@ -31,7 +31,6 @@ extensions = [
   "sphinx.ext.mathjax",
   "sphinx.ext.napoleon",
   "sphinx_copybutton",
-  "sphinx_design",
 ]
 exclude_patterns = ["_build", "_generated", "**.ipynb_checkpoints"]
 suppress_warnings = ["config.cache"]
