@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
   config.ema_decay = 0.0  # Above 0: weights are averaged, and the average is evaluated.
 
   config.data = ConfigDict()
-  config.data.name = "cifar10"  # `python -m convex_jax.data list`
+  config.data.name = "cifar10"  # `python -m convex_jax data list`
   config.data.classes = ()  # Names of those to keep, in their order; (): all.
   config.data.dir = ""  # Folder of prepared data; "": TFDS's (~/tensorflow_datasets).
   config.data.image_size = 32  # px; the network's input, resized on the device.

@@ -19,7 +19,7 @@ from convex_jax.runs import workdir as describe
 from convex_jax import files
 from convex_jax.models import catalog
 from convex_jax.runs import metrics_file
-from convex_jax.data.augment import preparation
+from convex_jax.data.preprocess import preparation
 from convex_jax.runs.checkpoints import read_weights
 from convex_jax.errors import UserError
 from convex_jax.models.variables import apply

@@ -175,7 +175,7 @@ class Watch:
       if share > WAITS_LONG:
         streamed = self._config.data.loader == "stream"
         cure = (
-          "give more cores (config.data.workers), or decode once (python -m convex_jax.data cache)"
+          "give more cores (config.data.workers), or decode once (python -m convex_jax data cache)"
           " and read that (config.data.loader=resident)"
           if streamed
           else "keep them on the devices (config.data.loader=resident)"

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import FrozenConfigDict
 
 from convex_jax import mesh as meshes
-from convex_jax.data import augment, datasets
+from convex_jax.data import augment, datasets, preprocess
 from convex_jax.data import batches as feeds
 from convex_jax.errors import Diverged, Lost, Stopped
 from convex_jax.models import catalog, constraints
@@ -197,7 +197,7 @@ class Job:
     self.constraints = constraints.constraints_of(boxed["params"])
     self.tx = optimizer.make_optimizer(config.optimizer, self.total_steps, self.constraints)
     self._feeds = {
-      name: feeds.feed_of(split, mesh, config.data) for name, split in examples.splits().items()
+      name: feeds.batches_of(split, mesh, config.data) for name, split in examples.splits().items()
     }
     self._compile()
 
@@ -209,7 +209,7 @@ class Job:
 
   def _compile(self) -> None:
     config, everywhere = self.config, meshes.replicated(self.mesh)
-    prepare = augment.preparation(config.data, *self.examples.statistics)
+    prepare = preprocess.preparation(config.data, *self.examples.statistics)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     one_step = functools.partial(
       step.train_step,
