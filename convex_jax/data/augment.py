@@ -21,16 +21,14 @@ def flip(key: jax.Array, image_HxWxC: jax.Array) -> jax.Array:
 def pad_and_crop(key: jax.Array, image_HxWxC: jax.Array, padding: int) -> jax.Array:
   """Shifts the image by up to `padding` px in each axis, filling with black (Lee et al. 2015)."""
   padded = jnp.pad(image_HxWxC, ((padding, padding), (padding, padding), (0, 0)))
-  top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
-  return jax.lax.dynamic_slice(padded, (top, left, 0), image_HxWxC.shape)
+  return random_crop(key, padded, image_HxWxC.shape)
 
 
-def random_crop(key: jax.Array, image_HxWxC: jax.Array, size: int) -> jax.Array:
-  """A random window of size x size px."""
-  height, width, channels = image_HxWxC.shape
-  most = jnp.array([height - size + 1, width - size + 1])
-  top, left = jax.random.randint(key, (2,), 0, most)
-  return jax.lax.dynamic_slice(image_HxWxC, (top, left, 0), (size, size, channels))
+def random_crop(key: jax.Array, image_HxWxC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """A random window of this shape (H, W, C)."""
+  most = jnp.array(image_HxWxC.shape[:2]) - jnp.array(shape[:2])
+  top, left = jax.random.randint(key, (2,), 0, most + 1)
+  return jax.lax.dynamic_slice(image_HxWxC, (top, left, 0), shape)
 
 
 def jitter(key: jax.Array, image_HxWxC: jax.Array, strength: float) -> jax.Array:
@@ -145,7 +143,8 @@ def make_augment(
     if config.flip:
       image_HxWxC = flip(flip_key, image_HxWxC)
     if config.cache_size:
-      image_HxWxC = random_crop(jax.random.fold_in(key, 4), image_HxWxC, config.image_size)
+      shape = (config.image_size, config.image_size, image_HxWxC.shape[-1])
+      image_HxWxC = random_crop(jax.random.fold_in(key, 4), image_HxWxC, shape)
     if config.crop_padding:
       image_HxWxC = pad_and_crop(crop_key, image_HxWxC, config.crop_padding)
     if operations:

@@ -19,21 +19,13 @@ def _list(args: argparse.Namespace) -> None:
   table = Table("name", "classes", "image (px)", "train", "test")
   table.add_column("prepared in", overflow="fold")
   for name, entry in DATASETS.items():
-    if entry.synthetic:
-      counts = (f"{entry.train_examples:,}", f"{entry.test_examples:,}")
-      table.add_row(name, str(entry.classes), "any", *counts, "made as needed")
-      continue
-    builder = prepare.builder_of(name, args.data_dir, entry.config)
-    size = "various" if entry.is_natural else " x ".join(map(str, entry.image_shape))
-    absent = "at first use" if name == "digits" else "-"
-    table.add_row(
-      name,
-      str(entry.classes),
-      size,
-      f"{entry.train_examples:,}",
-      f"{entry.test_examples:,}",
-      str(builder.data_dir) if builder.is_prepared() else absent,
-    )
+    size = " x ".join(map(str, entry.image_shape)) if entry.image_shape[0] else "various"
+    where = {"digits": "at first use", "synthetic": "made as needed"}.get(name, "-")
+    if not entry.synthetic:
+      builder = prepare.builder_of(name, args.data_dir, entry.config)
+      where = str(builder.data_dir) if builder.is_prepared() else where
+    counts = (f"{entry.train_examples:,}", f"{entry.test_examples:,}")
+    table.add_row(name, str(entry.classes), size, *counts, where)
   Console().print(table)
 
 
@@ -87,60 +79,43 @@ def _check(args: argparse.Namespace) -> None:
     )
 
 
+PREPARED = [name for name, entry in DATASETS.items() if not entry.synthetic]
+COMMANDS = {  # Name: (action, summary, arguments of an example).
+  "list": (_list, "List the data sets, and where they are prepared.", ""),
+  "prepare": (_prepare, "Download and prepare a data set.", "cifar10 --data_dir=~/data"),
+  "convert": (_convert, "Copy TFDS's TFRecord files to array_record.", "stl10 --to=~/data"),
+  "cache": (_cache, "Decode photographs once, at one size.", "imagenet2012 --image_size=80"),
+  "check": (_check, "Read every example; report counts and statistics.", "cifar10"),
+}
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = command_line.parser(
     "data",
     "List, prepare, convert, cache and check data sets.",
     "python -m convex_jax data prepare cifar10 --data_dir=~/data",
   )
-  commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-  def add(name, action, summary, example):
-    command = commands.add_parser(
+  subparsers, commands = parser.add_subparsers(required=True, metavar="COMMAND"), {}
+  for name, (action, summary, example) in COMMANDS.items():
+    commands[name] = command = subparsers.add_parser(
       name,
       help=summary,
       description=summary,
-      epilog=f"example:\n  python -m convex_jax data {example}",
-      formatter_class=argparse.RawDescriptionHelpFormatter,
+      epilog=f"example:\n  python -m convex_jax data {name} {example}",
+      formatter_class=parser.formatter_class,
       allow_abbrev=False,
     )
     command.set_defaults(action=action)
     if name != "list":
-      prepared = [name for name, entry in DATASETS.items() if not entry.synthetic]
-      command.add_argument("name", choices=prepared, metavar="NAME", help=", ".join(prepared))
+      command.add_argument("name", choices=PREPARED, metavar="NAME", help=", ".join(PREPARED))
     command.add_argument("--data_dir", default="", help="folder of data sets (default: TFDS's own)")
-    return command
-
-  add("list", _list, "List the data sets, and where they are prepared.", "list")
-  command = add(
-    "prepare",
-    _prepare,
-    "Download a data set and prepare it for training.",
-    "prepare imagenet2012 --manual_dir=~/Downloads",
-  )
-  command.add_argument("--manual_dir", default="", help="folder of archives downloaded by hand")
-  command = add(
-    "convert",
-    _convert,
-    "Copy a data set that TFDS prepared as TFRecord files to array_record files.",
-    "convert imagenet2012 --data_dir=/data/tfds --to=/data/array_record",
-  )
-  command.add_argument("--to", required=True, help="folder of the copy")
-  command = add(
-    "cache",
-    _cache,
-    "Decode photographs once, at one size, so that epochs only read them.",
-    "cache imagenet2012 --image_size=80",
-  )
-  command.add_argument("--image_size", type=int, required=True, help="side of the images, in px")
-  command.add_argument("--workers", type=int, default=-1, help="processes (-1: one per core)")
-  command = add(
-    "check",
-    _check,
-    "Read every example of a data set, and report counts and statistics.",
-    "check cifar10",
-  )
-  command.add_argument("--image_size", type=int, default=0, help="side of cached images, in px")
+  commands["prepare"].add_argument("--manual_dir", default="", help="folder of the archives")
+  commands["convert"].add_argument("--to", required=True, help="folder of the copy")
+  for name, needed in (("cache", True), ("check", False)):
+    commands[name].add_argument(
+      "--image_size", type=int, default=0, required=needed, help="side of the cached images, in px"
+    )
+  commands["cache"].add_argument("--workers", type=int, default=-1, help="-1: one per core")
   return parser
 
 

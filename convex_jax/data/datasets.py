@@ -196,17 +196,15 @@ def _examples(config: Any, builder: Any, split: str, progress: bool) -> Any:
   if not DATASETS[config.name].is_natural:
     return decode_split(builder, split, progress)
   if config.loader == "stream":
-    every = np.arange(builder.info.splits[split].num_examples)
-    area = tuple(config.crop_area)
-    folder = str(builder.data_dir)
-    classes = builder.info.features["label"].num_classes
-    _refuse_unlike(config.name, folder, split, len(every))
+    every, folder = np.arange(builder.info.splits[split].num_examples), str(builder.data_dir)
+    _check_count(config.name, folder, split, len(every))
+    area, classes = tuple(config.crop_area), builder.info.features["label"].num_classes
     return Records(folder, split, every, config.image_size, area, config.eval_share, classes)
   size = config.cache_size or config.image_size
   return cache.read(config.name, builder.data_dir, split, size, config.max_unreadable, progress)
 
 
-def _refuse_unlike(name: str, folder: str, split: str, count: int) -> None:
+def _check_count(name: str, folder: str, split: str, count: int) -> None:
   """Raises `UserError` where a split cannot be opened or does not have `count` records."""
   try:
     found = len(source_of(folder, split))

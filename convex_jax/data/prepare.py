@@ -18,6 +18,7 @@ import sys
 import types
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import PIL.Image
@@ -99,22 +100,17 @@ def _without_tensorflow(builder: Any) -> Iterator[None]:
   plain = types.SimpleNamespace(
     io=types.SimpleNamespace(gfile=gfile), compat=types.SimpleNamespace(as_text=str)
   )
-  modules: list[Any] = [sys.modules[type(builder).__module__], extractor]
+  replaced: list[tuple[Any, str, Any]] = [
+    (builder, "_generate_examples", generate_pil),
+    (sys.modules[type(builder).__module__], "tf", plain),
+    (extractor, "tf", plain),
+  ]
   if builder.name == "imagenet2012":
-    modules.append(imagenet_common)
-    builder._fix_image = lambda _, image: image
-  lazy = [module.tf for module in modules]
-  builder._generate_examples = generate_pil
-  for module in modules:
-    module.tf = plain
-  try:
+    replaced += [(imagenet_common, "tf", plain), (builder, "_fix_image", lambda _, image: image)]
+  with contextlib.ExitStack() as stack:
+    for owner, name, new in replaced:
+      stack.enter_context(mock.patch.object(owner, name, new))
     yield
-  finally:
-    for module, tf in zip(modules, lazy, strict=True):
-      module.tf = tf
-    del builder._generate_examples
-    if builder.name == "imagenet2012":
-      del builder._fix_image
 
 
 def official_archives(builder: Any) -> dict[str, tuple[int, str]]:
@@ -143,10 +139,8 @@ def check_archives(builder: Any, manual_dir: str) -> None:
   lines = []
   for name, (size, _) in archives.items():
     path = os.path.join(manual_dir, name)
-    if not os.path.exists(path):
-      lines.append(f"{path} is missing ({size:,} bytes)")
-    elif os.path.getsize(path) != size:
-      found = os.path.getsize(path)
+    found = os.path.getsize(path) if os.path.exists(path) else 0
+    if found != size:
       lines.append(f"{path} has {found:,} of {size:,} bytes: resume or repeat the download")
   for name, (_, checksum) in archives.items() if not lines else ():
     path = os.path.join(manual_dir, name)

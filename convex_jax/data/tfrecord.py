@@ -33,10 +33,9 @@ def records_of(path: str) -> Iterator[bytes]:
     while head := file.read(12):
       size, crc = struct.unpack("<QI", head) if len(head) == 12 else (0, None)
       # Checked before memory is allocated: a damaged length can be any number.
-      if crc != masked(head[:8]) or start + 16 + size > end:
-        raise UserError(f"{path} is damaged at byte {start:,}. Fetch or prepare it again")
-      data = file.read(size)
-      if struct.unpack("<I", file.read(4))[0] != masked(data):
+      intact = crc == masked(head[:8]) and start + 16 + size <= end
+      data = file.read(size) if intact else b""
+      if not intact or struct.unpack("<I", file.read(4))[0] != masked(data):
         raise UserError(f"{path} is damaged at byte {start:,}. Fetch or prepare it again")
       yield data
       start += 16 + size

@@ -49,11 +49,13 @@ def write(name: str, folder: str, split: str, count: int, size: int, workers: in
     return f"{name} {split}: {path} already exists"
   os.makedirs(os.path.dirname(path), exist_ok=True)
   with files.exclusive_lock(path + ".lock", f"{path} is being written by another command"):
-    return _write(name, folder, split, count, size, workers)
+    unreadable = _fill(path, name, folder, split, count, size, workers)
+  return f"{name} {split}: {count:,} images of {size} px in {path}, {unreadable} unreadable"
 
 
-def _write(name: str, folder: str, split: str, count: int, size: int, workers: int) -> str:
-  path = path_of(folder, split, size)
+def _fill(
+  path: str, name: str, folder: str, split: str, count: int, size: int, workers: int
+) -> int:
   images, labels, about = _begin(path, count, size)
   records = Records(folder, split, np.arange(count), size, crop_area=(1.0, 1.0), eval_share=1.0)
   rows = worker.Evaluation(records, np.arange(BLOCK), BLOCK, count, BLOCK)
@@ -75,9 +77,7 @@ def _write(name: str, folder: str, split: str, count: int, size: int, workers: i
   finally:
     made.close()
   os.replace(path + ".partial", path)
-  return (
-    f"{name} {split}: {count:,} images of {size} px in {path}, {len(about['replaced'])} unreadable"
-  )
+  return len(about["replaced"])
 
 
 def _begin(path: str, count: int, size: int) -> tuple[np.memmap, np.memmap, dict[str, Any]]:

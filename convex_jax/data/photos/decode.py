@@ -6,6 +6,7 @@ is random; Pillow, which antialiases and is several times slower, resizes images
 and caches, and reads images that are not ordinary JPEGs.
 """
 
+import contextlib
 import io
 from typing import Any
 
@@ -111,16 +112,15 @@ def shape_of(data: bytes) -> tuple[int, int]:
 def _decode(data: bytes, height: int, width: int, fast: bool) -> tuple[np.ndarray, int]:
   """RGB pixels of at least this height and width, and the state of the image."""
   want: dict[str, Any] = dict(min_height=height, min_width=width, fastdct=fast, fastupsample=fast)
-  try:
+  with contextlib.suppress(*_ABOUT_BYTES):
     return simplejpeg.decode_jpeg(data, **want), FINE
-  except _ABOUT_BYTES:  # CMYK, a PNG named JPEG, or damaged.
-    pass
-  try:
-    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-      if image.format == "PNG" or image.mode == "CMYK":
-        return np.asarray(image.convert("RGB")), FINE
-  except _ABOUT_BYTES:
-    pass
+  # CMYK, a PNG named JPEG, or damaged.
+  with (
+    contextlib.suppress(*_ABOUT_BYTES),
+    PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image,
+  ):
+    if image.format == "PNG" or image.mode == "CMYK":
+      return np.asarray(image.convert("RGB")), FINE
   try:
     return simplejpeg.decode_jpeg(data, strict=False, **want), DAMAGED
   except _ABOUT_BYTES as error:
