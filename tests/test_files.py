@@ -82,7 +82,7 @@ def sealed(tmp_path):
   (folder / "weights" / "d").mkdir(parents=True)
   rng = np.random.default_rng(0)
   for name in ("a", "weights/b", "weights/d/c"):
-    (folder / name).write_bytes(rng.bytes(100))
+    (folder / name).write_bytes(rng.bytes(24))
   manifest.seal(str(folder), 20, 0.5)
   assert manifest.fault(str(folder), 20) is None
   return folder
@@ -113,7 +113,7 @@ def swap(folder):
 @pytest.mark.parametrize(
   "change,words",
   [
-    (lambda f: (f / "weights" / "b").write_bytes(b"short"), "weights/b has 5 bytes instead of 100"),
+    (lambda f: (f / "weights" / "b").write_bytes(b"short"), "weights/b has 5 bytes instead of 24"),
     (lambda f: os.remove(f / "weights" / "d" / "c"), "weights/d/c is missing"),
     (lambda f: (f / "weights" / "more").write_bytes(b""), "weights/more is no file of it"),
     (swap, "a is damaged"),

@@ -244,7 +244,7 @@ def test_order_and_crops_are_the_same_for_any_number_of_workers_and_devices(phot
     want, _ = decode.random_crop(example["image"], rng, 16, (0.08, 1.0))
     np.testing.assert_array_equal(images.reshape(48, 16, 16, 3)[row], want)
     assert labels.ravel()[row] == example["label"]
-  for devices, workers in ((2, 0), (8, 0), (2, 1), (1, 3)):
+  for devices, workers in ((8, 0), (2, 3)):
     others = batches(photo_dir, devices, workers, range(6, 12))
     for ours, theirs in zip((images, labels, positions), others, strict=True):
       np.testing.assert_array_equal(ours, theirs)
