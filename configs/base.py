@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
   config.ema_decay = 0.0
 
   config.data = ConfigDict()
-  config.data.name = "cifar10"  # `python -m convex_jax.data list`
+  config.data.name = "cifar10"  # `python -m convex_jax data list`
   config.data.classes = ()  # Names of the classes to keep, in this order; (): all.
   config.data.dir = ""  # Folder of prepared data; "": TFDS's default (~/tensorflow_datasets).
   config.data.image_size = 32  # Side of the network's input, px; images are resized on the device.

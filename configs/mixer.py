@@ -6,7 +6,7 @@ The report: Adam 1e-3, 100 epochs (its code: batch 512, flips), 85.7 % train and
 test accuracy for the base, 78.6 % and 68.0 % for its twin with LayerNorm kept, which is
 not convex (`model.parts=paper`). About 2 minutes per epoch on two cores. `:digits` takes
 half a minute and reaches about 98 %; `:imagenet2012` is what the report gave up, an epoch
-from a cache (`python -m convex_jax.data cache imagenet2012 --image_size=80`) or streamed.
+from a cache (`python -m convex_jax data cache imagenet2012 --image_size=80`) or streamed.
 
 `:imagenet2012,S/16` and `:imagenet2012,B/16` are published sizes by the authors' recipe for
 ImageNet alone (big_vision): 224 px, batch 4096, 300 epochs, Adam at 1e-3 falling linearly,

@@ -16,7 +16,7 @@ import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from convex_jax.models import catalog
-from convex_jax.data.augment import preparation
+from convex_jax.data.preprocess import preparation
 from convex_jax.runs.checkpoints import read_weights
 from convex_jax.runs.workdir import Workdir
 from convex_jax.models.variables import apply

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from convex_jax import mesh as meshes
-from convex_jax.data import augment, batches
+from convex_jax.data import augment, batches, preprocess
 from convex_jax.data.datasets import Data
 from convex_jax.errors import Diverged
 from convex_jax.models import catalog, constraints
@@ -41,7 +41,7 @@ class Program:
     self.constraints = constraints.constraints_of(boxed["params"])
     self.tx = optimizer.make_optimizer(config.optimizer, self.total_steps, self.constraints)
     self.splits = {
-      name: batches.feed_of(split, mesh, config.data) for name, split in examples.splits().items()
+      name: batches.batches_of(split, mesh, config.data) for name, split in examples.splits().items()
     }
     self._compile()
 
@@ -53,7 +53,7 @@ class Program:
 
   def _compile(self) -> None:
     config, everywhere = self.config, meshes.replicated(self.mesh)
-    prepare = augment.preparation(config.data, *self.examples.statistics)
+    prepare = preprocess.preparation(config.data, *self.examples.statistics)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     one_step = functools.partial(
       step.train_step,

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configs import base
-from convex_jax.data import augment, datasets
+from convex_jax.data import datasets, preprocess
 from convex_jax.models import catalog, layers
 
 HERE = pathlib.Path(__file__).parent
@@ -78,7 +78,7 @@ def rows(data_dir: str, seed: int = 0) -> list[dict]:
   split = datasets.load(config.data, seed).test
   out = []
   for title, (name, size, px, fields) in CASES.items():
-    prepare = augment.make_prepare(px, *split.statistics())
+    prepare = preprocess.make_prepare(px, *split.statistics())
     images = prepare(jnp.asarray(split.images[:128]))
     module = catalog.module_of(name)
     for wiring, parts in WIRINGS.items():

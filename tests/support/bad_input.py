@@ -249,7 +249,7 @@ def lost_workers(photo_dir: str, folder: pathlib.Path, n: int) -> Result:
           break
       began = time.monotonic()
       _, err = process.communicate(timeout=PATIENCE)
-      told = "a process that decodes images died" in err and "Traceback" not in err
+      told = "A decoding worker died" in err and "Traceback" not in err
       result.add(process.returncode == 2 and told, time.monotonic() - began, err[-300:])
   return result
 

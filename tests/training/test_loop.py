@@ -207,14 +207,14 @@ def test_a_workdir_that_cannot_be_made_is_told(tiny_config, tmp_path):
 
 
 def test_a_buckets_address_is_refused_with_how_to_mount_it(tiny_config):
-  with pytest.raises(UserError, match=r"gcsfuse b /mnt/b\), then --workdir=/mnt/b/runs/x"):
+  with pytest.raises(UserError, match=r"gcsfuse b /mnt/b\), then pass --workdir=/mnt/b/runs/x"):
     loop.run(tiny_config, "gs://b/runs/x")
-  with pytest.raises(UserError, match=r"--config\.data\.dir=gs://b/data is no folder"):
+  with pytest.raises(UserError, match=r"--config\.data\.dir=gs://b/data is a URL"):
     datasets.load(of(tiny_config, data__dir="gs://b/data").data, 0)
 
 
 def test_an_uneven_batch_is_refused(tiny_config, data_dir, tmp_path):
-  with pytest.raises(UserError, match="multiples of 8"):
+  with pytest.raises(UserError, match="a multiple of 8"):
     loop.run(of(tiny_config, batch_size=12), str(tmp_path / "run"))
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from configs import mixer_ioc, mlp
 from convex_jax import mesh
-from convex_jax.data import augment
-from convex_jax.data.batches import Feed
+from convex_jax.data import augment, preprocess
+from convex_jax.data.in_memory import InMemory
 from convex_jax.errors import UserError
 from convex_jax.models import catalog, constraints, fast_forms
 from convex_jax.runs.checkpoints import Checkpoints
@@ -116,7 +116,7 @@ def test_batch_norm_of_each_device_sees_its_part_of_the_batch(few_digits, tiny_c
   start = step.init_state(
     job.model, job.tx, jax.random.split(jax.random.key(0))[0], job.image_shape, average=False
   )
-  prepare = augment.make_prepare(8, *few_digits.train.statistics())
+  prepare = preprocess.make_prepare(8, *few_digits.train.statistics())
   update = functools.partial(
     step.train_step,
     model=job.model,
@@ -126,7 +126,7 @@ def test_batch_norm_of_each_device_sees_its_part_of_the_batch(few_digits, tiny_c
     label_smoothing=config.label_smoothing,
     ema_decay=0.0,
   )
-  plan = Feed(few_digits.train, mesh.make_mesh(jax.devices()[:1]), resident=False)
+  plan = InMemory(few_digits.train, mesh.make_mesh(jax.devices()[:1]), resident=False)
   batch = jax.tree.map(lambda a: a[0], plan.train_plan(CALLS[0], 16, config.seed))
   halves = [jax.tree.map(lambda a, at=at: a[at], batch) for at in (slice(8), slice(8, 16))]
   states, measured = zip(*(update(start, half) for half in halves), strict=True)
@@ -139,7 +139,9 @@ def test_batch_norm_of_each_device_sees_its_part_of_the_batch(few_digits, tiny_c
 
 
 def test_weights_that_cannot_be_split_evenly_are_refused(tiny_config, tmp_path):
-  with pytest.raises(UserError, match=r"config\.fsdp is 3 on 8 devices; allowed: 1, 2, 4, 8"):
+  with pytest.raises(
+    UserError, match=r"config\.fsdp is 3 on 8 devices; expected one of 1, 2, 4, 8"
+  ):
     loop.run(of(tiny_config, fsdp=3, batch_size=24), str(tmp_path))
   assert not (tmp_path / "checkpoints").exists()
   assert any(
