@@ -70,13 +70,15 @@ def load_public(
   """
   name = catalog.name_of(model)
   arrays = _weights(NAMES[name], model, path)
-  boxed = init_variables(model, jax.random.key(seed), image_shape)
+
+  def variables(network: nn.Module) -> Any:
+    return init_variables(network, jax.random.key(seed), image_shape)
+
+  boxed = jax.eval_shape(lambda: variables(model))
   kinds = _flat({"params": constraints_of(boxed["params"])})
-  ours = {k: np.asarray(v) for k, v in _flat(nn.meta.unbox(boxed)).items()}
-  base = model.clone(parts=Parts())
-  shapes = jax.eval_shape(lambda: init_variables(base, jax.random.key(0), image_shape))
-  theirs = _flat(nn.meta.unbox(shapes))
-  taken, mapped, other_head, unused, wrong = dict(ours), {}, False, [], []
+  ours, base = _flat(nn.meta.unbox(boxed)), model.clone(parts=Parts())
+  theirs = _flat(nn.meta.unbox(jax.eval_shape(lambda: variables(base))))
+  taken, mapped, other_head, unused, wrong = {}, {}, False, [], []
   for key, array in arrays.items():
     leaf = _our_leaf(NAMES[name], key, array)
     if leaf is None or leaf not in theirs:
@@ -102,13 +104,15 @@ def load_public(
       "  expected a file of exactly this architecture and size; see config.model.size"
     )
   if other_head:  # All of it: a head of two halves would be wrong.
-    taken |= {leaf: value for leaf, value in ours.items() if leaf.startswith(HEAD)}
     mapped = {leaf: key for leaf, key in mapped.items() if not leaf.startswith(HEAD)}
-  tree = traverse_util.unflatten_dict(taken, sep="/")
+  fresh = tuple(sorted(ours.keys() - mapped.keys()))
+  initial = _flat(nn.meta.unbox(variables(model))) if fresh else {}
+  taken |= {leaf: np.asarray(initial[leaf]) for leaf in fresh}
+  tree = traverse_util.unflatten_dict({leaf: taken[leaf] for leaf in ours}, sep="/")
   return Public(
     weights={"params": tree["params"], "stats": tree.get("stats", {})},
     mapped=mapped,
-    fresh=tuple(sorted(ours.keys() - mapped.keys())),
+    fresh=fresh,
     unused=tuple(sorted(unused)),
   )
 
