@@ -12,7 +12,7 @@ from convex_jax.data.catalog import DATASETS
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.constraints import PROJECTIONS
-from convex_jax.models.layers import CONVEX_FROM, NORMS, PARTS
+from convex_jax.models.parts import CONVEX_FROM, NORMS, TWINS, Rate
 from convex_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 
@@ -104,9 +104,12 @@ def field_rule(field: dataclasses.Field) -> Rule:
   elif typing.get_origin(kind) is tuple:
     rule = Rule(tuple, "a tuple of integers from 1", _integers)
   else:
-    share = field.name in ("dropout", "drop_path")
-    real = below(0, 1) if share else number(0, 100, closed=False)
-    rule = {bool: SWITCH, int: integer(0 if field.default == 0 else 1), float: real}[kind]
+    rule = {
+      bool: SWITCH,
+      int: integer(0 if field.default == 0 else 1),
+      float: number(0, 100, closed=False),
+      Rate: below(0, 1),
+    }[kind]
   return Rule(
     rule.type | None, f"{rule.expected}, or None", lambda v: v is None or rule.test(v), rule.names
   )
@@ -153,7 +156,7 @@ RULES = {
   "data.max_unreadable": number(0, 1),
   "model.name": one_of(catalog.names()),
   "model.size": TEXT,  # Depends on the name: see `_clashes`.
-  "model.parts": one_of(PARTS),
+  "model.parts": one_of(TWINS),
   "model.constraint": one_of([name for name in PROJECTIONS if name not in ("free", "shift")]),
   "model.passthrough": SWITCH,
   "model.log_normal_init": SWITCH,

@@ -2,7 +2,7 @@
 
 Under `jax.jit` over a mesh the batch is one global array, so that a mean runs over
 every device and BatchNorm sees the global batch: no collective is written here. Under
-`jax.pmap` or `jax.shard_map` give the mapped axis as `axis_name`, and to `layers.Parts` for
+`jax.pmap` or `jax.shard_map` give the mapped axis as `axis_name`, and to `parts.Numerics` for
 the same update; without the latter BatchNorm sees each device's part of the batch.
 """
 

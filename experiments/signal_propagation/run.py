@@ -7,7 +7,6 @@ Writes results.csv and propagation.png beside this file; README.md says what is 
 
 import argparse
 import csv
-import dataclasses
 import pathlib
 
 import flax.linen as nn
@@ -19,6 +18,7 @@ import numpy as np
 from configs import base
 from convex_jax.data import datasets, preprocess
 from convex_jax.models import catalog, layers
+from convex_jax.models.parts import Parts, ioc
 
 HERE = pathlib.Path(__file__).parent
 CASES = {  # Title: (name, size, px, fields)
@@ -30,10 +30,9 @@ CASES = {  # Title: (name, size, px, fields)
   "All-CNN-C": ("all_cnn", "c", 32, {}),
   "EfficientNet-B0": ("efficientnet", "B0", 32, {"stem_stride": 1, "variant": "torch"}),
 }
-OURS = layers.make_parts("ioc", constraint="clamp", passthrough=True)
 WIRINGS = {
-  "naive": dataclasses.replace(OURS, principled=False, branch_scales=False, passthrough=False),
-  "ours": OURS,
+  "naive": Parts(ioc(principled=False, branch_scales=False, passthrough=False)),
+  "ours": Parts(ioc()),
 }
 SAMPLES = 4096  # Of images and positions.
 

@@ -4,7 +4,6 @@ The program is that of a run (`train.Job`): uint8 images resident on the device,
 normalisation, forward, backward, Adam, projection, and the metrics that a log line shows.
 """
 
-import dataclasses
 import sys
 import time
 
@@ -16,19 +15,16 @@ from jax import lax
 
 from convex_jax import mesh
 from convex_jax.data import datasets
-from convex_jax.models import catalog, layers
+from convex_jax.models import catalog
+from convex_jax.models.parts import make_parts
 from convex_jax.training import program, runtime, step
 from experiments.speed import worker
 from experiments.speed.cases import CASES, Case, config_of
 
 
 def with_norm(norm: str):
-  """`layers.make_parts`, but of one norm in every twin: what the constraint alone costs."""
-
-  def make_parts(*args, **fields):
-    return dataclasses.replace(layers.make_parts(*args, **fields), norm_kind=norm)
-
-  return make_parts
+  """`make_parts` with one norm in every twin: the cost of the constraint alone."""
+  return lambda *args, **fields: make_parts(*args, **fields | {"norm": norm})
 
 
 def job_of(case: Case, parts: str, classes: int) -> program.Program:
