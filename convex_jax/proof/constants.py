@@ -1,4 +1,7 @@
-"""Numbers that do not depend on the input, folded in float64."""
+"""Constant folding in float64, of numbers that do not depend on the input.
+
+In float32 a product of two small weights may round to 0, and its sign be lost.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +11,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-SAME = {  # Of one value, and the same value over the reals.
+SAME = {  # Primitives that return their input, over the reals.
   "copy",
-  "copy_p",
   "name",
   "optimization_barrier",
   "pvary",
@@ -22,14 +24,14 @@ SAME = {  # Of one value, and the same value over the reals.
 
 
 def real(number: Any) -> Any:
-  """A number as it is computed with here: float64 for floats, as it is otherwise."""
+  """The number as an array: in float64 if it is a float, else as it is."""
   if isinstance(number, jax.Array) and jnp.issubdtype(number.dtype, jax.dtypes.prng_key):
     return number
   array = np.asarray(number)
   return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
-FOLDS: dict[str, Callable[..., Any]] = {  # In float64, without compiling anything.
+FOLDS: dict[str, Callable[..., Any]] = {  # In numpy, which compiles nothing.
   "add": np.add,
   "sub": np.subtract,
   "mul": np.multiply,
@@ -44,7 +46,7 @@ FOLDS: dict[str, Callable[..., Any]] = {  # In float64, without compiling anythi
 
 
 def fold(eqn, arrays: list[np.ndarray]) -> list[Any]:
-  """An equation of known numbers, in float64 where it has floats and no loop."""
+  """The outputs of an equation of known numbers; its floats in float64 unless it has a body."""
   name, params = eqn.primitive.name, dict(eqn.params)
   if name in SAME:
     return arrays
@@ -63,7 +65,7 @@ def fold(eqn, arrays: list[np.ndarray]) -> list[Any]:
     return [FOLDS[name](*arrays)]
   inner = any(True for _ in jex.jaxprs_in_params(params)) or name == "bitcast_convert_type"
   with jax.enable_x64(not inner):
-    if inner:  # A loop's body was traced in the dtypes of the program; and bits are bits.
+    if inner:  # A loop's body was traced in the program's dtypes, and bits belong to a dtype.
       arrays = [a.astype(v.aval.dtype) for a, v in zip(arrays, eqn.invars, strict=True)]
     for key in ("preferred_element_type", "dtype"):
       if not inner and params.get(key) in (np.float32, jnp.bfloat16, np.float16):
