@@ -112,7 +112,7 @@ def as_scalar_function(value: Value) -> tuple[Value, ScalarFunction] | None:
 
 def _kinks(value: Value) -> Iterator[tuple[Value, np.ndarray]]:
   """Pairs (z, c): values z that are compared with known numbers c on the way to `value`."""
-  todo, seen = collections.deque([value]), set()
+  todo, seen = collections.deque[Any]([value]), set()
   while todo and len(seen) < LIMIT:  # Breadth first: the nearest comparison comes first.
     node = todo.popleft()
     if id(node) in seen or not isinstance(node, Value) or node.made_by is None:
@@ -120,9 +120,9 @@ def _kinks(value: Value) -> Iterator[tuple[Value, np.ndarray]]:
     seen.add(id(node))
     op = node.made_by
     if op.primitive in COMPARISONS or op.primitive in ("max", "min"):
-      a, b = op.inputs
-      if isinstance(a, Value) != isinstance(b, Value):
-        yield (a, b.array) if isinstance(a, Value) else (b, a.array)
+      for z, c in (op.inputs, op.inputs[::-1]):
+        if isinstance(z, Value) and isinstance(c, Known):
+          yield z, c.array
     if op.primitive in ELEMENTWISE or op.primitive in COMPARISONS:
       todo.extend(op.inputs)
 
@@ -168,7 +168,7 @@ class _Half:
   def _order(self, x: Any, y: Any) -> int:
     """The sign of x - y here, one being the root and the other the kink."""
     for a, b, sign in ((x, y, 1), (y, x, -1)):
-      if a is self._root and not isinstance(b, Value) and np.array_equal(b.array, self._kink):
+      if a is self._root and isinstance(b, Known) and np.array_equal(b.array, self._kink):
         return self._side * sign
     raise _NoRuleError
 
@@ -179,15 +179,15 @@ class _Half:
     return cases[COMPARISONS[op.primitive](self._order(*op.inputs))]
 
   def _product(self, name: str, a: Any, b: Any) -> Side:
-    if not all(isinstance(x, Value) or np.isfinite(x.array).all() for x in (a, b)):
+    if name == "mul" and isinstance(a, Known):
+      a, b = b, a
+    if not isinstance(a, Value) or not isinstance(b, Known) or not np.isfinite(b.array).all():
       raise _NoRuleError
-    if isinstance(a, Value) and not isinstance(b, Value):
-      if name == "div" and np.any(b.array == 0):
-        raise _NoRuleError
-      return (_scaled if name == "mul" else _divided)(self.of(a), b.array)
-    if name == "mul" and isinstance(b, Value) and not isinstance(a, Value):
-      return _scaled(self.of(b), a.array)
-    raise _NoRuleError
+    if name == "mul":
+      return _scaled(self.of(a), b.array)
+    if np.any(b.array == 0):
+      raise _NoRuleError
+    return _divided(self.of(a), b.array)
 
 
 def _exponential(x: Side, offset: float) -> Side:
@@ -202,10 +202,8 @@ def _exponential(x: Side, offset: float) -> Side:
 
 
 def _sum(a: Side, b: Side) -> Side:
-  both = [
-    np.logical_and(getattr(a, name), getattr(b, name))
-    for name in ("convex", "concave", "rising", "falling")
-  ]
+  names = ("convex", "concave", "rising", "falling")
+  both = [np.logical_and(getattr(a, name), getattr(b, name)) for name in names]
   return Side(a.value + b.value, a.slope * b.over + b.slope * a.over, a.over * b.over, *both)
 
 
@@ -224,16 +222,6 @@ def _divided(x: Side, divisor: Any) -> Side:
 def _turned(x: Side, factor: Any, value: Number, slope: Number, over: Number) -> Side:
   """`x` with its curvature and monotonicity swapped where the factor is negative."""
   up, down = np.greater_equal(factor, 0), np.less_equal(factor, 0)
-
-  def turned(same, other):
-    return (up & same) | (down & other)
-
-  return Side(
-    value,
-    slope,
-    over,
-    turned(x.convex, x.concave),
-    turned(x.concave, x.convex),
-    turned(x.rising, x.falling),
-    turned(x.falling, x.rising),
-  )
+  pairs = ((x.convex, x.concave), (x.concave, x.convex), (x.rising, x.falling))
+  pairs += ((x.falling, x.rising),)
+  return Side(value, slope, over, *((up & same) | (down & other) for same, other in pairs))

@@ -3,7 +3,7 @@
 In float32 a product of two small weights may round to 0, and its sign be lost.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,16 +11,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-SAME = {  # Primitives that return their input, over the reals.
-  "copy",
-  "name",
-  "optimization_barrier",
-  "pvary",
-  "reduce_precision",
-  "reshard",
-  "sharding_constraint",
-  "stop_gradient",
-}
+SAME = {"copy", "name", "optimization_barrier", "pvary", "reduce_precision", "reshard"}
+SAME |= {"sharding_constraint", "stop_gradient"}  # Over the reals, these return their input.
 
 
 def real(number: Any) -> Any:
@@ -31,18 +23,18 @@ def real(number: Any) -> Any:
   return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
-FOLDS: dict[str, Callable[..., Any]] = {  # In numpy, which compiles nothing.
-  "add": np.add,
-  "sub": np.subtract,
-  "mul": np.multiply,
-  "neg": np.negative,
-  "max": np.maximum,
-  "min": np.minimum,
-  "exp": np.exp,
-  "sqrt": np.sqrt,
-  "rsqrt": lambda x: 1 / np.sqrt(x),
-  "square": np.square,
-}
+# In numpy, which compiles nothing.
+FOLDS: dict[str, Callable[..., Any]] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+FOLDS |= {"neg": np.negative, "max": np.maximum, "min": np.minimum, "exp": np.exp}
+FOLDS |= {"sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "square": np.square}
+
+
+def broadcast(array: np.ndarray, shape: tuple[int, ...], dimensions: Sequence[int]) -> np.ndarray:
+  """`lax.broadcast_in_dim`, which compiles."""
+  thin = [1] * len(shape)
+  for d, n in zip(dimensions, array.shape, strict=True):
+    thin[d] = n
+  return np.broadcast_to(array.reshape(thin), shape)
 
 
 def fold(eqn, arrays: list[np.ndarray]) -> list[Any]:
@@ -55,10 +47,7 @@ def fold(eqn, arrays: list[np.ndarray]) -> list[Any]:
   if name == "div" and arrays[0].dtype == np.float64:
     return [arrays[0] / arrays[1]]
   if name == "broadcast_in_dim":
-    thin = [1] * len(params["shape"])
-    for d, n in zip(params["broadcast_dimensions"], arrays[0].shape, strict=True):
-      thin[d] = n
-    return [np.broadcast_to(arrays[0].reshape(thin), params["shape"])]
+    return [broadcast(arrays[0], params["shape"], params["broadcast_dimensions"])]
   if name == "reshape" and params.get("dimensions") is None:
     return [arrays[0].reshape(params["new_sizes"])]
   if name in FOLDS:

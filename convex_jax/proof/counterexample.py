@@ -33,8 +33,7 @@ class Counterexample:
 
   def __str__(self) -> str:
     return (
-      f"refuted by two points: at their midpoint, output {self.output} is off by {self.gap:.3g}"
-      " from the mean of its values there, on the wrong side"
+      f"refuted by two points: at their midpoint, output {self.output} misses by {self.gap:.3g}"
     )
 
 

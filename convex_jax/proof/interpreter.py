@@ -39,15 +39,7 @@ def analyse(
 ) -> tuple[list[Value | Known], Any]:
   """The outputs of `f(*args)`, flat, as values of one argument, and the tree they make.
 
-  Args:
-    f: a JAX function.
-    *args: its arguments: the input, an array or its `jax.ShapeDtypeStruct`, of which only
-      shape and dtype matter; the others known trees of numbers, whose paths name them in
-      explanations.
-    argnums: which argument is the input.
-
-  Raises:
-    ValueError: there is no such argument, or it is not one floating-point array.
+  The arguments are those of `certify`, which raises the same errors.
   """
   at = input_position(args, argnums)
   jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*args)
@@ -122,7 +114,7 @@ class Walk:
 
   def _equation(self, eqn, inputs, place: Place) -> list[Value | Known]:
     name, params = eqn.primitive.name, eqn.params
-    if name in CALLS and not _is_logaddexp(eqn):
+    if name in CALLS and not log_sum_exp.is_logaddexp(eqn):
       inner = params[CALLS[name]]
       closed = isinstance(inner, jex.ClosedJaxpr)
       jaxpr, consts = (inner.jaxpr, inner.consts) if closed else (inner, [])
@@ -151,15 +143,14 @@ class Walk:
         return _split(eqn, inputs[0], op)
       nothing = [uniform(True, v.aval.shape) for v in eqn.outvars]
       return [Value(no, no, op, real) for no, real in zip(nothing, reals, strict=True)]
-    e = rules.Equation(eqn)
     # A custom_jvp_call that is not entered is a logaddexp: convex and non-decreasing, as max is.
     rule = rules.maximum if name == "custom_jvp_call" else rules.RULES.get(name, rules.lost)
-    masks = rule(e, *inputs)
+    masks = rule(op, *inputs)
     if not rules.is_defined(name, inputs):
-      return [Value(*rules.lost(e), op)]
-    masks = tidy(np.broadcast_to(masks[0], e.shape)), tidy(np.broadcast_to(masks[1], e.shape))
+      return [Value(*rules.lost(op), op)]
+    masks = tidy(masks[0], op.shape), tidy(masks[1], op.shape)
     if (masks[0] & masks[1]).any():
-      masks, op = _second_look(e, op, masks)
+      masks, op = _second_look(op, masks)
     return [Value(*masks, op)]
 
   def _scan(self, params, inputs, place: Place) -> list[Value | Known] | None:
@@ -186,11 +177,11 @@ class Walk:
     return [*carry, *(_stack(column, place) for column in zip(*rows, strict=True))]
 
 
-def _second_look(e: rules.Equation, op: Operation, masks: Masks) -> tuple[Masks, Operation]:
+def _second_look(op: Operation, masks: Masks) -> tuple[Masks, Operation]:
   """Masks and operation, better where several operations together show a curvature."""
   pattern, found = log_sum_exp.PATTERNS.get(op.primitive), None
   if pattern is not None:
-    found = pattern(e, *op.inputs)
+    found = pattern(op, *op.inputs)
   if found is None and op.primitive in activations.ELEMENTWISE:
     seen = activations.as_scalar_function(Value(*masks, op))
     if seen is not None:
@@ -201,16 +192,16 @@ def _second_look(e: rules.Equation, op: Operation, masks: Masks) -> tuple[Masks,
         op = dataclasses.replace(op, note=str(f))
   if found is None:
     return masks, op
-  not_convex, not_concave = (
-    tidy(np.broadcast_to(m & f, e.shape)) for m, f in zip(masks, found, strict=True)
-  )
-  return (not_convex, not_concave), op
+  return (tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)), op
 
 
 def _split(eqn, x: Value, op: Operation) -> list[Value | Known]:
   cuts = np.cumsum(eqn.params["sizes"])[:-1]
   parts = [np.split(mask, cuts, eqn.params["axis"]) for mask in x.masks]
-  return [Value(tidy(nc), tidy(nk), op, x.is_real) for nc, nk in zip(*parts, strict=True)]
+  return [
+    Value(tidy(nc, nc.shape), tidy(nk, nk.shape), op, x.is_real)
+    for nc, nk in zip(*parts, strict=True)
+  ]
 
 
 def _row(x: Value | Known, i: int, place: Place) -> Value | Known:
@@ -234,8 +225,8 @@ def _moved(inputs: Sequence[Any], not_convex, not_concave, place: Place) -> Valu
   values = [x for x in inputs if isinstance(x, Value)]
   order = max((v.made_by.order for v in values if v.made_by), default=0)
   op = Operation("scan", None, tuple(inputs), place, order)
-  is_real = all(v.is_real for v in values)
-  return Value(tidy(not_convex), tidy(not_concave), op, is_real)
+  shape, is_real = not_convex.shape, all(v.is_real for v in values)
+  return Value(tidy(not_convex, shape), tidy(not_concave, shape), op, is_real)
 
 
 def _is_real(x: Value | Known) -> bool:
@@ -256,7 +247,3 @@ def _needed(jaxpr) -> Iterator[Any]:
       wanted |= {v for v in eqn.invars if not isinstance(v, jex.Literal)}
       kept.append(eqn)
   return reversed(kept)
-
-
-def _is_logaddexp(eqn) -> bool:
-  return eqn.primitive.name == "custom_jvp_call" and log_sum_exp.is_logaddexp(eqn)

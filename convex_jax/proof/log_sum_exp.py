@@ -11,27 +11,27 @@ import functools
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from convex_jax.proof.rules import Equation, is_total
-from convex_jax.proof.values import Known, Masks, Value, uniform
+from convex_jax.proof.constants import broadcast
+from convex_jax.proof.rules import is_total
+from convex_jax.proof.values import Known, Masks, Operation, Value, uniform
 
 _RESHAPES = ("reshape", "broadcast_in_dim", "squeeze")
 
 
-def log_of_sum(e: Equation, x: Value | Known) -> Masks | None:
+def log_of_sum(op: Operation, x: Value | Known) -> Masks | None:
   """log(sum(exp(u))), the sum over some axes or over nothing."""
   inner = _exponents(x)
   if inner is None:
     return None
   exponent, axes = inner
   nc = exponent.not_convex.any(axes) if axes is not None else exponent.not_convex
-  return np.broadcast_to(nc.reshape(e.shape), e.shape), uniform(True, e.shape)
+  return np.broadcast_to(nc.reshape(op.shape), op.shape), uniform(True, op.shape)
 
 
-def shifted_log_of_sum(e: Equation, a, b) -> Masks | None:
+def shifted_log_of_sum(op: Operation, a, b) -> Masks | None:
   """log(sum(exp(u - c))) + c, which is log(sum(exp(u))) for finite c."""
   for log, shift in ((a, b), (b, a)):
     if not isinstance(log, Value) or log.made_by is None or log.made_by.primitive != "log":
@@ -39,14 +39,14 @@ def shifted_log_of_sum(e: Equation, a, b) -> Masks | None:
     inner = _exponents(log.made_by.inputs[0])
     if inner is None or inner[0].made_by is None:
       continue
-    (exponent, axes), op = inner, inner[0].made_by
-    u, c = op.inputs if op.primitive == "sub" else (None, None)
+    (exponent, axes), made_by = inner, inner[0].made_by
+    u, c = made_by.inputs if made_by.primitive == "sub" else (None, None)
     if axes is None or not isinstance(u, Value) or not is_total(c):
       continue
     kept = tuple(n for i, n in enumerate(exponent.shape) if i not in axes)
     if u.shape == exponent.shape and _same_along(c, shift, exponent.shape, axes, kept):
       nc = np.asarray(u.not_convex.any(axes))
-      return nc.reshape(e.shape), uniform(True, e.shape)
+      return nc.reshape(op.shape), uniform(True, op.shape)
   return None
 
 
@@ -89,21 +89,18 @@ def _indices(x: Any) -> tuple[Any, np.ndarray]:
   index = np.arange(int(np.prod(x.shape))).reshape(x.shape)
   for op, shape in reversed(moves):
     if op.primitive == "broadcast_in_dim":
-      thin = [1] * len(shape)
-      for d, n in zip(op.params["broadcast_dimensions"], index.shape, strict=True):
-        thin[d] = n
-      index = np.broadcast_to(index.reshape(thin), shape)
+      index = broadcast(index, shape, op.params["broadcast_dimensions"])
     else:
       index = index.reshape(shape)
   return x, index
 
 
-def is_logaddexp(eqn: jex.JaxprEqn) -> bool:
+def is_logaddexp(eqn: Any) -> bool:
   """Whether a custom function computes, step by step, what `jnp.logaddexp` does.
 
   Its body has cases for infinities, which no rule follows; its text is compared instead.
   """
-  if len(eqn.invars) != 2 or eqn.params.get("num_consts"):
+  if eqn.primitive.name != "custom_jvp_call" or len(eqn.invars) != 2 or eqn.params["num_consts"]:
     return False
   shapes = tuple((v.aval.shape, str(v.aval.dtype)) for v in eqn.invars)
   return str(eqn.params["call_jaxpr"]) == _logaddexp_text(shapes)

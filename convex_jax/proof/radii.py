@@ -80,7 +80,11 @@ class Certifier:
     self._logits = jax.jit(network)
     self._slopes = jax.jit(jax.jacrev(lambda x: network(x[None])[0]))
     self._vertices = jax.jit(functools.partial(_at_vertices, network))
-    self._between, self._alone = _bounds(output, (1, *shape))
+    try:  # Bounds on the slopes of y_k - y_j, (K, K, D), and of y_j, (K, D).
+      self._between = slopes.sensitivities(output, (1, *shape))
+      self._alone = slopes.sensitivities(output, (1, *shape), alone=True)
+    except ValueError as error:
+      raise NotProved(f"its slope has no bound: {error}") from error
 
   def radius(self, image_HxWxC: np.ndarray, norms: tuple[str, ...] = NORMS) -> Radius:
     """The certified radii of one input, an array of `shape`."""
@@ -194,15 +198,6 @@ def _at_vertices(logits, x_HxWxC, rays_N, steps_N):
   moved_NxD = jnp.broadcast_to(x_HxWxC.ravel(), (len(rays_N), x_HxWxC.size))
   moved_NxD = moved_NxD.at[jnp.arange(len(rays_N)), rays_N].add(steps_N)
   return logits(moved_NxD.reshape(-1, *x_HxWxC.shape))
-
-
-def _bounds(logits: Value, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-  """Bounds on the slopes of y_k - y_j, (K, K, D), and of y_j, (K, D)."""
-  try:
-    alone = slopes.sensitivities(logits, shape, alone=True)
-    return slopes.sensitivities(logits, shape), alone
-  except ValueError as error:
-    raise NotProved(f"its slopes have no bound: {error}") from error
 
 
 def one_sided_radius(

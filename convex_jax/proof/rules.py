@@ -11,49 +11,28 @@ A primitive without a rule loses both. No rule is about a function that is undef
 (sqrt, log, 1 / x): a proof must hold on all of R^n.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.extend.core as jex
-import jax.numpy as jnp
 import numpy as np
 
 from convex_jax.proof.values import (
   Known,
   Masks,
+  Operation,
   Value,
   composed,
   either,
   is_nowhere,
   is_uniform,
+  swapped,
   uniform,
 )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Equation:
-  """An equation of a jaxpr with one output, as a rule sees it."""
-
-  eqn: jex.JaxprEqn
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return tuple(self.eqn.outvars[0].aval.shape)
-
-  @property
-  def params(self) -> dict[str, Any]:
-    return self.eqn.params
-
-  def bind(self, *arrays: np.ndarray, **changed: Any) -> np.ndarray:
-    """Applies the primitive to other arrays than the equation's."""
-    params = {**self.params, **changed}
-    return np.asarray(self.eqn.primitive.bind(*map(jnp.asarray, arrays), **params))
-
-
-def lost(e: Equation, *_: Any) -> Masks:
+def lost(op: Operation, *_: Any) -> Masks:
   """Nothing is proved: there is no rule, or its conditions do not hold."""
-  yes = uniform(True, e.shape)
+  yes = uniform(True, op.shape)
   return yes, yes
 
 
@@ -63,20 +42,20 @@ def lost(e: Equation, *_: Any) -> Masks:
 def _moving(data: Callable[[int], range], padded: bool = False):
   """Moves the elements of the inputs at the positions `data(count)`; the rest are indices."""
 
-  def rule(e: Equation, *inputs):
+  def rule(op: Operation, *inputs):
     moved = data(len(inputs))
     if any(isinstance(x, Value) for i, x in enumerate(inputs) if i not in moved):
-      return lost(e)
+      return lost(op)
 
     def move(masks):
       if all(map(is_nowhere, masks)):
-        return uniform(False, e.shape)
+        return uniform(False, op.shape)
       if not padded and all(is_uniform(m) and m.size and m.flat[0] for m in masks):
-        return uniform(True, e.shape)
+        return uniform(True, op.shape)
       arrays = [x.array if isinstance(x, Known) else x.masks[0] for x in inputs]
       for i, mask in zip(moved, masks, strict=True):
         arrays[i] = mask
-      return e.bind(*arrays)
+      return np.asarray(op.bind(*arrays))
 
     not_convex, not_concave = zip(*(inputs[i].masks for i in moved), strict=True)
     return move(not_convex), move(not_concave)
@@ -84,23 +63,23 @@ def _moving(data: Callable[[int], range], padded: bool = False):
   return rule
 
 
-def _gather(e: Equation, x, indices) -> Masks:
+def _gather(op: Operation, x, indices) -> Masks:
   """Indices out of bounds give the fill value, by default NaN, which is not convex."""
   if isinstance(indices, Value):
-    return lost(e)
-  fill = e.params["fill_value"]
+    return lost(op)
+  fill = op.params["fill_value"]
   outside = fill is None or not np.isfinite(fill)
-  nc, nk = (e.bind(m, indices.array, fill_value=outside) for m in x.masks)
+  nc, nk = (np.asarray(op.bind(m, indices.array, fill_value=outside)) for m in x.masks)
   return nc, nk
 
 
 # Linear operations: sums keep convexity, known factors keep or swap it by their sign.
 
 
-def _signed(e: Equation, x: Value, weights: np.ndarray, apply: Callable) -> Masks:
+def _signed(op: Operation, x: Value, weights: np.ndarray, apply: Callable) -> Masks:
   """A linear operation `apply(mask, part of the weights)`, by the signs of its weights."""
   if x.is_lost and not weights.all() and not is_total(x):
-    return lost(e)  # 0 times a value that may be infinite is not 0.
+    return lost(op)  # 0 times a value that may be infinite is not 0.
   plus, minus = weights > 0, weights < 0
 
   def one(same, turned):
@@ -109,84 +88,85 @@ def _signed(e: Equation, x: Value, weights: np.ndarray, apply: Callable) -> Mask
       for mask, part in ((same, plus), (turned, minus))
       if not is_nowhere(mask) and part.any()
     ]
-    return either(*parts) if parts else uniform(False, e.shape)
+    return either(*parts) if parts else uniform(False, op.shape)
 
-  return one(*x.masks), one(*x.masks[::-1])
+  return one(*x.masks), one(*swapped(x.masks))
 
 
-def _bilinear(e: Equation, a, b) -> Masks:
+def _bilinear(op: Operation, a, b) -> Masks:
   """`dot_general`, `conv_general_dilated`: linear where one side is known."""
   if isinstance(a, Value) and isinstance(b, Value):
-    return lost(e)
+    return lost(op)
   x, weights, first = (a, b.array, True) if isinstance(a, Value) else (b, a.array, False)
 
   def apply(mask, part):
     pair = (mask, part) if first else (part, mask)
     ones = [np.asarray(array, np.float32) for array in pair]  # Sums of 0 and 1: no rounding.
-    return e.bind(*ones, preferred_element_type=np.dtype(np.float32)) > 0.5
+    return np.asarray(op.bind(*ones, preferred_element_type=np.dtype(np.float32))) > 0.5
 
-  return _signed(e, x, weights, apply)
+  return _signed(op, x, weights, apply)
 
 
-def _multiply(e: Equation, a, b) -> Masks:
+def _multiply(op: Operation, a, b) -> Masks:
   if isinstance(a, Value) and isinstance(b, Value):
-    return _square(e, a) if a is b else lost(e)
+    return _square(op, a) if a is b else lost(op)
   x, weights = (a, b.array) if isinstance(a, Value) else (b, a.array)
-  return _signed(e, x, weights, lambda mask, part: np.broadcast_to(mask & part, e.shape))
+  return _signed(op, x, weights, lambda mask, part: np.broadcast_to(mask & part, op.shape))
 
 
-def _divide(e: Equation, a, b) -> Masks:
+def _divide(op: Operation, a, b) -> Masks:
   if isinstance(b, Value) or (b.array == 0).any():
-    return lost(e)
-  return _multiply(e, a, Known(np.sign(b.array)))
+    return lost(op)
+  return _multiply(op, a, Known(np.sign(b.array)))
 
 
-def _add(e: Equation, a, b) -> Masks:
+def _add(op: Operation, a, b) -> Masks:
   nc, nk = (either(p, q) for p, q in zip(a.masks, b.masks, strict=True))
-  return np.broadcast_to(nc, e.shape), np.broadcast_to(nk, e.shape)
+  return np.broadcast_to(nc, op.shape), np.broadcast_to(nk, op.shape)
 
 
-def _subtract(e: Equation, a, b) -> Masks:
-  return _add(e, a, Value(*b.masks[::-1]))
+def _negated(x: Value | Known) -> Value:
+  return Value(*swapped(x.masks))
+
+
+def _subtract(op: Operation, a, b) -> Masks:
+  return _add(op, a, _negated(b))
 
 
 # Scalar functions and bounds: a composition with a convex function of known monotonicity.
 
 
-def _scalar(convex: bool, concave: bool, rising: bool, falling: bool):
-  return lambda e, x: composed(x, convex, concave, rising, falling)
+def _exponential(op: Operation, x: Value) -> Masks:
+  return composed(x, convex=True, concave=False, rising=True, falling=False)
 
 
-_increasing_convex = _scalar(True, False, True, False)
+def _square(op: Operation, x: Value) -> Masks:
+  """Even powers and |x|: convex but not monotone, so convex where x is affine."""
+  return composed(x, convex=True, concave=False, rising=False, falling=False)
 
 
-def _square(e: Equation, x: Value) -> Masks:
-  """An even power: convex but not monotone, so convex where x is affine."""
-  return composed(x, True, False, False, False)
-
-
-def _integer_power(e: Equation, x: Value) -> Masks:
-  power = e.params["y"]
+def _integer_power(op: Operation, x: Value) -> Masks:
+  power = op.params["y"]
   if power == 1:
     return x.masks
-  return _square(e, x) if power > 0 and power % 2 == 0 else lost(e)
+  return _square(op, x) if power > 0 and power % 2 == 0 else lost(op)
 
 
-def maximum(e: Equation, a, b) -> Masks:
+def maximum(op: Operation, a, b) -> Masks:
   """Convex where both are, like any convex function that is non-decreasing in both."""
-  return _add(e, a, b)[0], uniform(True, e.shape)
+  return _add(op, a, b)[0], uniform(True, op.shape)
 
 
-def _minimum(e: Equation, a, b) -> Masks:
-  return uniform(True, e.shape), _add(e, a, b)[1]
+def _minimum(op: Operation, a, b) -> Masks:
+  return swapped(maximum(op, _negated(a), _negated(b)))
 
 
-def _clamp(e: Equation, low, x, high) -> Masks:
+def _clamp(op: Operation, low, x, high) -> Masks:
   """min(max(x, low), high): convex where no upper bound cuts, concave where no lower one does."""
   if not isinstance(low, Known) or not isinstance(high, Known):
-    return lost(e)
+    return lost(op)
   if np.isposinf(low.array).any() or np.isneginf(high.array).any():
-    return lost(e)
+    return lost(op)
   return either(x.masks[0], high.array < np.inf), either(x.masks[1], low.array > -np.inf)
 
 
@@ -194,86 +174,70 @@ def _clamp(e: Equation, low, x, high) -> Masks:
 # and so infinite.
 
 
-def _over_axes(e: Equation, mask: np.ndarray) -> np.ndarray:
+def _over_axes(op: Operation, mask: np.ndarray) -> np.ndarray:
   if is_uniform(mask) and mask.size:
-    return uniform(bool(mask.flat[0]), e.shape)
-  return np.asarray(mask.any(tuple(e.params["axes"])))
+    return uniform(bool(mask.flat[0]), op.shape)
+  return np.asarray(mask.any(tuple(op.params["axes"])))
 
 
-def _in_windows(e: Equation, mask: np.ndarray) -> np.ndarray:
-  """Whether a window holds a True, of a primitive that takes sums or maxima."""
-  return uniform(False, e.shape) if is_nowhere(mask) else e.bind(mask.astype(np.float32)) > 0.5
+def _in_windows(op: Operation, mask: np.ndarray) -> np.ndarray:
+  """Whether a window holds a True, for a primitive that takes sums, maxima or minima."""
+  sign = -1 if op.primitive == "reduce_window_min" else 1
+  if is_nowhere(mask):
+    return uniform(False, op.shape)
+  return sign * np.asarray(op.bind(sign * mask.astype(np.float32))) > 0.5
 
 
-def _in_minimum_windows(e: Equation, mask: np.ndarray) -> np.ndarray:
-  return uniform(False, e.shape) if is_nowhere(mask) else e.bind(-mask.astype(np.float32)) < -0.5
-
-
-def _so_far(e: Equation, mask: np.ndarray) -> np.ndarray:
-  axis = e.params["axis"]
-  flip = (lambda m: np.flip(m, axis)) if e.params["reverse"] else (lambda m: m)
+def _so_far(op: Operation, mask: np.ndarray) -> np.ndarray:
+  axis = op.params["axis"]
+  flip = (lambda m: np.flip(m, axis)) if op.params["reverse"] else (lambda m: m)
   return flip(np.logical_or.accumulate(flip(mask), axis))
 
 
-def _is_over_nothing(e: Equation, x: Value | Known) -> np.ndarray:
+def _is_over_nothing(op: Operation, x: Value | Known) -> np.ndarray:
   """Where a maximum or minimum has no elements, and so is infinite."""
-  if e.eqn.primitive.name.startswith("reduce_window"):
-    return ~np.isfinite(e.bind(np.zeros(x.shape, np.float32)))
-  return uniform(0 in x.shape, e.shape)
+  if op.primitive.startswith("reduce_window"):
+    return ~np.isfinite(op.bind(np.zeros(x.shape, np.float32)))
+  return uniform(0 in x.shape, op.shape)
 
 
-def _sum(gather: Callable[[Equation, np.ndarray], np.ndarray]):
-  return lambda e, x: (gather(e, x.masks[0]), gather(e, x.masks[1]))
+def _sum(gather: Callable[[Operation, np.ndarray], np.ndarray]):
+  return lambda op, x: (gather(op, x.masks[0]), gather(op, x.masks[1]))
 
 
 def _largest(gather):
-  return lambda e, x: (
-    either(gather(e, x.masks[0]), _is_over_nothing(e, x)),
-    uniform(True, e.shape),
-  )
+  def rule(op: Operation, x):
+    return either(gather(op, x.not_convex), _is_over_nothing(op, x)), uniform(True, op.shape)
+
+  return rule
 
 
 def _smallest(gather):
-  return lambda e, x: (
-    uniform(True, e.shape),
-    either(gather(e, x.masks[1]), _is_over_nothing(e, x)),
-  )
+  return lambda op, x: swapped(_largest(gather)(op, _negated(x)))
 
 
 _first = _moving(lambda n: range(1))
 _all = _moving(lambda n: range(n))
 
 RULES: dict[str, Callable[..., Masks]] = {
-  "broadcast_in_dim": _first,
-  "reshape": _first,
-  "transpose": _first,
-  "squeeze": _first,
-  "rev": _first,
-  "slice": _first,
-  "dynamic_slice": _first,
-  "tile": _first,
-  "concatenate": _all,
-  "stack": _all,
+  **dict.fromkeys(("broadcast_in_dim", "reshape", "transpose", "squeeze", "tile"), _first),
+  **dict.fromkeys(("rev", "slice", "dynamic_slice"), _first),
+  **dict.fromkeys(("concatenate", "stack"), _all),
   "pad": _moving(lambda n: range(n), padded=True),
   "select_n": _moving(lambda n: range(1, n)),
   "dynamic_update_slice": _moving(lambda n: range(2)),
   "gather": _gather,
-  "add": _add,
-  "add_any": _add,
+  **dict.fromkeys(("add", "add_any"), _add),
   "sub": _subtract,
   "mul": _multiply,
   "div": _divide,
-  "neg": lambda e, x: x.masks[::-1],
-  "dot_general": _bilinear,
-  "conv_general_dilated": _bilinear,
+  "neg": lambda op, x: swapped(x.masks),
+  **dict.fromkeys(("dot_general", "conv_general_dilated"), _bilinear),
   "reduce_sum": _sum(_over_axes),
   "reduce_window_sum": _sum(_in_windows),
   "cumsum": _sum(_so_far),
-  "exp": _increasing_convex,
-  "exp2": _increasing_convex,
-  "expm1": _increasing_convex,
-  "abs": _square,
-  "square": _square,
+  **dict.fromkeys(("exp", "exp2", "expm1"), _exponential),
+  **dict.fromkeys(("abs", "square"), _square),
   "integer_pow": _integer_power,
   "max": maximum,
   "min": _minimum,
@@ -282,7 +246,7 @@ RULES: dict[str, Callable[..., Masks]] = {
   "reduce_window_max": _largest(_in_windows),
   "cummax": _largest(_so_far),
   "reduce_min": _smallest(_over_axes),
-  "reduce_window_min": _smallest(_in_minimum_windows),
+  "reduce_window_min": _smallest(_in_windows),
   "cummin": _smallest(_so_far),
 }
 
@@ -310,11 +274,7 @@ def is_total(x: Any) -> bool:
       return False
     if op.primitive == "gather" and "FILL" in str(op.params["mode"]):
       return False
-    if (
-      op.primitive in _EXTREMES
-      and op.eqn
-      and _is_over_nothing(Equation(op.eqn), op.inputs[0]).any()
-    ):
+    if op.primitive in _EXTREMES and op.eqn and _is_over_nothing(op, op.inputs[0]).any():
       return False
     bounded = op.primitive in ("max", "min")  # An infinite bound does not bind.
     if not bounded and not all(np.isfinite(k).all() for k in known if k.dtype == np.float64):

@@ -109,11 +109,8 @@ class _Bound:
     return self._bind(op, [a, b], preferred_element_type=self._size.dtype)
 
   def _bind(self, op: Operation, arrays, **changed) -> jax.Array:
-    assert op.eqn is not None  # An unrolled loop's borders are none of these primitives.
-    params = {**op.params, **changed}
-    if "fill_value" in params:
-      params["fill_value"] = 0.0
-    return op.eqn.primitive.bind(*map(jnp.asarray, arrays), **params)
+    fill = {"fill_value": 0.0} if "fill_value" in op.params else {}
+    return op.bind(*arrays, **fill, **changed)
 
 
 def linear_end(output: Value) -> tuple[Value, np.ndarray] | None:

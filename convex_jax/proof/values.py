@@ -110,6 +110,11 @@ class Value:
     return bool((self.not_convex & self.not_concave).any())
 
 
+def swapped(masks: Masks) -> Masks:
+  """The masks of -x for those of x."""
+  return masks[1], masks[0]
+
+
 # Nearly all masks are the same everywhere. Stored with strides of 0, they take neither memory
 # nor time.
 
@@ -124,14 +129,14 @@ def is_uniform(mask: np.ndarray) -> bool:
   return not any(mask.strides)
 
 
-def tidy(mask: Any) -> np.ndarray:
-  """The same mask, stored as `uniform` stores it where possible."""
-  mask = np.asarray(mask)
+def tidy(mask: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+  """The mask, broadcast to a shape, and stored as `uniform` stores it where possible."""
+  mask = np.broadcast_to(mask, tuple(shape))
   if is_uniform(mask):
     return mask
   if not mask.any():
-    return uniform(False, mask.shape)
-  return uniform(True, mask.shape) if mask.all() else mask
+    return uniform(False, shape)
+  return uniform(True, shape) if mask.all() else mask
 
 
 def is_nowhere(mask: np.ndarray) -> bool:
