@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from convex_jax import files
 from convex_jax.config_files import flatten
+from convex_jax.runs import metrics_file
 from convex_jax.training.schema import mistakes
 from convex_jax.errors import UserError, Unsaved
 
@@ -81,11 +82,11 @@ def _device_kind() -> str:
   return f"{platform.machine()} CPU, {cores} core{'s' if cores != 1 else ''}"
 
 
-def digest(config: Any) -> str:
-  """Twelve hex digits that two configs share when they describe the same run.
+def essential(config: Any) -> dict[str, Any]:
+  """The keys of a config that decide what is trained, by path ("data.name").
 
-  What is free to change is left out, and a key younger than a run that means what that run
-  meant: a result stays its config's when keys are added.
+  Keys that are free to change are left out, and so is a key younger than some runs where it
+  means what those runs meant: a result stays its config's when keys are added.
   """
   content = config if isinstance(config, dict) else json.loads(config.to_json_best_effort())
   values = dict(flatten(content))
@@ -93,14 +94,19 @@ def digest(config: Any) -> str:
     path = f"{section}.{key}".lstrip(".")
     if values.get(path) == meant:
       del values[path]
-  if values.get("data.loader") != "stream":  # Where small images lie is the same to a run.
+  if values.get("data.loader") != "stream":  # Where small images are stored does not matter.
     values["data.loader"] = "auto"
-  kept = {
+  return {
     key: value
     for key, value in values.items()
-    if value is not None and not key.startswith(FREE_TO_CHANGE)  # None: a size's own.
+    if value is not None and not key.startswith(FREE_TO_CHANGE)  # None: the size's own.
   }
-  return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def digest(config: Any) -> str:
+  """Twelve hex digits that two configs share when they describe the same run."""
+  text = json.dumps(essential(config), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
@@ -197,3 +203,44 @@ def _check_data(about: dict[str, Any]) -> None:
     fine &= len(numbers) == shape[2] and all(isinstance(v, float | int) for v in numbers)
   if not fine:
     raise files.Damaged("what it says of the data is not of its form")
+
+
+class Workdir:
+  """The folder of a run: where its files are, and what they say."""
+
+  def __init__(self, path: str):
+    self.path = path
+    self.config_file = os.path.join(path, "config.json")
+    self.metrics_file = os.path.join(path, "metrics.jsonl")
+    self.certificate_file = os.path.join(path, "certificate.json")
+    self.checkpoints = os.path.join(path, "checkpoints")
+    self.log_file = os.path.join(path, "log.txt")
+    self.radii_table = os.path.join(path, "radii.csv")
+    self.radii_figure = os.path.join(path, "radii.png")
+
+  def exists(self) -> bool:
+    """Whether there is a run: a config.json."""
+    return os.path.exists(self.config_file)
+
+  def description(self) -> dict[str, Any]:
+    """The content of config.json; raises `UserError` where it is missing or damaged."""
+    return read(self.path)
+
+  def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, all or of one kind; none where there is no such file."""
+    if not os.path.exists(self.metrics_file):
+      return []
+    every = metrics_file.read_metrics(self.metrics_file)
+    return [row for row in every if kind in (None, row["kind"])]
+
+  def certificate(self) -> dict[str, Any] | None:
+    """The content of certificate.json, if there is one; raises `UserError` where it is damaged."""
+    if not os.path.exists(self.certificate_file):
+      return None
+    try:
+      return files.read_json(self.certificate_file, signed=False)
+    except files.Damaged as error:
+      raise UserError(
+        f"{self.certificate_file} is damaged: {error}\n"
+        f"  To write it again: python -m convex_jax certify --workdir={self.path}"
+      ) from error
