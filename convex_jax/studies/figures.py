@@ -63,7 +63,7 @@ def draw_finals(name: str, variants: dict[str, list[Result]], path: str) -> None
     ]
     axes.plot(*zip(*marks, strict=True), marker, color=colour, alpha=0.7, label=f"{split} split")
   axes.set_yticks(range(len(variants)), list(variants))
-  axes.invert_yaxis()
+  axes.set_ylim(len(variants) - 0.4, -0.6)
   axes.set_xlabel("Final accuracy (%), one marker per run")
   _simplify(axes)
   axes.set_title(name)

@@ -21,7 +21,7 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 64rem; margin: 2rem auto;
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto;
   padding: 0 1rem; }}
 h1, h2 {{ line-height: 1.2; }}
 h2 {{ margin-top: 2.5rem; }}
@@ -98,7 +98,7 @@ def _notes(found: Results) -> str:
     " 15 bins weighted by count) are measured in inference mode, in the tables on all examples."
     " Mean ± standard deviation over seeds; a difference ± its standard error. The baseline is"
     " the first row. Gap: train minus test accuracy. Zero weights: fraction of the constrained"
-    " weights. Best test accuracy: over all evaluations, chosen on the test split. Early-stopped:"
+    " weights. Best test accuracy: over all evaluations, chosen on the test split (its epoch: mean over seeds). Early-stopped:"
     " the baseline where its train accuracy (linear between evaluations on `eval.train_examples`)"
     " first reaches that of the row. Seconds: training steps only, on"
     f" {' and '.join(hardware) or 'unknown hardware'}. {' | '.join(versions)}."

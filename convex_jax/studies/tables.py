@@ -82,12 +82,10 @@ def epochs(value: float) -> str:
   return str(nearest) if nearest and abs(value - nearest) < 0.05 else f"{value:.3g}"
 
 
-def peak(rows: list[Result]) -> str:
-  """The best test accuracy of all evaluations, and its epoch."""
-  best = mean_and_spread((row.peak_test_accuracy for row in rows), 100)
+def peak_epoch(rows: list[Result]) -> str:
+  """The epoch of the best evaluation, a mean over runs."""
   known = [row.peak_epoch for row in rows if not math.isnan(row.peak_epoch)]
-  mean = "mean epoch" if len(known) > 1 else "epoch"
-  return f"{best} ({mean} {statistics.fmean(known):.0f})" if best and known else ""
+  return f"{statistics.fmean(known):.0f}" if known else ""
 
 
 def stopped_early(rows: list[Result], baseline: list[Point]) -> str:
@@ -138,7 +136,8 @@ RESULTS: dict[str, Cell] = {
 DETAILS: dict[str, Cell] = {
   "runs": lambda rows, *_: _runs(rows),
   "epochs": lambda rows, *_: epochs(rows[0].epochs),
-  "best test accuracy (%)": lambda rows, *_: peak(rows),
+  "best test accuracy (%)": _mean("peak_test_accuracy", 100),
+  "its epoch": lambda rows, *_: peak_epoch(rows),
   "train loss (nats)": _mean("train_loss", 1, 3),
   "test loss (nats)": _mean("test_loss", 1, 3),
   "calibration error (%)": _mean("test_calibration_error", 100),

@@ -2,7 +2,7 @@
 
     python -m experiments.speed.population [--runs=4]
 
-What `convex_jax.sweep --at_once` should do. Training images/s over all runs together: one
+What `python -m convex_jax sweep --at_once` should do. Training images/s over all runs together: one
 process with the whole device (runs in turn), a process a run that share the device (on the
 CPU each with its own cores, as the sweep starts them), and one program for all runs, the
 states stacked and the step under `jax.vmap`, each run with its own batch. Rounds in turn,
