@@ -29,10 +29,10 @@ img {{ max-width: 100%; height: auto; }}
 .wide {{ overflow-x: auto; margin: 1rem 0; }}
 table {{ border-collapse: collapse; font-size: 0.875rem; line-height: 1.35;
   font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 0.3rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right;
+th, td {{ padding: 0.3rem 0.6rem; border-bottom: 1px solid #ddd; text-align: left;
   vertical-align: bottom; }}
 th {{ border-bottom: 2px solid #888; font-weight: 600; min-width: 3.5rem; }}
-th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
+th:first-child, td:first-child {{ padding-left: 0; }}
 td {{ white-space: nowrap; }}
 td:first-child {{ white-space: normal; min-width: 8rem; }}
 code {{ background: #f3f3f3; padding: 0 0.2em; }}

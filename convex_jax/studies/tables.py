@@ -164,8 +164,9 @@ def table(
 
 
 def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-  """A Markdown table; numbers, and all but the first column, to the right."""
-  headings = list(headings)
-  lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
-  lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-  return "\n".join(lines)
+  """A Markdown table, with the columns of numbers to the right."""
+  lines = [list(headings), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+  columns = list(zip(*lines[1:], strict=True))
+  are_numbers = [all(c[:1] in "+-0123456789" for c in cells) for cells in columns]
+  lines.insert(1, ["---:" if numbers else "---" for numbers in are_numbers])
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)

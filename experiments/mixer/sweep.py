@@ -1,8 +1,8 @@
 """The report's Mixer on CIFAR-10 (its Table 1): base, the report's twin, ours.
 
-`base, BatchNorm` is the fair partner of `ioc`: unconstrained, with the norm that `ioc` has.
-`longer` asks what a convex Mixer can reach: whitened images, patches that overlap, and a head
-that sees every hidden unit.
+`base, BatchNorm` is the fair baseline of `ioc`: unconstrained, with the norm of `ioc`. The
+schedule `longer` asks how far a convex Mixer can get, with whitened images, overlapping patches and
+a head that sees every hidden unit.
 """
 
 import itertools
@@ -25,7 +25,7 @@ VARIANTS = {
   "paper": TWINS["paper"],
   "ioc": TWINS["ioc"],
 }
-RATES = {"Mixer on CIFAR-10": {}}  # The report's, 1e-3. A convex twin wants a higher one:
+RATES = {"Mixer on CIFAR-10": {}}  # The report's, 1e-3. Convex twins prefer a higher one:
 RATES["Mixer on CIFAR-10, rate 0.01"] = {"optimizer.learning_rate": 0.01}
 SOURCE = {"base": (0.8572, 0.711), "paper": (0.7857, 0.6797), "ioc": (0.7857, 0.6797)}
 UNKNOWN = (float("nan"), float("nan"))

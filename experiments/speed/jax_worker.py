@@ -1,6 +1,6 @@
-"""Ours, in a child process: `python -m experiments.speed.jax_worker CASE PARTS [NORM]`.
+"""Our networks, in a child process: `python -m experiments.speed.jax_worker CASE PARTS [NORM]`.
 
-The program is that of a run (`train.Job`): uint8 images resident on the device, a gather,
+The program is that of a run (`program.Program`): uint8 images resident on the device, a gather,
 normalisation, forward, backward, Adam, projection, and the metrics that a log line shows.
 """
 
@@ -23,7 +23,7 @@ from experiments.speed.cases import CASES, Case, config_of
 
 
 def with_norm(norm: str):
-  """`layers.make_parts`, but of one norm in every twin: what the constraint alone costs."""
+  """`layers.make_parts` with the same norm in every twin, to measure the constraint alone."""
 
   def make_parts(*args, **fields):
     return dataclasses.replace(layers.make_parts(*args, **fields), norm_kind=norm)
@@ -43,9 +43,9 @@ def job_of(case: Case, parts: str, classes: int) -> loop.Job:
 
 
 def model_flops(case: Case, parts: str, classes: int = worker.CLASSES) -> float:
-  """FLOPs an image of forward and backward pass, from the program with XLA's own convolutions.
+  """FLOPs per image of forward and backward pass, with XLA's own convolutions.
 
-  Ours sum some of theirs in loops, whose turns XLA's cost analysis does not count.
+  Our fast forms run some of them in loops, whose iterations XLA's cost analysis does not count.
   """
   model = catalog.build(config_of(case, parts).model, classes, convolve=lax.conv_general_dilated)
   shape = (case.px, case.px, 3)
@@ -98,7 +98,7 @@ class Ours:
 
 
 def matmul_rate(n: int = 3072) -> float:
-  """FLOP/s of the fastest of some float32 products of square matrices."""
+  """FLOP/s of the fastest of several float32 products of square matrices."""
   x = jnp.ones((n, n)) / n
   product = jax.jit(lambda x: x @ x)
   product(x).block_until_ready()
