@@ -55,7 +55,7 @@ def load(arguments: list[str]) -> Any:
   command, values = ["convex_jax", *found], flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
   values(command)
-  config = values["config"].value
+  config: Any = values["config"].value
   list(config.items())  # A file that cannot be read raises here, and not before.
   return config
 

@@ -1,15 +1,19 @@
-"""The README's tables, from the results beside this file: `python -m experiments.readme`.
+"""Writes the tables of experiments/ into Markdown files: `python -m experiments.readme [FILES]`.
 
-Each stands between two comments, `<!-- NAME -->` and `<!-- /NAME -->`.
+Each table goes between two comments, `<!-- NAME -->` and `<!-- /NAME -->`, of any of the files;
+by default README.md and those of docs/.
 """
 
+import argparse
 import csv
+import os
 import pathlib
 import statistics
 
 from convex_jax.studies import results, tables
 
 FOLDER = pathlib.Path(__file__).parent
+ROOT = FOLDER.parent
 CLAIMS = ("mlp", "mixer", "cycle_mlp", "convolutions", "convex_head")
 
 
@@ -18,33 +22,37 @@ def read(path: str) -> list[dict[str, str]]:
     return list(csv.DictReader(file))
 
 
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-  lines = [heads, ["---"] * len(heads), *rows]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def faults() -> str:
-  """What was injected, and what was left."""
+def faults(link: str) -> str:
+  """The faults injected, and what they left; `link`: the path of this folder."""
   rows = read("faults/results.csv")
-  keys = ["fault", "injected", "survived", "steps redone at most", "examples lost"]
-  keys += ["examples repeated", "seconds to resume"]
+  headings = {
+    "fault": "fault",
+    "injected": "injected",
+    "survived": "survived",
+    "steps redone at most": "steps redone (at most)",
+    "examples lost": "examples lost",
+    "examples repeated": "examples repeated",
+    "seconds to resume": "seconds to resume (median)",
+  }
   injected, survived = (sum(int(row[key]) for row in rows) for key in ("injected", "survived"))
   return (
-    "Faults injected on two cores, and what was left"
-    " ([experiments/faults](experiments/faults/README.md),\n"
-    f"`python -m experiments.faults.run`): {injected} injected, {survived} survived, no example"
-    " lost or repeated, none silently wrong.\n\n"
-    + markdown(keys, [[r[k] for k in keys] for r in rows])
+    f"Faults injected on two cores ([experiments/faults]({link}/faults/README.md),\n"
+    f"`python -m experiments.faults.run`): {injected} injected, {survived} survived; no example was"
+    " lost or repeated, and no\nresult was silently wrong.\n\n"
+    + tables.markdown(headings.values(), [[row[key] for key in headings] for row in rows])
   )
 
 
-def speed() -> str:
-  """Training rates, of PyTorch's best, and what the constraint costs."""
-  heads = ["training, images/s of PyTorch's best", "base", "`ioc`"]
-  heads += ["`ioc`, step of the base's with its norm"]
+def speed(_: str) -> str:
+  """Training rates relative to PyTorch's, and the cost of the constraint."""
   cases: dict[str, dict[str, dict[str, str]]] = {}
   for row in read("speed/results.csv"):
     cases.setdefault(row["case"], {})[row["way"]] = row
+  headings = ["network"]
+  headings += [
+    f"{twin}: images/s, ours / PyTorch's (higher is better)" for twin in ("base", "`ioc`")
+  ]
+  headings += ["step time, `ioc` / base with the same norm (lower is better)"]
   rows = [
     [
       name,
@@ -53,7 +61,7 @@ def speed() -> str:
     ]
     for name, ways in cases.items()
   ]
-  return markdown(heads, rows)
+  return tables.markdown(headings, rows)
 
 
 def median_seconds(rows: list[results.Result]) -> float:
@@ -62,17 +70,23 @@ def median_seconds(rows: list[results.Result]) -> float:
 
 
 def train_and_test(rows: list[results.Result]) -> str:
-  """Mean accuracies, and the deviation of the second, where seeds give one."""
+  """Mean train and test accuracy, %, the latter with its standard deviation over seeds."""
   if not rows:
     return ""
   train = f"{100 * statistics.fmean(row.train_accuracy for row in rows):.1f}"
   return f"{train} / {tables.mean_and_spread((row.test_accuracy for row in rows), 100, 1)}"
 
 
-def claims() -> str:
-  """The sources' figures, and ours: a row a panel and schedule."""
-  heads = ["network, data", "schedule, seeds", "source: base", "source: convex", "base", "`paper`"]
-  heads += ["`ioc`", "`ioc` convex", "a run of it, seconds"]
+def claims(link: str) -> str:
+  """Accuracies reported by the sources, and ours: a row for each panel and schedule."""
+  headings = ["network, data", "schedule (seeds)", "source: base", "source: convex"]
+  headings += [
+    "ours: base",
+    "ours: `paper`",
+    "ours: `ioc`",
+    "`ioc` convex?",
+    "seconds per `ioc` run",
+  ]
   panels: dict[tuple[str, str, str], dict[str, list[results.Result]]] = {}
   for claim in CLAIMS:
     for row in results.read(str(FOLDER / claim)).rows:
@@ -81,33 +95,51 @@ def claims() -> str:
   rows = []
   for (claim, panel, schedule), variants in panels.items():
     base, paper, ioc = (variants.get(twin, []) for twin in ("base", "paper", "ioc"))
-    fair = variants.get("base, BatchNorm", [])  # With the norm of `ioc`: its fair partner.
+    fair = variants.get("base, BatchNorm", [])  # With the norm of `ioc`: the fair baseline.
     of_base = train_and_test(base) or (f"{train_and_test(fair)}, with BatchNorm" if fair else "")
     if ioc:
       rows.append(
         [
-          f"[{panel}](experiments/{claim}/README.md)",
-          f"{schedule}, {len(ioc)}",
+          f"[{panel}]({link}/{claim}/README.md)",
+          f"{schedule} ({len(ioc)})",
           tables.source(base) if base else "",
           tables.source(ioc) or (tables.source(paper) if paper else ""),
           of_base,
           *map(train_and_test, (paper, ioc)),
-          tables.verdict(ioc).split(":")[0],
+          tables.verdict(ioc),
           f"{median_seconds(ioc):,.0f}",
         ]
       )
-  return markdown(heads, rows)
+  caption = "Train / test accuracy in %; mean ± standard deviation over seeds."
+  return f"{caption}\n\n{tables.markdown(headings, rows)}"
+
+
+TABLES = {"faults": faults, "speed": speed, "claims": claims}
+
+
+def fill(path: pathlib.Path) -> list[str]:
+  """Writes the tables that a file has marks for; returns their names."""
+  text, found = path.read_text(), []
+  for mark, make in TABLES.items():
+    before, opened, rest = text.partition(f"<!-- {mark} -->\n")
+    _, closed, after = rest.partition(f"\n<!-- /{mark} -->")
+    if opened and closed:
+      link = pathlib.Path(os.path.relpath(FOLDER, path.resolve().parent)).as_posix()
+      text = before + opened + make(link) + closed + after
+      found.append(mark)
+  if found:
+    path.write_text(text)
+  return found
 
 
 def main() -> None:
-  path = FOLDER.parent / "README.md"
-  text = path.read_text()
-  for mark, made in {"faults": faults(), "speed": speed(), "claims": claims()}.items():
-    before, found, rest = text.partition(f"<!-- {mark} -->\n")
-    _, closed, after = rest.partition(f"\n<!-- /{mark} -->")
-    assert found and closed, f"README.md has no place for {mark}"
-    text = before + found + made + closed + after
-  path.write_text(text)
+  parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] + ".")
+  default = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+  parser.add_argument("files", nargs="*", type=pathlib.Path, default=default)
+  paths = parser.parse_args().files
+  for path in paths:
+    if marks := fill(path):
+      print(f"{path}: {', '.join(marks)}")
 
 
 if __name__ == "__main__":

@@ -241,7 +241,9 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
     raise UserError(f"checkpoint {chosen} in {folder}: {reason}; intact ones: {intact or 'none'}")
   has_ema = os.path.isdir(os.path.join(path, "ema"))
   if which == "ema" and not has_ema:
-    raise UserError(f"checkpoint {chosen} in {folder} has no averaged weights; expected raw or auto")
+    raise UserError(
+      f"checkpoint {chosen} in {folder} has no averaged weights; expected raw or auto"
+    )
   item = "ema" if has_ema and which != "raw" else "weights"
   shapes = ocp.metadata(path, checkpointable_name=item).metadata
   target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), shapes)

@@ -138,9 +138,11 @@ def _none_is_intact(folder: str, wrong: dict[int, str]) -> str:
   workdir = os.path.dirname(os.path.abspath(folder))
   lines = [f"No checkpoint in {folder} is intact:"]
   lines += [f"  step {step}: {reason}" for step, reason in wrong.items()]
-  lines += [f"  To start a new run, pass another --workdir."]
+  lines += ["  To start a new run, pass another --workdir."]
   if UNFINISHED in wrong.values():
-    lines += [f"  To trust those without a manifest: python -m convex_jax checkpoint seal {workdir}"]
+    lines += [
+      f"  To trust those without a manifest: python -m convex_jax checkpoint seal {workdir}"
+    ]
   return "\n".join(lines)
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from convex_jax.models import catalog
 from convex_jax.data.preprocess import preparation
+from convex_jax.models import catalog
+from convex_jax.models.variables import apply
 from convex_jax.runs.checkpoints import read_weights
 from convex_jax.runs.workdir import Workdir
-from convex_jax.models.variables import apply
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -37,15 +37,49 @@ FREE_KEYS = (
 # what identifies a run, so that a result remains its config's when keys are added. This list
 # never changes.
 FIRST_KEYS = frozenset(
-  "seed epochs steps batch_size steps_per_call dtype label_smoothing init_from ema_decay"
-  " data.name data.image_size data.flip data.crop_padding data.label_noise data.train_fraction"
-  " data.validation_fraction data.loader"
-  " model.name model.size model.parts model.constraint model.passthrough model.convex_from"
-  " model.head_depth model.head_width model.remat"
-  " optimizer.name optimizer.learning_rate optimizer.schedule optimizer.warmup_steps"
-  " optimizer.decay_at optimizer.decay_factor optimizer.weight_decay optimizer.clip_norm"
-  " optimizer.b1 optimizer.b2 optimizer.momentum optimizer.accumulate"
-  " eval.every_epochs eval.train_examples checkpoint.every_steps".split()
+  [
+    "seed",
+    "epochs",
+    "steps",
+    "batch_size",
+    "steps_per_call",
+    "dtype",
+    "label_smoothing",
+    "init_from",
+    "ema_decay",
+    "data.name",
+    "data.image_size",
+    "data.flip",
+    "data.crop_padding",
+    "data.label_noise",
+    "data.train_fraction",
+    "data.validation_fraction",
+    "data.loader",
+    "model.name",
+    "model.size",
+    "model.parts",
+    "model.constraint",
+    "model.passthrough",
+    "model.convex_from",
+    "model.head_depth",
+    "model.head_width",
+    "model.remat",
+    "optimizer.name",
+    "optimizer.learning_rate",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.decay_at",
+    "optimizer.decay_factor",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.momentum",
+    "optimizer.accumulate",
+    "eval.every_epochs",
+    "eval.train_examples",
+    "checkpoint.every_steps",
+  ]
 )
 
 

@@ -1,4 +1,4 @@
-"""The jobs of a sweep, from its file of data: what is run, where, and what names its result."""
+"""The jobs of a sweep, read from its sweep.py: what to train, where, and how results are named."""
 
 import dataclasses
 import importlib.util
@@ -11,11 +11,12 @@ from typing import Any
 
 from convex_jax import config_files
 from convex_jax.errors import UserError
-from convex_jax.runs import workdir as describe
-from convex_jax.studies import results
+from convex_jax.runs import workdir
+from convex_jax.runs.workdir import Workdir
+from convex_jax.studies.results import Results
 from convex_jax.training.schema import mistakes
 
-# What a claim compares: the free network, the convex one of its source, and ours.
+# What most sweeps compare: the free network, the convex twin of its source, and ours.
 TWINS: dict[str, dict[str, Any]] = {
   "base": {"model.parts": "base"},
   "paper": {"model.parts": "paper", "model.constraint": "exponentiate"},
@@ -25,30 +26,30 @@ TWINS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One run of a sweep: a config file, what is changed in it, a seed."""
+  """One run of a sweep: a config file, overrides of its keys, a seed."""
 
-  panel: str  # What is compared in one picture.
-  variant: str  # Within it.
+  panel: str  # The runs compared in one figure: an architecture on a data set, say.
+  variant: str  # Within the panel: base, ioc.
   config: str  # configs/mlp.py:cifar10
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {"model.parts": "ioc"}
   seed: int = 0
-  source: tuple[float, float] = (math.nan, math.nan)  # Train and test accuracy found elsewhere.
+  source: tuple[float, float] = (math.nan, math.nan)  # Train and test accuracy reported elsewhere.
 
   def arguments(self) -> list[str]:
-    """Of `python -m convex_jax.main`."""
+    """The arguments of `python -m convex_jax train`."""
     changed = {**self.overrides, "seed": self.seed}
     return [f"--config={self.config}", *(f"--config.{key}={v}" for key, v in changed.items())]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A job, and what names its result."""
+  """A job under one schedule, with the names of its result."""
 
   job: Job
   schedule: str
   workdir: str
-  digest: str  # `describe.digest` of the job's config.
-  total: float  # Epochs or steps, as the config counts.
+  digest: str  # `workdir.digest` of the job's config.
+  total: float  # Epochs or steps, whichever the config counts.
   unit: str  # epoch, step.
 
   @property
@@ -61,10 +62,10 @@ class Task:
 
 
 def read_sweep(folder: str) -> Any:
-  """A sweep's module; raises `UserError` where there is none."""
+  """The module of a sweep; raises `UserError` where there is none."""
   path = os.path.join(folder, "sweep.py")
   if not os.path.exists(path):
-    raise UserError(f"there is no {path}; give the folder of a sweep, such as experiments/mlp")
+    raise UserError(f"{path} not found; expected the folder of a sweep, such as experiments/mlp")
   spec = importlib.util.spec_from_file_location("sweep", path)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
@@ -73,56 +74,60 @@ def read_sweep(folder: str) -> Any:
   except Exception as error:
     raise UserError(f"{path} cannot be read: {error!r}") from error
   if missing := [n for n in ("TITLE", "SCHEDULES", "get_sweep") if not hasattr(module, n)]:
-    raise UserError(f"{path} is no sweep: it does not define {', '.join(missing)}")
+    raise UserError(f"{path} is not a sweep: it does not define {', '.join(missing)}")
   return module
 
 
 def tasks_of(module: Any, schedule: str, folder: str) -> list[Task]:
   """The tasks of a schedule, with workdirs below `folder`.
 
-  Raises `UserError` for jobs that could not be run, all at once.
+  Raises `UserError` with everything that is wrong with the jobs, one line each.
   """
   if schedule not in module.SCHEDULES:
-    raise UserError(f"--schedule={schedule} is none; allowed: {', '.join(module.SCHEDULES)}")
+    raise UserError(f"Unknown --schedule={schedule}; expected {' or '.join(module.SCHEDULES)}")
   tasks, lines = [], []
   for job in module.get_sweep(schedule):
     words = (schedule, job.panel, job.variant, f"seed {job.seed}")
-    workdir = os.path.join(folder, *(re.sub(r"\W+", "_", w).strip("_").lower() for w in words))
+    path = os.path.join(folder, *map(file_name, words))
     try:
       config = config_files.load(job.arguments())
-    except Exception as error:  # Whatever a config's code, or a value that does not fit, raises.
-      lines.append(f"{workdir}: {shlex.join(job.arguments())}: {error}")
+    except Exception as error:  # Anything that a config's code or an ill-fitting value raises.
+      lines.append(f"{path}: {shlex.join(job.arguments())}: {error}")
       continue
-    lines += [f"{workdir}: {line}" for line in mistakes(config)]
+    lines += [f"{path}: {line}" for line in mistakes(config)]
     total, unit = (config.steps, "step") if config.steps else (config.epochs, "epoch")
-    tasks.append(Task(job, schedule, workdir, describe.digest(config), total, unit))
-  workdirs = [task.workdir for task in tasks]
-  lines += [
-    f"{w} is two jobs; name them apart" for w in {w for w in workdirs if workdirs.count(w) > 1}
-  ]
+    tasks.append(Task(job, schedule, path, workdir.digest(config), total, unit))
+  paths = [task.workdir for task in tasks]
+  twice = sorted({path for path in paths if paths.count(path) > 1})
+  lines += [f"Two jobs share the workdir {path}; rename one" for path in twice]
   if lines:
     raise UserError("\n".join(lines))
   return tasks
 
 
-def refuse_other_configs(tasks: list[Task], before: results.Results) -> None:
-  """Raises `UserError` where a result or a workdir of a task's name is of another config."""
+def file_name(words: str) -> str:
+  """The words in lower case, with underscores between them."""
+  return re.sub(r"\W+", "_", words).strip("_").lower()
+
+
+def refuse_other_configs(tasks: list[Task], before: Results) -> None:
+  """Raises `UserError` where a task's result or workdir exists already, of another config."""
   there = {row.key: row.digest for row in before.rows}
   lines = []
   for task in tasks:
     if there.get(task.key, task.digest) != task.digest:
       lines.append(f"results.csv has {task.key} of another config ({there[task.key]})")
-    if os.path.exists(os.path.join(task.workdir, "config.json")):
-      found = describe.digest(describe.Workdir(task.workdir).description()["config"])
+    if Workdir(task.workdir).exists():
+      found = workdir.digest(Workdir(task.workdir).description()["config"])
       if found != task.digest:
         lines.append(f"{task.workdir} holds a run of another config ({found})")
   if lines:
-    cure = "  give another --out, or name the variant anew; or delete what is no longer wanted"
-    raise UserError("\n".join([*lines, cure]))
+    fix = "  Pass another --out or --workdir, rename the variant, or delete the old results."
+    raise UserError("\n".join([*lines, fix]))
 
 
-def in_order(found: results.Results, module: Any) -> results.Results:
-  """The results as a sweep's jobs stand in its file; others last."""
+def in_order(found: Results, module: Any) -> Results:
+  """The results in the order of a sweep's jobs; others last."""
   keys = [
     (job.panel, job.variant, schedule, job.seed)
     for schedule in module.SCHEDULES
@@ -131,3 +136,10 @@ def in_order(found: results.Results, module: Any) -> results.Results:
   place = {key: i for i, key in enumerate(keys)}
   ordered = sorted(found.rows, key=lambda row: place.get(row.key, len(place)))
   return dataclasses.replace(found, rows=tuple(ordered))
+
+
+def introduction(found: Results, module: Any) -> str:
+  """What the schedules of these results are, as Markdown."""
+  ran = {row.schedule for row in found.rows}
+  words = [f"Schedule `{name}`: {what}" for name, what in module.SCHEDULES.items() if name in ran]
+  return "\n\n".join(words)

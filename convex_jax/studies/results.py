@@ -1,4 +1,4 @@
-"""What a run showed, as a row that outlives it: results.csv and, of its course, curves.csv."""
+"""The results of runs as tables that outlive them: results.csv and, for the curves, curves.csv."""
 
 import csv
 import dataclasses
@@ -9,38 +9,37 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
+import numpy as np
 
 from convex_jax import files
 from convex_jax.config_files import flatten
 from convex_jax.errors import UserError
-from convex_jax.models import catalog
-from convex_jax.runs import workdir as describe
-from convex_jax.training import step
+from convex_jax.runs.run import load
+from convex_jax.runs.workdir import Workdir, digest, essential
 
 UNKNOWN = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """A run's figures: accuracies and shares 0..1, losses in nats; inference mode, all examples.
+  """The figures of a run: accuracies and fractions 0..1, losses in nats; inference, all examples.
 
   A loss is the mean negative log-likelihood, without label smoothing; the calibration error
-  weights its bins by their counts (`metrics.CalibrationError`). `nan`: not known.
+  weights its bins by their counts (`metrics.CalibrationError`). `nan`: unknown.
   """
 
-  panel: str  # What is compared in one picture: an architecture on a data set, say.
-  variant: str  # Within it: base, ioc.
-  schedule: str  # Of a sweep: "full" is its source's; others are shorter, as its file says.
+  panel: str  # The runs compared in one figure: an architecture on a data set, say.
+  variant: str  # Within the panel: base, ioc.
+  schedule: str  # Of a sweep: "full" is its source's; others are shorter, as sweep.py says.
   seed: int
-  digest: str  # `describe.digest` of the config.
+  digest: str  # `workdir.digest` of the config.
   outcome: str  # finished, diverged.
   parameters: int
-  epochs: float  # That were run.
+  epochs: float  # Completed.
   batch_size: int
   train_accuracy: float = UNKNOWN
   test_accuracy: float = UNKNOWN
-  gap: float = UNKNOWN  # Train accuracy less test accuracy.
+  gap: float = UNKNOWN  # Train accuracy minus test accuracy.
   train_loss: float = UNKNOWN
   test_loss: float = UNKNOWN
   train_calibration_error: float = UNKNOWN
@@ -48,24 +47,24 @@ class Result:
   peak_test_accuracy: float = UNKNOWN  # The best of all evaluations: chosen on the test split.
   peak_train_accuracy: float = UNKNOWN  # At that evaluation, on `eval.train_examples`.
   peak_epoch: float = UNKNOWN
-  zero_share: float = UNKNOWN  # Of the constrained weights, exactly 0.
-  certificate: str = ""  # PROVED, REFUTED or UNKNOWN; "": not asked.
+  zero_share: float = UNKNOWN  # Fraction of the constrained weights that are exactly 0.
+  certificate: str = ""  # PROVED, REFUTED or UNKNOWN; "": not certified.
   broken_by: str = ""  # The first operation that breaks the proof.
-  seconds: float = UNKNOWN  # Of training steps; no compilation, no evaluation.
+  seconds: float = UNKNOWN  # Of training steps, without compilation and evaluation.
   hardware: str = ""
   versions: str = ""
-  source_train_accuracy: float = UNKNOWN  # What the claim's source reports.
+  source_train_accuracy: float = UNKNOWN  # Reported by the source of the claim.
   source_test_accuracy: float = UNKNOWN
 
   @property
   def key(self) -> tuple[str, str, str, int]:
-    """What names a result: the same key with another digest is another config's."""
+    """The name of a result; the same key with another digest belongs to another config."""
     return self.panel, self.variant, self.schedule, self.seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """An evaluation on the way: a row of curves.csv."""
+  """An evaluation during training: a row of curves.csv."""
 
   panel: str
   variant: str
@@ -77,6 +76,11 @@ class Point:
   train_loss: float
   test_loss: float
 
+  @property
+  def key(self) -> tuple[str, str, str, int]:
+    """The key of its `Result`."""
+    return self.panel, self.variant, self.schedule, self.seed
+
 
 @dataclasses.dataclass(frozen=True)
 class Results:
@@ -86,20 +90,16 @@ class Results:
   points: tuple[Point, ...] = ()
 
   def __add__(self, other: "Results") -> "Results":
-    """Both; of a key in both, the other's."""
+    """Both; where a key is in both, the other's."""
     new = {row.key for row in other.rows}
     return Results(
       tuple(row for row in self.rows if row.key not in new) + other.rows,
-      tuple(p for p in self.points if _key(p) not in new) + other.points,
+      tuple(point for point in self.points if point.key not in new) + other.points,
     )
 
 
-def _key(point: Point) -> tuple[str, str, str, int]:
-  return point.panel, point.variant, point.schedule, point.seed
-
-
 def of_workdir(
-  workdir: str,
+  path: str,
   panel: str,
   variant: str,
   schedule: str = "",
@@ -110,12 +110,13 @@ def of_workdir(
 
   Raises `UserError` where the run is not finished, unless its `outcome` says so.
   """
-  description, every = _read(workdir)
+  workdir = Workdir(path)
+  description, every = workdir.description(), workdir.rows()
   final = next((row for row in every if row["kind"] == "final"), None)
   if final is None and outcome == "finished":
     raise UserError(
-      f"{workdir} is not finished, or diverged: its metrics.jsonl has no final row\n"
-      "  give the command that trained it again: it goes on"
+      f"{path} is not finished, or diverged: {workdir.metrics_file} has no final row\n"
+      "  Run the command that trained it again to resume it."
     )
   config, names = description["config"], {field.name for field in dataclasses.fields(Result)}
   evals = [row for row in every if row["kind"] == "eval"]
@@ -125,103 +126,76 @@ def of_workdir(
     figures["peak_test_accuracy"] = best["test_accuracy"]
     figures["peak_train_accuracy"] = best["train_accuracy"]
     figures["peak_epoch"] = best["epoch"]
-  known: dict[str, Any] = {name: _short(value) for name, value in figures.items()}
-  known |= _certificate(workdir)
-  versions = "; ".join(f"{name} {version}" for name, version in description["versions"].items())
+  certificate = workdir.certificate()
   result = Result(
-    panel,
-    variant,
-    schedule,
-    config["seed"],
-    describe.digest(config),
-    outcome,
-    _parameters(description),
-    _short(every[-1]["epoch"]) if every else 0.0,
-    config["batch_size"],
-    **known,
+    panel=panel,
+    variant=variant,
+    schedule=schedule,
+    seed=config["seed"],
+    digest=digest(config),
+    outcome=outcome,
+    parameters=description.get("parameters") or _parameters(path),
+    epochs=_rounded(every[-1]["epoch"]) if every else 0.0,
+    batch_size=config["batch_size"],
+    certificate=certificate["verdict"] if certificate else "",
+    broken_by=(certificate["reason"] or "") if certificate else "",
     seconds=_seconds(every, config["batch_size"]),
     hardware=description.get("hardware", ""),
-    versions=versions,
+    versions="; ".join(f"{name} {version}" for name, version in description["versions"].items()),
     source_train_accuracy=source[0],
     source_test_accuracy=source[1],
+    **{name: _rounded(value) for name, value in figures.items()},  # pyright: ignore[reportArgumentType]
   )
   fields = [field.name for field in dataclasses.fields(Point)][4:]
-  points = tuple(Point(*result.key, *(_short(row[name]) for name in fields)) for row in evals)
+  points = tuple(Point(*result.key, *(_rounded(row[name]) for name in fields)) for row in evals)
   return Results((result,), points)
 
 
 def of_workdirs(workdirs: Iterable[str]) -> Results:
-  """The results of runs, each named by what sets it apart from the others.
+  """The results of runs, each named by what distinguishes it from the others.
 
   The panel is the architecture on its data; the variant its parts, and every key of the
   config (but the seed) in which the runs of a panel differ.
   """
-  dirs = [os.path.expanduser(workdir) for workdir in workdirs]
-  configs = [dict(flatten(describe.Workdir(workdir).description()["config"])) for workdir in dirs]
+  paths = [os.path.expanduser(path) for path in workdirs]
+  configs = [dict(flatten(Workdir(path).description()["config"])) for path in paths]
   panels = [f"{c['model.name']} {c['model.size']} on {c['data.name']}" for c in configs]
   found = Results()
-  for workdir, config, panel in zip(dirs, configs, panels, strict=True):
-    beside = [c for c, p in zip(configs, panels, strict=True) if p == panel]
-    apart = [
+  for path, config, panel in zip(paths, configs, panels, strict=True):
+    others = [essential(c) for c, p in zip(configs, panels, strict=True) if p == panel]
+    differing = [
       key
-      for key in sorted(config)
-      if key not in ("seed", "model.parts")
-      and key not in describe.FREE_KEYS
-      and not key.startswith(describe.FREE_SECTIONS)
-      and any(c.get(key) != config[key] for c in beside)
+      for key in sorted(set().union(*others) - {"seed", "model.parts"})
+      if len({repr(other.get(key)) for other in others}) > 1
     ]
-    words = [f"{key.rpartition('.')[2]} {config[key]}" for key in apart]
-    new = of_workdir(workdir, panel, ", ".join([config["model.parts"], *words]))
+    words = [f"{key.rpartition('.')[2]} {config[key]}" for key in differing]
+    new = of_workdir(path, panel, ", ".join([config["model.parts"], *words]))
     if any(row.key == new.rows[0].key for row in found.rows):
-      raise UserError(f"{workdir} is a run of the same config and seed as one before it; give one")
+      raise UserError(f"{path} has the same config and seed as a run before it; pass only one")
     found += new
   return found
 
 
-def _short(value: float) -> float:
-  """As it will be read back from a table."""
+def is_finished(path: str, of_digest: str) -> bool:
+  """Whether a workdir holds a finished run of the config with this digest."""
+  workdir = Workdir(path)
+  if not workdir.exists() or not workdir.rows("final"):
+    return False
+  return digest(workdir.description()["config"]) == of_digest
+
+
+def _rounded(value: float) -> float:
+  """The value as it will be read back from a table."""
   return float(f"{value:.6g}")
 
 
-def _read(workdir: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  path = os.path.join(workdir, "metrics.jsonl")
-  description = describe.Workdir(workdir).description()
-  return description, describe.read_rows(path)[0] if os.path.exists(path) else []
-
-
-def is_finished(workdir: str, digest: str) -> bool:
-  """Whether a workdir holds the finished run, of the config with this digest."""
-  if not os.path.exists(os.path.join(workdir, "config.json")):
-    return False
-  description, every = _read(workdir)
-  done = any(row["kind"] == "final" for row in every)
-  return done and describe.digest(description["config"]) == digest
-
-
-def _certificate(workdir: str) -> dict[str, str]:
-  path = os.path.join(workdir, "certificate.json")
-  if not os.path.exists(path):
-    return {}
-  try:
-    content = files.read_json(path, signed=False)
-  except files.Damaged as error:
-    raise UserError(
-      f"{path} is damaged: {error}\n  python -m convex_jax.certify --workdir={workdir} writes it anew"
-    ) from error
-  return {"certificate": content["verdict"], "broken_by": content["reason"] or ""}
-
-
-def _parameters(description: dict[str, Any]) -> int:
-  model = ConfigDict(description["config"]["model"])  # Whose lists are tuples.
-  size, about = description["config"]["data"]["image_size"], description["data"]
-  network = catalog.build(model, classes=len(about["class_names"]))
-  shape = (size, size, about["image_shape"][-1])
-  shapes = jax.eval_shape(lambda: step.init_variables(network, jax.random.key(0), shape))
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+def _parameters(workdir: str) -> int:
+  """The number of parameters of a run that predates their count in config.json."""
+  return sum(np.size(leaf) for leaf in jax.tree.leaves(load(workdir).params))
 
 
 def _seconds(every: list[dict[str, Any]], batch_size: int) -> float:
-  """From each row's rate: a run that was stopped and resumed has no other clock."""
+  """From each row's rate, since a run that was stopped and resumed has no other clock."""
   total, before = 0.0, 0
   for row in every:
     if row["kind"] == "train":
@@ -231,8 +205,8 @@ def _seconds(every: list[dict[str, Any]], batch_size: int) -> float:
 
 
 def write(results: Results, folder: str) -> None:
-  """results.csv and curves.csv, each whole or as it was."""
-  for name, kind, items in (  # A row that stands has its curve.
+  """Writes results.csv and curves.csv, each as a whole or not at all."""
+  for name, kind, items in (  # Curves first: a result in the table has its curve.
     ("curves.csv", Point, results.points),
     ("results.csv", Result, results.rows),
   ):
@@ -249,7 +223,7 @@ def _text(value: Any) -> str:
 
 
 def read(folder: str) -> Results:
-  """What `write` wrote; nothing where there is no results.csv.
+  """The results that `write` wrote; none where there is no results.csv.
 
   Raises `UserError` where a file is not of that form.
   """
@@ -260,7 +234,7 @@ def read(folder: str) -> Results:
 
 
 def _read_csv(path: str, kind: type) -> list[Any]:
-  """Items of a table; a column that it does not have is younger than it, and not known."""
+  """The items of a table; columns that are newer than the table are unknown."""
   if not os.path.exists(path):
     return []
   types, items, number = typing.get_type_hints(kind), [], 1
@@ -274,7 +248,7 @@ def _read_csv(path: str, kind: type) -> list[Any]:
         items.append(kind(**{name: _value(row[name], types[name]) for name in names}))
   except (TypeError, ValueError, csv.Error) as error:
     raise UserError(
-      f"{path}, line {number} is no row of ours: {error}\n  mend the line, or delete the file"
+      f"{path}, line {number} is not a valid row: {error}\n  Fix the line, or delete the file."
     ) from error
   return items
 

@@ -1,4 +1,4 @@
-"""Twins side by side: what a report's tables hold, as text."""
+"""Twins compared: the cells of a report's tables, as text."""
 
 import itertools
 import math
@@ -9,9 +9,9 @@ from convex_jax.studies.results import Point, Result, Results
 
 
 def panels_of(found: Results) -> dict[str, dict[str, list[Result]]]:
-  """The results by panel and variant, in the order in which they stand.
+  """The results by panel and variant, in the order of the rows.
 
-  Where there are several schedules each is a panel of its own: they are not to be compared.
+  Several schedules get a panel each: they are not comparable.
   """
   several = len({row.schedule for row in found.rows}) > 1
   panels: dict[str, dict[str, list[Result]]] = {}
@@ -22,16 +22,17 @@ def panels_of(found: Results) -> dict[str, dict[str, list[Result]]]:
 
 
 def mean_and_spread(values: Iterable[float], scale: float = 1.0, digits: int = 2) -> str:
-  """Mean +- standard deviation of a sample (n - 1); the mean alone of one; "" of none."""
+  """Mean ± standard deviation of a sample (n - 1); the mean alone of one value; "" of none."""
   known = [scale * value for value in values if not math.isnan(value)]
   if not known:
     return ""
-  mean = f"{statistics.fmean(known):.{digits}f}"
-  return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+  form = f".{digits}f" if statistics.fmean(known) < 1e5 else ".1e"
+  mean = f"{statistics.fmean(known):{form}}"
+  return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):{form}}"
 
 
 def difference(ours: list[Result], reference: list[Result]) -> str:
-  """Test accuracy less the reference's, points, with its standard error from 2 runs of each.
+  """Test accuracy minus the reference's, points; with its standard error from 2 runs of each.
 
   sqrt(s1^2 / n1 + s2^2 / n2), as in Welch's test.
   """
@@ -49,99 +50,123 @@ def difference(ours: list[Result], reference: list[Result]) -> str:
 
 
 def verdict(rows: list[Result]) -> str:
-  """What the certificates say of all of a variant's runs."""
-  asked = [row for row in rows if row.certificate]
-  if not asked:
-    return "not asked"
-  verdicts = {row.certificate for row in asked}
-  if verdicts == {"PROVED"}:
-    return "proved" if len(asked) == len(rows) else f"proved, {len(asked)} of {len(rows)} asked"
-  words = " and ".join(sorted(verdict.lower() for verdict in verdicts))
-  first = next((row.broken_by for row in asked if row.broken_by), "")
-  return f"{words}: {first}" if first else words
+  """The verdict of the certificates of a variant's runs."""
+  certified = [row.certificate.lower() for row in rows if row.certificate]
+  if not certified:
+    return "not certified"
+  words = " and ".join(sorted(set(certified)))
+  return words if len(certified) == len(rows) else f"{words} ({len(certified)} of {len(rows)} runs)"
+
+
+def broken_by(rows: list[Result]) -> str:
+  """The first operation that breaks the convexity of a variant, or ""."""
+  return next((row.broken_by for row in rows if row.broken_by), "")
 
 
 def source(rows: list[Result]) -> str:
-  """What the claim's source found: train / test accuracy, %."""
+  """The train / test accuracy that the claim's source reports, %."""
   both = (rows[0].source_train_accuracy, rows[0].source_test_accuracy)
   if all(math.isnan(value) for value in both):
     return ""
   return " / ".join("-" if math.isnan(value) else f"{100 * value:.2f}" for value in both)
 
 
-def _ended(rows: list[Result]) -> str:
+def _runs(rows: list[Result]) -> str:
   diverged = sum(row.outcome == "diverged" for row in rows)
-  return f"{len(rows)}, {diverged} diverged" if diverged else str(len(rows))
+  return f"{len(rows)} ({diverged} diverged)" if diverged else str(len(rows))
 
 
-def peak(rows: list[Result]) -> str:
-  """The best test accuracy of all evaluations, and the epoch of it."""
-  best = mean_and_spread((row.peak_test_accuracy for row in rows), 100)
-  epochs = [row.peak_epoch for row in rows if not math.isnan(row.peak_epoch)]
-  return f"{best} (mean epoch {statistics.fmean(epochs):.0f})" if best and epochs else ""
+def epochs(value: float) -> str:
+  """A number of epochs, an integer where the run ended with the first step after it."""
+  nearest = round(value)
+  return str(nearest) if nearest and abs(value - nearest) < 0.05 else f"{value:.3g}"
 
 
-def stopped_early(rows: list[Result], course: list[Point]) -> str:
-  """Test accuracy of another variant, stopped where it reaches these runs' train accuracy.
+def peak_epoch(rows: list[Result]) -> str:
+  """The epoch of the best evaluation, a mean over runs."""
+  known = [row.peak_epoch for row in rows if not math.isnan(row.peak_epoch)]
+  return f"{statistics.fmean(known):.0f}" if known else ""
 
-  `course`: its evaluations; those of a run's own seed count, with a straight line between two
-  of them. What a free network is worth that fits the training split no better than a convex
+
+def stopped_early(rows: list[Result], baseline: list[Point]) -> str:
+  """Test accuracy of the baseline, stopped where it reaches these runs' train accuracy, %.
+
+  `baseline`: its evaluations; a run is compared with those of its own seed, interpolated
+  linearly. What a free network achieves that fits the training split no better than a convex
   one: a fair comparison of generalisation. A seed that never gets there, or is beyond it at
   its first evaluation, is left out, and the cell says how many count.
   """
   found = []
   for row in rows:
-    points = sorted((p for p in course if p.seed == row.seed), key=lambda p: p.epoch)
+    points = sorted((p for p in baseline if p.seed == row.seed), key=lambda p: p.epoch)
     if not points or points[0].train_accuracy > row.train_accuracy:
       continue
     for before, after in itertools.pairwise(points):
       if row.train_accuracy <= after.train_accuracy:  # For the first time.
         rise = after.train_accuracy - before.train_accuracy
-        share = (row.train_accuracy - before.train_accuracy) / rise if rise else 0.0
-        found.append(before.test_accuracy + share * (after.test_accuracy - before.test_accuracy))
+        fraction = (row.train_accuracy - before.train_accuracy) / rise if rise else 0.0
+        found.append(before.test_accuracy + fraction * (after.test_accuracy - before.test_accuracy))
         break
   counted = f" ({len(found)} of {len(rows)} seeds)" if 0 < len(found) < len(rows) else ""
   return mean_and_spread(found, 100) + counted
 
 
-# Of a variant's runs, the first variant's, and the evaluations of these.
+# A cell from the runs of a variant, the runs of the baseline (the first variant), and the
+# baseline's evaluations.
 Cell = Callable[[list[Result], list[Result], list[Point]], str]
-COLUMNS: dict[str, Cell] = {
-  "runs": lambda rows, *_: _ended(rows),
-  "epochs": lambda rows, *_: f"{rows[0].epochs:g}",
-  "train accuracy, %": lambda rows, *_: mean_and_spread((r.train_accuracy for r in rows), 100),
-  "test accuracy, %": lambda rows, *_: mean_and_spread((r.test_accuracy for r in rows), 100),
-  "of the first, points": lambda rows, first, _: "" if rows is first else difference(rows, first),
-  "source, train / test, %": lambda rows, *_: source(rows),
-  "gap, points": lambda rows, *_: mean_and_spread((r.gap for r in rows), 100),
-  "peak test accuracy, %": lambda rows, *_: peak(rows),
-  "the first's, stopped early at this train accuracy, %": lambda rows, first, course: (
-    "" if rows is first else stopped_early(rows, course)
+
+
+def _mean(field: str, scale: float = 1.0, digits: int = 2) -> Cell:
+  return lambda rows, *_: mean_and_spread((getattr(row, field) for row in rows), scale, digits)
+
+
+RESULTS: dict[str, Cell] = {
+  "train accuracy (%)": _mean("train_accuracy", 100),
+  "test accuracy (%)": _mean("test_accuracy", 100),
+  "vs. baseline (points)": lambda rows, baseline, _: (
+    "" if rows is baseline else difference(rows, baseline)
   ),
-  "train loss, nats": lambda rows, *_: mean_and_spread((r.train_loss for r in rows), 1, 3),
-  "test loss, nats": lambda rows, *_: mean_and_spread((r.test_loss for r in rows), 1, 3),
-  "calibration error, %": lambda rows, *_: mean_and_spread(
-    (r.test_calibration_error for r in rows), 100
+  "baseline early-stopped at equal train accuracy, test (%)": lambda rows, baseline, points: (
+    "" if rows is baseline else stopped_early(rows, points)
   ),
-  "zero weights, %": lambda rows, *_: mean_and_spread((r.zero_share for r in rows), 100, 1),
-  "parameters": lambda rows, *_: f"{rows[0].parameters:,}",
-  "seconds a run": lambda rows, *_: mean_and_spread((r.seconds for r in rows), 1, 0),
+  "gap (points)": _mean("gap", 100),
+  "source, train / test (%)": lambda rows, *_: source(rows),
   "convex": lambda rows, *_: verdict(rows),
+}
+DETAILS: dict[str, Cell] = {
+  "runs": lambda rows, *_: _runs(rows),
+  "epochs": lambda rows, *_: epochs(rows[0].epochs),
+  "best test accuracy (%)": _mean("peak_test_accuracy", 100),
+  "its epoch": lambda rows, *_: peak_epoch(rows),
+  "train loss (nats)": _mean("train_loss", 1, 3),
+  "test loss (nats)": _mean("test_loss", 1, 3),
+  "calibration error (%)": _mean("test_calibration_error", 100),
+  "zero weights (%)": _mean("zero_share", 100, 1),
+  "parameters": lambda rows, *_: f"{rows[0].parameters:,}",
+  "seconds per run": _mean("seconds", 1, 0),
 }
 
 
-def table(variants: dict[str, list[Result]], course: list[Point]) -> str:
-  """A panel's Markdown table, a row a variant; columns that would be empty are left out.
+def table(
+  columns: dict[str, Cell], variants: dict[str, list[Result]], baseline: list[Point]
+) -> str:
+  """A Markdown table with a row for each variant; columns that would be empty are left out.
 
-  `course`: the evaluations of the first variant.
+  `baseline`: the evaluations of the first variant.
   """
   first = next(iter(variants.values()))
   body = {
-    heading: [cell(rows, first, course).replace("|", "\\|") for rows in variants.values()]
-    for heading, cell in COLUMNS.items()
+    heading: [cell(rows, first, baseline) for rows in variants.values()]
+    for heading, cell in columns.items()
   }
   body = {heading: cells for heading, cells in body.items() if any(cells)}
-  lines = ["| variant | " + " | ".join(body) + " |", "|---|" + "---:|" * (len(body) - 1) + "---|"]
-  for name, cells in zip(variants, zip(*body.values(), strict=True), strict=True):
-    lines.append(f"| {name} | " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+  return markdown(["variant", *body], zip(variants, *body.values(), strict=True))
+
+
+def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+  """A Markdown table, with the columns of numbers to the right."""
+  lines = [list(headings), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+  columns = list(zip(*lines[1:], strict=True))
+  are_numbers = [all(c[:1] in "+-0123456789" for c in cells) for cells in columns]
+  lines.insert(1, ["---:" if numbers else "---" for numbers in are_numbers])
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -41,7 +41,8 @@ class Program:
     self.constraints = constraints.constraints_of(boxed["params"])
     self.tx = optimizer.make_optimizer(config.optimizer, self.total_steps, self.constraints)
     self.splits = {
-      name: batches.batches_of(split, mesh, config.data) for name, split in examples.splits().items()
+      name: batches.batches_of(split, mesh, config.data)
+      for name, split in examples.splits().items()
     }
     self._compile()
 

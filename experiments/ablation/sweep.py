@@ -1,4 +1,4 @@
-"""What matters: constraint x initialisation x passthrough x residual scale x norm.
+"""Ablation: constraint x initialisation x passthrough x residual scale x norm.
 
 Every combination, on a small Mixer: 8 blocks of 64 features, 16 patches of 8 x 8 pixels.
 """

@@ -2,8 +2,8 @@
 
     python -m experiments.certificate.run [--networks=600] [--programs=1000]
 
-Writes mutants.csv (one row a mutant), oracle.csv (one a network) and summary.csv beside
-this file. Five minutes on two cores. Needs the test extra (hypothesis, cvxpy).
+Writes mutants.csv (a row for each mutant), oracle.csv (a row for each network) and summary.csv
+next to this file. Five minutes on two cores. Needs the test extra (hypothesis, cvxpy).
 """
 
 import argparse
@@ -32,7 +32,7 @@ def write(name, header, rows):
 
 
 def judge(mutant):
-  """The certificate of a mutant; what is proved though it should break is sampled."""
+  """The verdict on a mutant; one that is proved although it should break is also sampled."""
   start = time.perf_counter()
   certificate = certify(mutant.function, mutant.weights, EXAMPLE, search_steps=0)
   seconds = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Convex only in the head (the report, section 6), and IOC-EfficientNet: first results."""
+"""Networks that are convex only in the head (report, section 6), and IOC-EfficientNet."""
 
 import itertools
 
@@ -7,7 +7,7 @@ from convex_jax.studies.jobs import TWINS, Job
 TITLE = "Convex only in the head; EfficientNet's convex twin"
 SCHEDULES = {
   "short": "Mixer: 10,000 images of CIFAR-10 at 32 px, 10 epochs, cosine. EfficientNet: digits, 30 epochs.",
-  "full": "Mixer: the report's, 100 epochs. EfficientNet: CIFAR-10, its config's recipe.",
+  "full": "Mixer: the report's recipe, 100 epochs. EfficientNet: CIFAR-10, its config's recipe.",
 }
 HEAD = {"model.head_depth": 2}
 MIXERS = {

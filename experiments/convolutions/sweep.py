@@ -1,6 +1,6 @@
 """All-CNN and DenseNet on CIFAR-10 (Table 2 and appendix C of the 2021 paper).
 
-Their convex networks leave BatchNorm's scales free; here these are constrained, and the
+Their convex networks leave BatchNorm's scales free; here the scales are constrained, and the
 networks certified.
 """
 
@@ -11,7 +11,7 @@ from convex_jax.studies.jobs import TWINS, Job
 TITLE = "All-CNN and DenseNet (the 2021 paper's Table 2 and appendix C)"
 SCHEDULES = {
   "short": "digits: All-CNN of width 32, 40 epochs; DenseNet of two blocks of 4 layers, 30 epochs.",
-  "full": "350 epochs (All-CNN), 300 epochs (DenseNet: SGD, a rate of 0.1 in steps); five seeds.",
+  "full": "350 epochs (All-CNN), 300 epochs (DenseNet: SGD at 0.1, step decay); five seeds.",
 }
 SOURCE = {  # Appendix C: means of five runs.
   ("all_cnn", "base"): (0.9912, 0.9221),
@@ -21,7 +21,7 @@ SOURCE = {  # Appendix C: means of five runs.
 }
 NAMES = {"all_cnn": "All-CNN", "densenet": "DenseNet"}
 
-# The networks of that paper's code. Its All-CNN has norms: without them its twin, exponentiated,
+# The networks of that paper's code. Its All-CNN has norms; without them the exponentiated twin
 # stayed at chance on digits.
 THEIRS = {
   "all_cnn": {"model.size": "ioc_paper", "optimizer.learning_rate": 1e-3},

@@ -1,9 +1,9 @@
-"""Why the report's IOC-DenseNet failed on ImageNet: 10 % beside 75 %.
+"""Why the report's IOC-DenseNet failed on ImageNet: 10 %, against 75 % of its base.
 
 Three suspects, one at a time: features that are all alike at initialisation (the architecture's
-own initial weights, clamped, beside log-normal ones with passthrough), a rate that never decayed
-(the report's plateau rule waits longer than most of its 30 epochs: "constant"), and the
-constraint itself (base).
+own initial weights, clamped, compared with log-normal ones with passthrough), a learning rate that
+never decayed (the report's plateau rule waits longer than most of its 30 epochs: "constant"), and
+the constraint itself (base).
 """
 
 import itertools

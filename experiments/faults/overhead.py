@@ -1,9 +1,9 @@
-"""What a checkpoint costs: the wait of the training loop, the writing beside it, the digests.
+"""The cost of a checkpoint: the training loop's wait, the writing alongside it, the digests.
 
     python -m experiments.faults.overhead
 
-Trains two networks for a while with a checkpoint every 50 steps and without any, in turns, and
-times the parts of a save alone. Writes overhead.csv beside this file.
+Trains two networks with a checkpoint every 50 steps and without any, in turn, and times the parts
+of a save separately. Writes overhead.csv next to this file.
 """
 
 import csv
@@ -26,7 +26,7 @@ EVERY, ROUNDS = 50, 5
 
 
 def measure(name: str) -> dict[str, str]:
-  """The costs of a case's checkpoints, seconds; medians."""
+  """The median costs of the checkpoints of a case."""
   net = Ours(CASES[name], "ioc")
   net.train(3)
   plain, saving, waits, writings, digests = [], [], [], [], []
@@ -40,7 +40,7 @@ def measure(name: str) -> dict[str, str]:
       began = time.perf_counter()
       ours.save(net.state, None)
       waits.append(time.perf_counter() - began)
-      net.train(EVERY)  # Meanwhile it is written.
+      net.train(EVERY)  # It is written in the meantime.
       saving.append((time.perf_counter() - began) / EVERY)
       ours.wait()
       net.train(1)

@@ -1,10 +1,10 @@
-"""Injects every fault of the table, and writes what was left: `python -m experiments.faults.run`.
+"""Injects every fault of the table and counts how many a run survives.
 
     python -m experiments.faults.run [--rows=1,5,17] [--scale=0.2]
 
-Two rows at a time, each in a process of its own. Writes results.csv, report.md and killed.png
-beside this file, of the rows that were asked for; the others keep theirs. Needs the test and
-notebooks extras. `--scale` multiplies how often each fault is injected.
+Two rows at a time, each in its own process. Updates the chosen rows of results.csv, report.md and
+killed.png next to this file. Needs the test and notebooks extras. `--scale` multiplies how often
+each fault is injected.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from convex_jax.data import prepare
+from convex_jax.studies import tables
 from convex_jax.training import runtime
 from tests.support import bad_input, injections
 from tests.support.injections import Result
@@ -40,7 +41,7 @@ FOLDER = pathlib.Path(__file__).parent
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A fault: how often, what must hold, and who injects it into a fresh folder with digits."""
+  """A fault: how often, what must hold, and the function that injects it in a fresh folder."""
 
   fault: str
   times: int
@@ -50,7 +51,7 @@ class Row:
 
 @contextlib.contextmanager
 def mounted(folder: pathlib.Path, options: str) -> Iterator[pathlib.Path | None]:
-  """A file system of its own; None where this user may mount none."""
+  """A separate file system; None where this user may not mount one."""
   folder.mkdir()
   done = subprocess.run(
     ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True
@@ -83,7 +84,7 @@ def one_bit(data_dir, folder, n):
   whole = whole_run(data_dir, folder)
   result = injections.damaged(whole, folder, n, [injections.flip_bit])
   ended = injections.resumed_after_damage(whole, folder, max(1, n // 40))
-  return together(result, ended, f"{ended.injected} of them resumed to the end, the same bits")
+  return together(result, ended, f"{ended.injected} of them resumed to the end, same bits")
 
 
 def files(data_dir, folder, n):
@@ -92,7 +93,7 @@ def files(data_dir, folder, n):
 
 
 def together(a: Result, b: Result, note: str = "") -> Result:
-  """The sum of two."""
+  """The sum of two results."""
   redone = [x for x in (a.redone, b.redone) if x is not None]
   return Result(
     a.injected + b.injected,
@@ -141,7 +142,7 @@ def same(data_dir, folder, n):
 
 
 def audited(data_dir, folder, n):
-  """Three kills in each of n / 3 runs; what counts is what the epochs hold."""
+  """Three kills in each of n / 3 runs; counts what the epochs contain."""
   result = Result(lost=0, repeated=0)
   for i in range(max(1, n // 3)):
     one, _, _ = injections.killed(data_dir, folder / str(i), 3)
@@ -151,7 +152,7 @@ def audited(data_dir, folder, n):
 
 
 def rows_after(data_dir, folder, n):
-  """Signals and kills in turn: rows and events strictly increasing, none missing."""
+  """Kills, then signals: rows and events must increase strictly, with none missing."""
   result, _, _ = injections.killed(data_dir, folder / "kills", n // 2)
   return together(
     result, injections.signalled(data_dir, folder / "stops", n - n // 2, signal.SIGTERM)
@@ -160,46 +161,46 @@ def rows_after(data_dir, folder, n):
 
 ROWS = {
   1: Row("SIGKILL at a random step", 50, "same bits and rows at the end", killed),
-  2: Row("SIGKILL inside a save", 50, "the old or the new one, never a mixture", injections.killed_while_saving),
+  2: Row("SIGKILL inside a save", 50, "the old or the new checkpoint, never a mixture", injections.killed_while_saving),
   3: Row("SIGTERM, SIGINT", 40, "saved, exit 75, same bits", signals),
   4: Row("more signals while saving", 10, "exit 75, same bits", injections.signalled_while_saving),
-  5: Row("a bit of the newest checkpoint flipped", 200, "file and step named, older one found", one_bit),
-  6: Row("a file cut, deleted, swapped", 60, "file and step named, older one found", files),
+  5: Row("one bit of the newest checkpoint flipped", 200, "file and step reported, an older one used", one_bit),
+  6: Row("a file truncated, deleted, swapped", 60, "file and step reported, an older one used", files),
   7: Row(
-    "every checkpoint damaged", 5, "exit 2, each named, nothing moved",
+    "every checkpoint damaged", 5, "exit 2, each reported, nothing moved",
     lambda d, f, n: injections.all_damaged(whole_run(d, f), f, n),
   ),
-  8: Row("disk full", 10, "told at that step, goes on or exits 74, older ones intact", full),
+  8: Row("disk full", 10, "reported at that step, continues or exits 74, older ones intact", full),
   9: Row("workdir in use, or read-only", 10, "exit 2 at the start", refused),
   10: Row(
-    "NaN in one batch, in 5 in a row", 25, "update skipped; exit 3 with a finite checkpoint",
+    "NaN in one batch, in 5 consecutive ones", 25, "update skipped; exit 3 with a finite checkpoint",
     lambda d, f, n: bad_input.bad_batches(d, f, n - n // 5, n // 5),
   ),
-  11: Row("loss spike, a hundredfold", 10, "skipped as asked", lambda d, f, n: bad_input.spikes(d, n)),
-  12: Row("odd, damaged, hostile images", 60, "pixels or a refusal", lambda d, f, n: bad_input.odd_images(n)),
+  11: Row("hundredfold loss spike", 10, "skipped, as configured", lambda d, f, n: bad_input.spikes(d, n)),
+  12: Row("unusual, damaged, hostile images", 60, "decoded or refused", lambda d, f, n: bad_input.odd_images(n)),
   13: Row(
-    "a process that decodes killed", 10, "exit 2 with a message, no hang",
+    "a decoding process killed", 10, "exit 2 with a message, no hang",
     lambda d, f, n: bad_input.lost_workers(photos(f), f, n),
   ),
   14: Row(
-    "data absent, half built, damaged", 15, "told in 5 s with the cure",
+    "data missing, half built, damaged", 15, "reported within 5 s, with how to fix it",
     lambda d, f, n: bad_input.no_data(d, photos(f), f, n),
   ),
-  15: Row("bad configs", 40, "every mistake told, no device touched", lambda d, f, n: bad_input.bad_configs(n)),
+  15: Row("invalid configs", 40, "every error reported, no device used", lambda d, f, n: bad_input.bad_configs(n)),
   16: Row("1, 2, 4, 8 devices in turn", 12, "same order of examples, losses within 1 %", injections.other_devices),
   17: Row("one of two processes killed", 5, "the other exits 75 with a message", injections.lost_process),
   18: Row("restored on fewer devices, from older formats", 9, "equal arrays", restored),
-  19: Row("same seed twice; other numbers of workers", 10, "same bits", same),
-  20: Row("three crashes, every example audited", 12, "each once an epoch", audited),
+  19: Row("same seed twice; different numbers of workers", 10, "same bits", same),
+  20: Row("three crashes, every example audited", 12, "each seen once per epoch", audited),
   21: Row("rows and events after a resume", 20, "every step once", rows_after),
   22: Row("networks that are not convex", 60, "never PROVED", lambda d, f, n: bad_input.broken_twins(n)),
   23: Row("every optimizer, dtype, accumulation", 36, "no constrained weight below 0", lambda d, f, n: bad_input.constrained_updates(n)),
-  24: Row("a save that hangs", 5, "told in bounded time, exit 74, same bits after", injections.hung_save),
+  24: Row("a save that hangs", 5, "reported in bounded time, exit 74, same bits afterwards", injections.hung_save),
 }  # fmt: skip
 
 
 def inject(number: int, scale: float) -> tuple[Result, float]:
-  """A row's result and seconds; in a process of its own."""
+  """The result of a row, and the seconds it took; runs in its own process."""
   jax.config.update("jax_num_cpu_devices", 8)
   logging.set_verbosity(logging.ERROR)
   runtime.keep_compiled_programs()
@@ -215,7 +216,7 @@ def inject(number: int, scale: float) -> tuple[Result, float]:
 
 
 def draw(run: injections.Run, whole: injections.Run, n: int) -> None:
-  """The training losses of both, and where the one was killed."""
+  """Draws the training losses of both runs, and where the first was killed."""
   figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
   steps = [step for step, _ in run.logged()]
   kills = [a for a, b in itertools.pairwise(steps) if b != a + 1]
@@ -224,8 +225,8 @@ def draw(run: injections.Run, whole: injections.Run, n: int) -> None:
     label = "undisturbed" if which is whole else f"killed {n} times"
     axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], label=label, **style)
   axes.plot(kills, [axes.get_ylim()[0]] * len(kills), "|", color="black", ms=9, label="kill")
-  axes.set_xlabel("step")
-  axes.set_ylabel("training loss (nats)")
+  axes.set_xlabel("Step")
+  axes.set_ylabel("Training loss (nats)")
   axes.legend()
   figure.savefig(FOLDER / "killed.png", dpi=110)
 
@@ -251,11 +252,14 @@ def line_of(number: int, result: Result, seconds: float) -> dict[str, str]:
 
 
 def write(lines: list[dict[str, str]]) -> None:
-  """results.csv and report.md, with the rows that were there."""
+  """Updates rows of results.csv, and writes report.md."""
   path, measured = FOLDER / "results.csv", {line["row"] for line in lines}
   if path.exists():
     with open(path, newline="") as file:
       lines = lines + [row for row in csv.DictReader(file) if row["row"] not in measured]
+  for line in lines:
+    row = ROWS[int(line["row"])]
+    line |= {"fault": row.fault, "must hold": row.must_hold}
   lines = sorted(lines, key=lambda line: int(line["row"]))
   with open(path, "w", newline="") as file:
     writer = csv.DictWriter(file, lines[0], lineterminator="\n")
@@ -264,21 +268,24 @@ def write(lines: list[dict[str, str]]) -> None:
   shown = [key for key in lines[0] if key not in ("seconds in all", "note", "date")]
   text = ["# Faults injected, faults survived", ""]
   text += [
-    "Written by `python -m experiments.faults.run`; what it means is in [README.md](README.md).",
+    "Written by `python -m experiments.faults.run`; [README.md](README.md) explains the columns.",
     "",
   ]
-  text += ["| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
-  text += ["| " + " | ".join(line[key] for key in shown) + " |" for line in lines]
+  text += [tables.markdown(shown, [[line[key] for key in shown] for line in lines])]
   total = [sum(int(line[key]) for line in lines) for key in ("injected", "survived")]
-  text += ["", f"{total[0]} injected, {total[1]} survived. Empty: has no meaning there.", ""]
-  text += ["![A run killed and an undisturbed one](killed.png)", ""]
+  text += ["", f"{total[0]} injected, {total[1]} survived. Empty: not applicable.", ""]
+  text += ["![Training losses of a run that was killed and of an undisturbed one](killed.png)", ""]
   (FOLDER / "report.md").write_text("\n".join(text))
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="numbers, with , between")
-  parser.add_argument("--scale", type=float, default=1.0, help="of how often each is injected")
+  parser.add_argument(
+    "--rows", default=",".join(map(str, ROWS)), help="row numbers, separated by commas"
+  )
+  parser.add_argument(
+    "--scale", type=float, default=1.0, help="factor on how often each fault is injected"
+  )
   args = parser.parse_args()
   console, failed = Console(), []
   spawn = multiprocessing.get_context("spawn")

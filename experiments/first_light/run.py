@@ -1,9 +1,9 @@
-"""Trains both twins of MLP and Mixer for five epochs, then tabulates and draws them.
+"""Trains both twins of the MLP and the Mixer for five epochs; tabulates and draws the results.
 
     python -m experiments.first_light.run [--config.data.dir=...] [further overrides]
 
-Further arguments go to every run. A run that is finished is not run again, and one that
-was interrupted goes on. Results: results.csv and curves.png beside this file.
+Further arguments go to every run. A finished run is not repeated, an interrupted one resumes.
+Writes results.csv and curves.png next to this file.
 """
 
 import csv
@@ -21,8 +21,8 @@ COLUMNS = ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "gap", 
 
 
 def train(name: str, overrides: list[str]) -> None:
-  """One run through the command that a user would type."""
-  command = [sys.executable, "-m", "convex_jax.main", f"--config=configs/{name}.py"]
+  """Trains with the command that a user would type."""
+  command = [sys.executable, "-m", "convex_jax", "train", f"--config=configs/{name}.py"]
   command += ["--config.epochs=5", f"--workdir=runs/first_light/{name}", *overrides]
   print(" ".join(command[1:]), flush=True)
   subprocess.run(command, check=True, cwd=HERE.parent.parent)
@@ -33,7 +33,7 @@ def load(name: str) -> convex_jax.Run:
 
 
 def tabulate() -> None:
-  """results.csv: a row a run."""
+  """Writes results.csv, a row for each run."""
   with open(HERE / "results.csv", "w", newline="") as file:
     table = csv.writer(file)
     table.writerow(["run", "parts", "epochs", "batch_size", "seed", *COLUMNS])
@@ -47,7 +47,7 @@ def tabulate() -> None:
 
 
 def draw() -> None:
-  """curves.png: accuracy by epoch, a panel an architecture, both twins in it."""
+  """Draws accuracy by epoch, a panel for each architecture with both twins."""
   figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
   for panel, model in zip(panels, ("mlp", "mixer"), strict=True):
     for name, shade, marker in ((model, "0.55", "s"), (f"{model}_ioc", "C3", "o")):
@@ -64,10 +64,10 @@ def draw() -> None:
           label=f"{label}, {split}",
         )
     panel.set_title({"mlp": "MLP 3 x 800", "mixer": "MLP-Mixer, 4 blocks, 72 px"}[model])
-    panel.set_xlabel("epoch")
+    panel.set_xlabel("Epoch")
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.3)
-  panels[0].set_ylabel("accuracy on CIFAR-10 (%)")
+  panels[0].set_ylabel("Accuracy on CIFAR-10 (%)")
   panels[1].legend(loc="lower right", fontsize="small")
   figure.savefig(HERE / "curves.png", dpi=130)
 

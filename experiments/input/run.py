@@ -1,11 +1,11 @@
-"""How fast photographs reach the devices: streamed, from a cache, and by tf.data.
+"""How fast photographs reach the devices: streamed, from a cache, and from tf.data.
 
     python -m experiments.input.run [--data_dir=FOLDER] [--rounds=5] [--cores=2]
 
-Over a prepared imagenet2012, whose JPEGs have their natural sizes. All ways take turns in one
-process tree on the same cores; a figure is the median over the rounds. The yardstick is what
-simplejpeg decodes on one core, whole images and nothing else. tf.data is measured where
-TensorFlow is installed. Writes results.csv beside this file.
+Reads a prepared imagenet2012, whose JPEGs have their natural sizes. All methods take turns in one
+process tree on the same cores; rates are medians over the rounds. The yardstick is simplejpeg
+decoding whole images, and nothing else, on one core. tf.data is measured if TensorFlow is
+installed. Writes results.csv next to this file.
 """
 
 import argparse
@@ -33,10 +33,10 @@ from convex_jax.data.splits import Split
 
 FOLDER = pathlib.Path(__file__).parent
 BATCH = 256
-IMAGES = 4096  # A round and a way.
+IMAGES = 4096  # Per round and method.
 RECORDS_OF_CACHE = 40_000  # More than a processor's caches hold.
 held: list[bytes] = []  # In a worker.
-FILLED = 1024  # Images that may lie ready when a way's turn comes: not counted.
+FILLED = 1024  # Images that may be ready when a method's turn comes: not counted.
 
 
 def config_of(data_dir, size, workers):
@@ -47,13 +47,13 @@ def config_of(data_dir, size, workers):
 
 
 def hold(encoded) -> None:
-  """A worker's images, sent once."""
+  """Keeps the images of a worker, which are sent once."""
   global held
   held = encoded
 
 
 def decode_held(_) -> int:
-  """What a worker does in its turn."""
+  """Decodes the images of a worker."""
   return decode_whole(held)
 
 
@@ -65,7 +65,7 @@ def decode_whole(encoded) -> int:
 
 
 def plain(records: Records, cores: int):
-  """Whole images in memory, on some cores at once."""
+  """Decodes whole images in memory, on several cores simultaneously."""
   encoded = [bytes(records.read(i)["image"]) for i in range(min(len(records), 512))]
   if cores == 1:
     return lambda _: decode_whole(encoded)
@@ -76,7 +76,7 @@ def plain(records: Records, cores: int):
 
 
 def fed(feed):
-  """Batches of a feed, on the device, in training order."""
+  """Takes the batches of a feed onto the device, in training order."""
   state = {"step": 0}
 
   def take(images):
@@ -94,7 +94,7 @@ def fed(feed):
 
 
 def cached(size):
-  """A memory-mapped file of decoded images, as `data cache` writes it."""
+  """Reads a memory-mapped file of decoded images, as `data cache` writes it."""
   folder = tempfile.TemporaryDirectory()
   atexit.register(folder.cleanup)
   path = os.path.join(folder.name, "images.npy")
@@ -162,7 +162,7 @@ def main() -> None:
   rates = {way: [] for way in ways}
   for _ in range(args.rounds):
     for way, turn in ways.items():
-      turn(True)  # What lies ready.
+      turn(True)  # Use up what is ready.
       start = time.perf_counter()
       images = turn(False)
       rates[way].append(images / (time.perf_counter() - start))

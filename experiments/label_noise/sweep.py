@@ -1,9 +1,8 @@
-"""Training labels drawn anew at random (Table 3 of the 2021 paper), with its missing control.
+"""Training labels redrawn at random (Table 3 of the 2021 paper), with the control it lacks.
 
-The paper compares a convex network with a free one of the same size. A fair partner has the
-same training accuracy: the base where it is stopped early at that of `ioc`, a column of the
-report. A base with weight decay and a narrower one stand beside it; of every run the report
-has the peak of the test accuracy beside the end.
+The paper compares a convex network with a free one of the same size. A fair baseline has the same
+train accuracy: the base, stopped early at that of `ioc`, which is a column of the report. Further
+controls are a base with weight decay and a narrower base.
 """
 
 import itertools
@@ -16,7 +15,7 @@ SCHEDULES = {
   "full": "All-CNN-C on CIFAR-10, 350 epochs, its own recipe.",
 }
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-SOURCE = {  # Table 3, at convergence; labels of "train" are the noisy ones.
+SOURCE = {  # Table 3, at convergence; "train" is measured on the noisy labels.
   ("base", 0.2): (0.9873, 0.7631),
   ("base", 0.4): (0.9796, 0.6183),
   ("base", 0.6): (0.9780, 0.4671),

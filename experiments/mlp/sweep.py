@@ -1,8 +1,8 @@
 """MLP 3 x 800: base, the 2021 paper's twin, ours, and ours without its passthrough.
 
 `paper` is the network of Sivaprasad et al. 2021 (ELU, BatchNorm, exponentiated weights);
-`ioc, no passthrough` differs from it by clamping, log-normal initial weights and a head that
-is shifted. `ioc` is the ablation that the paper leaves out: ELU with passthrough.
+`ioc, no passthrough` differs from it in clamping, log-normal initial weights and a shifted head.
+`ioc` is the ablation that the paper omits: ELU with passthrough.
 """
 
 import itertools

@@ -1,12 +1,12 @@
-"""What convexity buys: certified radii, attacked; the least value of each logit, proved.
+"""What convexity gains: certified radii, attacked; the least value of each logit, proved.
 
     python -m experiments.robustness.run WORKDIR [--examples=100] [--data_dir=FOLDER]
 
 For the proved run in WORKDIR: certified radii of test images in l1, l2 and linf; projected
 gradient attacks and steepest corners inside each certified ball, in float64, none of which
 may change a class; for the first images the smallest radius at which an attack is found,
-which bounds how much a certificate leaves; the global minimum of each logit over all
-images. Adds radii_NAME.csv and NAME.png, and rows to summary.csv, beside this file.
+which bounds the slack of a certificate; the global minimum of each logit over all images. Writes
+radii_NAME.csv and NAME.png, and adds rows to summary.csv, next to this file.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from convex_jax.studies import radii_report
 from tests.support import attacks
 
 FOLDER = pathlib.Path(__file__).parent
-INSIDE = 0.9999  # Of a certified radius: where attacks are made.
+INSIDE = 0.9999  # Attacks are made at this fraction of a certified radius.
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def attack(run, images, radii, count):
-  """Attempts and changes of class inside the radii; smallest radii with an attack outside."""
+  """(attempts, changes of class) inside the radii; smallest radii at which an attack succeeds."""
   attempts, changes = (dict.fromkeys(robustness.NORMS, 0) for _ in range(2))
   smallest = {norm: [] for norm in robustness.NORMS}
   with jax.enable_x64(True):
@@ -76,7 +76,7 @@ def attack(run, images, radii, count):
 
 
 def least(run):
-  """Of each logit over all images: (value, gap, seconds)."""
+  """The global minimum of each logit over all images: (value, gap, seconds)."""
   found = []
   for k in track(range(len(run.class_names)), "minima"):
     start = time.perf_counter()
@@ -117,26 +117,26 @@ def write(name, sides, measured, attempts, changes, smallest, least, seconds) ->
 
 
 def median_of(measured, norm, k):
-  """Median certified radius of the images that are classified as k."""
+  """Median certified radius of the images classified as k."""
   predicted = np.array([r.predicted for r in measured.radii])
   return np.median(measured.of(norm)[predicted == k])
 
 
 def draw(name, measured, smallest) -> None:
-  """Certified accuracy against radius; dashed: radii times the median smallest attack's."""
+  """Draws certified accuracy against radius; dashed: where attacks begin, by the median ratio."""
   figure = Figure(figsize=(10, 3), layout="constrained")
   for axes, norm in zip(figure.subplots(1, 3), robustness.NORMS, strict=True):
     steps = np.sort([0.0, *measured.of(norm)[measured.right]])
-    shares = [100 * measured.certified_accuracy(norm, r) for r in steps]
-    axes.step(steps, shares, where="pre", color="black", label="certified")
+    accuracies = [100 * measured.certified_accuracy(norm, r) for r in steps]
+    axes.step(steps, accuracies, where="pre", color="black", label="certified")
     ratio = np.median(smallest[norm])
     label = f"times {ratio:.2g}, where attacks begin"
-    axes.step(ratio * steps, shares, where="pre", color="grey", ls="--", label=label)
+    axes.step(ratio * steps, accuracies, where="pre", color="grey", ls="--", label=label)
     axes.legend(fontsize="small")
-    axes.set(xlabel=f"{norm} radius (pixels in 0..1)", ylim=(0, 100))
+    axes.set(xlabel=f"Radius in {norm} (pixels in 0..1)", ylim=(0, 100))
     axes.set_xlim(0, None)
     axes.grid(alpha=0.3)
-  figure.axes[0].set_ylabel("accuracy (%)")
+  figure.axes[0].set_ylabel("Certified accuracy (%)")
   figure.savefig(FOLDER / f"{name}.png", dpi=110)
 
 

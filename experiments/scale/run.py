@@ -1,12 +1,12 @@
-"""What a training step asks of a machine, and which of its parts gives out first.
+"""What a training step asks of a machine, and what limits it.
 
     python -m experiments.scale.run [--programs=mixer,densenet_ioc]
 
 Compiles the update of each imagenet2012 config (its published recipe, bfloat16) for this
 machine's CPU at two batch sizes and takes FLOPs and bytes from XLA's own cost analysis of the
-compiled program: what grows with the batch, and what does not. From them, by the peak rates in
-`MACHINES`, the time of a step of the config's batch by each resource. Writes programs.csv,
-roofline.csv and roofline.png beside this file; programs already there are not compiled again.
+compiled program: what grows with the batch, and what does not. With the peak rates in `MACHINES`
+they give the time of a step of the config's batch by each resource. Writes programs.csv,
+roofline.csv and roofline.png next to this file; programs already there are not compiled again.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from convex_jax.models import catalog, constraints
 from convex_jax.training import optimizer, step
 
 FOLDER = pathlib.Path(__file__).parent
-BATCHES = (4, 12)  # Images; what a step costs is linear in them.
+BATCHES = (4, 12)  # Images; the cost of a step is linear in them.
 PROGRAMS = {
   name: (config.partition(":")[0], config.partition(":")[2])
   for name, config in {
@@ -52,13 +52,13 @@ PROGRAMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """Peak rates of a chip, and the host cores that feed all of them."""
+  """Peak rates of a chip, and the number of host cores that feed all chips."""
 
   chips: int
   flops: float  # FLOP/s, bfloat16, dense.
   memory: float  # B/s
-  link: float  # B/s out of a chip, all links, one direction; for the all-reduce.
-  cores: int  # Of all hosts.
+  link: float  # B/s out of a chip over all links, one direction; for the all-reduce.
+  cores: int  # On all hosts.
 
 
 # NVIDIA's H100 SXM data sheet; cloud.google.com/tpu/docs/v4 and v5e (a v4-8 is 4 chips on one
@@ -71,7 +71,7 @@ MACHINES = {
 
 
 def compiled(config, batch_size: int):
-  """The update, compiled from shapes alone; and its parameters, in number."""
+  """The update, compiled from shapes alone, and its number of parameters."""
   size, dtype = config.data.image_size, jnp.dtype(config.dtype)
   model = catalog.build(config.model, classes=1000, dtype=dtype)
   shape, key = (size, size, 3), jax.random.key(0)
@@ -102,7 +102,7 @@ def compiled(config, batch_size: int):
 
 
 def costs(name: str) -> dict[str, str]:
-  """One program's costs: a part that is the same for every batch, and one for each image."""
+  """The costs of a program: a part that is the same for every batch, and one per image."""
   module, dataset = PROGRAMS[name]
   config = importlib.import_module(f"configs.{module}").get_config(dataset)
   config.dtype = "bfloat16"
@@ -122,14 +122,14 @@ def costs(name: str) -> dict[str, str]:
 
 
 def decode_rates() -> dict[int, float]:
-  """Images a second of one core, by size, as `experiments.input` measured them (2 cores)."""
+  """Images per second and core, by size, as `experiments.input` measured them (2 cores)."""
   with open(FOLDER.parent / "input" / "results.csv") as file:
     rows = [row for row in csv.DictReader(file) if row["way"] == "stream, 2 threads"]
   return {int(row["px"]): float(row["images_per_second"]) / 2 for row in rows}
 
 
 def roofline(row: dict[str, str], machine: Machine, decode: float) -> dict[str, float]:
-  """Seconds of a step by each resource, were it alone."""
+  """Seconds of a step by each resource alone."""
   images = int(row["batch"]) / machine.chips
   around = 2 * (machine.chips - 1) / machine.chips  # A ring's reduce-scatter and all-gather.
 
@@ -160,7 +160,7 @@ def write(name: str, rows: list[dict[str, str]]) -> None:
 
 
 def draw(programs: list[dict[str, str]]) -> None:
-  """FLOPs a byte against the ceiling of each chip."""
+  """Draws FLOPs per byte against the ceiling of each chip."""
   figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
   intensity = [2**i for i in range(0, 12)]
   for (name, machine), style in zip(MACHINES.items(), ("-", "--", ":"), strict=True):
@@ -174,8 +174,8 @@ def draw(programs: list[dict[str, str]]) -> None:
     face, marker = ("none" if twin else "tab:blue"), "os^vDP"[i // 2 % 6]
     style = {"color": "tab:blue", "markerfacecolor": face, "linestyle": ""}
     axes.plot(x, y, marker, label=row["program"], **style)
-  axes.set(xscale="log", yscale="log", xlabel="FLOP a byte (CPU's fusion: a floor)")
-  axes.set_ylabel("attainable TFLOP/s, bfloat16")
+  axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte (CPU fusion: a lower bound)")
+  axes.set_ylabel("Attainable TFLOP/s (bfloat16)")
   figure.legend(loc="outside right upper", fontsize=7)
   figure.savefig(FOLDER / "roofline.png", dpi=120)
 
@@ -189,8 +189,8 @@ def main() -> None:
     known[name] = costs(name)
     write("programs.csv", [known[n] for n in PROGRAMS if n in known])
   rows, decode = [], decode_rates()
-  table = Table(title="milliseconds a step, by each resource alone")
-  for column in ("program", "machine", "compute", "memory", "links", "host", "binds"):
+  table = Table(title="milliseconds per step, by each resource alone")
+  for column in ("program", "machine", "compute", "memory", "links", "host", "bottleneck"):
     table.add_column(column, no_wrap=True)
   for name in names:
     for label, machine in MACHINES.items():

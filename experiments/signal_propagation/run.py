@@ -2,7 +2,7 @@
 
     python -m experiments.signal_propagation.run [--data_dir=FOLDER]
 
-Writes results.csv and propagation.png beside this file; README.md says what is measured.
+Writes results.csv and propagation.png next to this file; README.md says what is measured.
 """
 
 import argparse
@@ -34,7 +34,7 @@ WIRINGS = {
   "naive": Parts(ioc(principled=False, branch_scales=False, passthrough=False)),
   "ours": Parts(ioc()),
 }
-SAMPLES = 4096  # Of images and positions.
+SAMPLES = 4096  # Pairs of image and position.
 
 
 def measure(features: jax.Array, seed: int) -> tuple[float, float, int]:
@@ -47,13 +47,13 @@ def measure(features: jax.Array, seed: int) -> tuple[float, float, int]:
   correlation = np.abs(x.T @ x) / len(x)
   mean = (correlation.sum() - count) / max(count * (count - 1), 1)
   singular = np.linalg.svd(x, compute_uv=False)
-  share = singular / singular.sum()
-  rank = np.exp(-(share * np.log(np.maximum(share, 1e-300))).sum())
+  p = singular / singular.sum()
+  rank = np.exp(-(p * np.log(np.maximum(p, 1e-300))).sum())
   return float(mean), float(rank), features.shape[-1]
 
 
 def layer_outputs(model: nn.Module, images: jax.Array, seed: int) -> list[tuple[str, jax.Array]]:
-  """(path, output) of every dense layer and convolution, in the order they run."""
+  """(path, output) of every dense layer and convolution, in the order of execution."""
   found = []
 
   def watch(following, args, kwargs, context):
@@ -105,12 +105,12 @@ def draw(table: list[dict]) -> None:
       panels[0, column].plot(layer, correlation, line, color=color, label=wiring)
       panels[1, column].plot(layer, rank, line, color=color, label=wiring)
     panels[0, column].set_title(title, fontsize="small")
-    panels[1, column].set_xlabel("layer")
+    panels[1, column].set_xlabel("Layer")
     for panel in panels[:, column]:
       panel.set_ylim(0, 1.02)
       panel.grid(alpha=0.3)
-  panels[0, 0].set_ylabel("mean |correlation|\nof two features")
-  panels[1, 0].set_ylabel("effective rank\n/ features")
+  panels[0, 0].set_ylabel("Mean |correlation|\nof two features")
+  panels[1, 0].set_ylabel("Effective rank\n/ features")
   panels[0, 0].legend(fontsize="small")
   figure.savefig(HERE / "propagation.png", dpi=110)
 

@@ -1,4 +1,4 @@
-"""What is timed: each network, ours and its peer, at one batch size."""
+"""The networks that are timed, ours and PyTorch's, each at one batch size."""
 
 import dataclasses
 import importlib
@@ -12,11 +12,11 @@ class Case:
   """One network at one size: our config and the torch network that computes the same."""
 
   config: str  # A file of configs/.
-  model: dict[str, Any]  # What replaces its `model` keys; dropout is off in both.
+  model: dict[str, Any]  # Replaces its `model` keys; dropout is off in both.
   peer: str  # A key of `torch_worker.PEERS`.
   batch: int
   px: int
-  convolutional: bool = False  # Then torch is timed with channels last, too.
+  convolutional: bool = False  # Then torch is also timed with channels last.
 
 
 def _mixer(size, px, batch):
@@ -59,7 +59,7 @@ CASES = {
 
 
 def config_of(case: Case, parts: str) -> ConfigDict:
-  """Our config of a case: Adam at 1e-3, no augmentation, a step a dispatch, as the peer."""
+  """Our config of a case: Adam at 1e-3, no augmentation, one step per call, as in PyTorch."""
   config = importlib.import_module(f"configs.{case.config}").get_config()
   config.model.update({**case.model, "parts": parts})
   config.batch_size, config.data.image_size = case.batch, case.px

@@ -3,8 +3,8 @@
     python -m experiments.speed.growth
 
 One size at a time is varied around the seed Mixer and a narrow CycleMLP, both `ioc`; steps
-of all sizes take turns. Writes growth.csv (seconds and FLOPs a step) and growth.png, in which
-a slope is an exponent, beside this file.
+of all sizes take turns. Writes growth.csv (seconds and FLOPs per step) and growth.png, whose slopes
+are exponents, next to this file.
 """
 
 import argparse
@@ -28,7 +28,7 @@ MIXER = dataclasses.replace(CASES["Mixer seed, 128"], batch=BATCH)
 CYCLE = Case(
   "cycle_mlp", dict(size="B1", depths=(1, 1), widths=(64, 96), ratios=(4, 4)), "", BATCH, 32
 )
-SWEEPS = {  # (network, what grows): [(its size, what changes)]
+SWEEPS = {  # (network, what grows): [(its size, the changed fields)]
   ("Mixer", "depth"): [(n, dict(depth=n)) for n in (2, 4, 8, 16)],
   ("Mixer", "width"): [(n, dict(channels=n, channels_hidden=n)) for n in (64, 128, 256, 512)],
   ("Mixer", "pixels"): [(n**2, dict(px=n)) for n in (36, 72, 144, 216)],
@@ -46,7 +46,7 @@ def case_of(network: str, changes: dict) -> Case:
 
 
 def exponent(sizes: list[float], values: list[float]) -> float:
-  """Slope of the last half of a log-log curve."""
+  """The slope of the last half of a log-log curve."""
   half = slice(len(sizes) // 2 - 1, None)
   return float(np.polyfit(np.log(sizes[half]), np.log(values[half]), 1)[0])
 
@@ -89,8 +89,8 @@ def draw(rows: list[dict]) -> None:
     axes.loglog(sizes, [f * scale for f in flops], "--", color="0.5", label="FLOPs, scaled")
     time_grows, flops_grow = exponent(sizes, seconds), exponent(sizes, flops)
     axes.set_title(f"{network}: exponent {time_grows:.2f}, FLOPs {flops_grow:.2f}", fontsize=8)
-    axes.set_xlabel(what, fontsize=8)
-    axes.set_ylabel("seconds a step", fontsize=8)
+    axes.set_xlabel(what.capitalize(), fontsize=8)
+    axes.set_ylabel("Seconds per step", fontsize=8)
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.minorticks_off()
     axes.set_ylim(min(1e-2, min(seconds) / 1.5), max(1e-1, 1.5 * max(seconds)))

@@ -1,6 +1,6 @@
-"""Ours, in a child process: `python -m experiments.speed.jax_worker CASE PARTS [NORM]`.
+"""Our networks, in a child process: `python -m experiments.speed.jax_worker CASE PARTS [NORM]`.
 
-The program is that of a run (`train.Job`): uint8 images resident on the device, a gather,
+The program is that of a run (`program.Program`): uint8 images resident on the device, a gather,
 normalisation, forward, backward, Adam, projection, and the metrics that a log line shows.
 """
 
@@ -39,9 +39,9 @@ def job_of(case: Case, parts: str, classes: int) -> program.Program:
 
 
 def model_flops(case: Case, parts: str, classes: int = worker.CLASSES) -> float:
-  """FLOPs an image of forward and backward pass, from the program with XLA's own convolutions.
+  """FLOPs per image of forward and backward pass, with XLA's own convolutions.
 
-  Ours sum some of theirs in loops, whose turns XLA's cost analysis does not count.
+  Our fast forms run some of them in loops, whose iterations XLA's cost analysis does not count.
   """
   model = catalog.build(config_of(case, parts).model, classes, convolve=lax.conv_general_dilated)
   shape = (case.px, case.px, 3)
@@ -94,7 +94,7 @@ class Ours:
 
 
 def matmul_rate(n: int = 3072) -> float:
-  """FLOP/s of the fastest of some float32 products of square matrices."""
+  """FLOP/s of the fastest of several float32 products of square matrices."""
   x = jnp.ones((n, n)) / n
   product = jax.jit(lambda x: x @ x)
   product(x).block_until_ready()

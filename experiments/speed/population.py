@@ -1,12 +1,12 @@
-"""Several small runs on one device: in turn, as processes beside each other, or by `vmap`.
+"""Several small runs on one device: in turn, as simultaneous processes, or under `vmap`.
 
     python -m experiments.speed.population [--runs=4]
 
-What `convex_jax.sweep --at_once` should do. Training images/s over all runs together: one
-process with the whole device (runs in turn), a process a run that share the device (on the
-CPU each with its own cores, as the sweep starts them), and one program for all runs, the
-states stacked and the step under `jax.vmap`, each run with its own batch. Rounds in turn,
-medians. Writes population.csv beside this file.
+Decides what `python -m convex_jax sweep --at_once` should do. Training images/s over all runs
+together: one process with the whole device (runs in turn); a process for each run, sharing the
+device (on the CPU each with its own cores, as the sweep starts them); and one program for all runs,
+the states stacked and the step under `jax.vmap`, each run with its own batch. Medians of rounds in
+turn. Writes population.csv next to this file.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SECONDS, ROUNDS = 4.0, 5
 
 
 class Stacked:
-  """Several runs as one program."""
+  """Several runs as one program, under `vmap`."""
 
   def __init__(self, case: Case, runs: int):
     one, config = Ours(case, "ioc"), Ours(case, "ioc").job.config
@@ -69,7 +69,7 @@ class Stacked:
 
 
 def rate(net, images: int) -> float:
-  """Images/s of a net whose step has so many."""
+  """Images/s of a network whose steps have so many images."""
   net.train(1)
   steps, start = 0, time.perf_counter()
   while time.perf_counter() - start < SECONDS:
@@ -79,7 +79,7 @@ def rate(net, images: int) -> float:
 
 
 def in_processes(name: str, way: str, runs: int) -> float:
-  """The sum of their rates; each waits for a line before it measures."""
+  """The sum of the processes' rates; each waits for a line before it measures."""
   cores, processes = sorted(os.sched_getaffinity(0)), []
   for i in range(runs):
     command = [sys.executable, "-m", "experiments.speed.population", f"--worker={name}"]
@@ -116,12 +116,12 @@ def main() -> None:
   args = parser.parse_args()
   if args.worker:
     return work(args.worker, args.way)
-  beside = (
+  together = (
     min(args.runs, len(os.sched_getaffinity(0))) if jax.default_backend() == "cpu" else args.runs
   )
   ways = {
     "in turn": ("one", 1),
-    f"{beside} processes": ("one", beside),
+    f"{together} processes": ("one", together),
     f"{args.runs} by vmap": (f"vmap{args.runs}", 1),
   }
   rows = []

@@ -1,11 +1,10 @@
-"""Where a training step's time goes: the ten longest operations of each network.
+"""Where the time of a training step goes: the ten longest operations of each network.
 
     python -m experiments.speed.profile [--cases='Mixer seed, 128'] [--parts=base,ioc]
 
-Traces some steps of our program with JAX's profiler and adds up what XLA ran, by the module
-and the kind of operation that it was compiled from. Operations run beside each other on the
-cores, so shares are of the sum of their times, not of the step. Writes profile.csv beside
-this file, of the cases that were asked for; the others keep theirs.
+Traces some steps of our program with JAX's profiler and adds up what XLA ran, by the module and
+the primitive that it was compiled from. Operations overlap on the cores, so fractions are of the sum
+of their times, not of the step. Updates the chosen cases in profile.csv next to this file.
 """
 
 import argparse
@@ -27,7 +26,7 @@ STEPS = 4
 
 
 def traced(net: Ours) -> collections.Counter:
-  """Nanoseconds of some steps by HLO operation."""
+  """Nanoseconds of some steps, by HLO operation."""
   total = collections.Counter()
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
@@ -42,7 +41,7 @@ def traced(net: Ours) -> collections.Counter:
 
 
 def sources(net: Ours) -> dict[str, str]:
-  """HLO operation: "forward" or "backward", the module, and the primitive it came from."""
+  """{HLO operation: "forward" or "backward", its module, and the primitive it came from}."""
   plan = net.job.batches(range(1))
   program = net.job._train_call.lower(net.state, net.job._feeds["train"].arrays, plan).compile()
   found = {}
@@ -83,7 +82,7 @@ def rows_of(name: str, parts: str) -> list[dict[str, str]]:
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--cases", default=";".join(CASES), help="names, with ; between")
+  parser.add_argument("--cases", default=";".join(CASES), help="names, separated by semicolons")
   parser.add_argument("--parts", default="base,ioc")
   args = parser.parse_args()
   runtime.tune_cpu()

@@ -2,9 +2,9 @@
 
     python -m experiments.speed.projection [--cases='MLP 3x800']
 
-What the last link of the optimizer adds to applying an update, timed apart on the real
-parameters against the step it belongs to: the difference of two whole steps is far smaller
-than their noise. Writes projection.csv beside this file, of the cases that were asked for.
+Times what the last link of the optimizer adds to applying an update, on the real parameters,
+relative to the step it belongs to: the difference of two whole steps would be far smaller than
+their noise. Updates the chosen cases in projection.csv next to this file.
 """
 
 import argparse
@@ -34,9 +34,9 @@ def timed(function, *args) -> float:
 
 
 def projection_seconds(net: Ours) -> float:
-  """Median over pairs timed in turn of (apply projected update) - (apply update).
+  """Median, over pairs timed in turn, of (apply projected update) - (apply update).
 
-  Applying alone already reads and writes every parameter: a base's step pays for that too.
+  Applying alone already reads and writes every parameter, in the step of a base as well.
   """
   params = net.state.params
   link = constraints.enforce(net.job.constraints)
@@ -49,12 +49,12 @@ def projection_seconds(net: Ours) -> float:
 
   apply = jax.jit(lambda updates, params: optax.apply_updates(params, updates))
   pairs = [timed(project, updates, params) - timed(apply, updates, params) for _ in range(PAIRS)]
-  return statistics.median(pairs[5:])  # The first compile.
+  return statistics.median(pairs[5:])  # The first ones compile.
 
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--cases", default=";".join(CASES), help="names, with ; between")
+  parser.add_argument("--cases", default=";".join(CASES), help="names, separated by semicolons")
   args = parser.parse_args()
   runtime.tune_cpu()
   console = Console()

@@ -1,4 +1,4 @@
-"""report.md and speed.png from results.csv: `python -m experiments.speed.report`."""
+"""Writes report.md and speed.png from results.csv: `python -m experiments.speed.report`."""
 
 import csv
 import pathlib
@@ -10,19 +10,19 @@ from experiments.speed.cases import CASES
 FOLDER = pathlib.Path(__file__).parent
 COLUMNS = {  # Heading: column of results.csv.
   "way": "way",
-  "train, images/s": "train_images_per_second",
-  "of PyTorch's best": "train_ratio",
-  "inference, images/s": "infer_images_per_second",
-  "of its best": "infer_ratio",
-  "share of peak": "share_of_peak",
-  "memory, MB": "memory_MB",
-  "compiling, s": "compile_s",
-  "to the first step, s": "to_first_step_s",
+  "training (images/s)": "train_images_per_second",
+  "ours / PyTorch's best": "train_ratio",
+  "inference (images/s)": "infer_images_per_second",
+  "ratio to PyTorch's best": "infer_ratio",
+  "fraction of peak": "share_of_peak",
+  "memory (MB)": "memory_MB",
+  "compilation (s)": "compile_s",
+  "to the first step (s)": "to_first_step_s",
 }
 
 
 def read() -> dict[str, list[dict[str, str]]]:
-  """Rows of results.csv by case."""
+  """The rows of results.csv by case."""
   with open(FOLDER / "results.csv", newline="") as file:
     rows = list(csv.DictReader(file))
   return {name: found for name in CASES if (found := [r for r in rows if r["case"] == name])}
@@ -40,9 +40,10 @@ def table(rows: list[dict[str, str]]) -> list[str]:
 
 
 def summary(cases: dict[str, list[dict[str, str]]]) -> list[str]:
-  """One line a case: the ratios that the goals are about."""
+  """A line for each case, with the ratios that the goals are about."""
   lines = [
-    "| network | batch, px | base | ioc | ioc, of base with its norm |",
+    "| network | batch, px | base (higher is better) | ioc (higher is better) |"
+    " step time, ioc / base with the same norm (lower is better) |",
     "|---|---|---|---|---|",
   ]
   for name, rows in cases.items():
@@ -54,7 +55,7 @@ def summary(cases: dict[str, list[dict[str, str]]]) -> list[str]:
 
 
 def draw(cases: dict[str, list[dict[str, str]]]) -> None:
-  """Ratios of training rates to PyTorch's best."""
+  """Draws the ratios of training rates to PyTorch's best."""
   figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
   names = list(cases)[::-1]
   for offset, way, colour in ((0.2, "base", "0.35"), (-0.2, "ioc", "tab:blue")):
@@ -66,7 +67,7 @@ def draw(cases: dict[str, list[dict[str, str]]]) -> None:
     axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
   axes.axvline(1, color="black", linewidth=0.8)
   axes.set_yticks(range(len(names)), names, fontsize=8)
-  axes.set_xlabel("training images a second, of PyTorch's best")
+  axes.set_xlabel("Training images/s, ours / PyTorch's best")
   figure.legend(loc="outside upper right", ncols=2, fontsize=8)
   figure.savefig(FOLDER / "speed.png", dpi=120)
 
@@ -76,16 +77,16 @@ def main() -> None:
   some = next(iter(cases.values()))[0]
   versions = sorted({row["versions"] for rows in cases.values() for row in rows})
   lines = [
-    "# Speed, beside PyTorch",
+    "# Speed, compared with PyTorch",
     "",
     f"`python -m experiments.speed.run` on {some['machine']}, {some['date']}; {'; '.join(versions)}.",
-    "Written by `python -m experiments.speed.report`; what it means is in [README.md](README.md).",
+    "Written by `python -m experiments.speed.report`; [README.md](README.md) explains the columns.",
     "",
-    "Training, images a second of PyTorch's best way:",
+    "Training images/s, divided by those of PyTorch's fastest way:",
     "",
     *summary(cases),
     "",
-    "![Training rates of PyTorch's best](speed.png)",
+    "![Training rates, ours / PyTorch's best](speed.png)",
   ]
   for name, rows in cases.items():
     first = rows[0]
@@ -93,7 +94,7 @@ def main() -> None:
     lines += ["", f"## {name}", ""]
     lines += [
       f"Batch {first['batch']}, {first['px']} px, {int(first['parameters']):,} weights,"
-      f" {float(first['flops_an_image']) / 1e9:.3g} GFLOP an image in training; peak"
+      f" {float(first['flops_an_image']) / 1e9:.3g} GFLOP per image in training; peak"
       f" {peak:.0f} GFLOP/s, {first['rounds']} rounds.",
       "",
     ]

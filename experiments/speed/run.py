@@ -1,13 +1,13 @@
-"""Training and inference beside PyTorch's, interleaved: one command, one table, one figure.
+"""Training and inference rates, ours and PyTorch's, measured in turn.
 
     pip install -e '.[parity,notebooks]'
     python -m experiments.speed.run [--cases='MLP 3x800;All-CNN-C'] [--ways=base,ioc,eager]
 
-Every way of running a network is a child process that computes when it is told, so that they
-take turns on the same cores, in an order that rotates from round to round. A ratio is the
-median over rounds of (theirs / ours) of that round: a machine that drifts drifts for both.
-Writes rounds.csv (every timing) and results.csv beside this file, of the cases that were asked
-for; the others keep theirs. `experiments.speed.report` makes report.md and figures from them.
+Every way of running a network is a child process that computes on request, so that they take
+turns on the same cores, in an order that rotates from round to round. A ratio is the median over
+rounds of (theirs / ours) of that round: a machine that drifts drifts for both. Updates the chosen
+cases in rounds.csv (every timing) and results.csv next to this file, from which
+`experiments.speed.report` makes report.md and the figure.
 """
 
 import argparse
@@ -34,7 +34,7 @@ THEIRS = ("eager", "channels_last", "compile", "deform")
 
 
 def ways_of(name: str) -> list[str]:
-  """What makes sense for a case: the same norm only where base has another, and so on."""
+  """The ways that make sense for a case: the norm of ioc only where base has another, and so on."""
   case = CASES[name]
   left_out = {"deform"} if case.config != "cycle_mlp" else set()
   left_out |= set() if case.convolutional else {"channels_last"}
@@ -43,7 +43,7 @@ def ways_of(name: str) -> list[str]:
 
 
 class Worker:
-  """A child process and what it answers."""
+  """A child process and its answers."""
 
   def __init__(self, case: str, way: str, environment: dict[str, str], log):
     module = "jax_worker" if way in OURS else "torch_worker"
@@ -59,7 +59,7 @@ class Worker:
     )
 
   def answer(self, patience: float) -> dict | None:
-    """The next answer; None where the process ended or took too long, which ends it."""
+    """The next answer; None if the process ended, or took too long and was killed."""
     with selectors.DefaultSelector() as selector:
       selector.register(self.process.stdout, selectors.EVENT_READ)
       line = self.process.stdout.readline() if selector.select(patience) else ""
@@ -82,10 +82,10 @@ class Worker:
 
 
 def measure(name: str, ways: list[str], rounds: int, patience: float, progress, log) -> list[dict]:
-  """Rows of one case: a row a way, with all its timings."""
+  """The rows of a case, one for each way, with all its timings."""
   workers, rows = {}, {}
   task = progress.add_task(name, total=len(ways) + rounds)
-  # A start is cold: no compilation of an earlier run is found.
+  # Starts are cold: compilations of earlier runs are not used.
   cold = {"JAX_ENABLE_COMPILATION_CACHE": "0", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
   for way in ways:
     worker = Worker(name, way, cold, log)
@@ -118,7 +118,7 @@ def measure(name: str, ways: list[str], rounds: int, patience: float, progress, 
 
 
 def summaries(rows: list[dict]) -> list[dict[str, str]]:
-  """The table's rows: rates, spread, and ratios of rounds to the best way of PyTorch."""
+  """The rows of the table: rates, spread, and median ratios to the best way of PyTorch."""
   name = rows[0]["case"]
   case, by_way = CASES[name], {row["way"]: row for row in rows}
   best = {}
@@ -164,7 +164,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def machine() -> str:
-  """Cores and their kind."""
+  """The number of cores and their kind."""
   kind = platform.processor() or platform.machine()
   if os.path.exists("/proc/cpuinfo"):
     with open("/proc/cpuinfo") as file:
@@ -189,10 +189,12 @@ def update(path: pathlib.Path, rows: list[dict[str, str]]) -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--cases", default=";".join(CASES), help="names, with ; between")
+  parser.add_argument("--cases", default=";".join(CASES), help="names, separated by semicolons")
   parser.add_argument("--ways", default=",".join((*OURS, *THEIRS)).replace(", ", " "))
   parser.add_argument("--rounds", type=int, default=9)
-  parser.add_argument("--patience", type=float, default=900, help="seconds for a first step")
+  parser.add_argument(
+    "--patience", type=float, default=900, help="seconds to wait for a first step"
+  )
   parser.add_argument("--out", type=pathlib.Path, default=FOLDER)
   args = parser.parse_args()
   wanted, console = args.ways.split(","), Console()

@@ -2,9 +2,9 @@
 
     python -m experiments.speed.start [--rounds=5]
 
-The digits example, each time in a fresh process: with an empty compilation cache, then with
-the cache that the first one left. The first step is over when its row is in metrics.jsonl.
-Writes start.csv beside this file.
+Starts the digits example in a fresh process each time: with an empty compilation cache, then with
+the cache of the first start. The first step is over when its row is in metrics.jsonl. Writes
+start.csv next to this file.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def to_help() -> float:
 
 
 def to_first_step(folder: str, name: str) -> float:
-  """Seconds until a run has logged its first step; the run is then ended."""
+  """Seconds until a run has logged its first step; the run is then killed."""
   workdir = os.path.join(folder, name)
   metrics = pathlib.Path(workdir) / "metrics.jsonl"
   start = time.perf_counter()
@@ -39,7 +39,7 @@ def to_first_step(folder: str, name: str) -> float:
   )
   while not (metrics.exists() and metrics.stat().st_size):
     if run.poll() is not None:
-      raise SystemExit(f"the run ended by itself, exit code {run.returncode}")
+      raise SystemExit(f"the run ended early with exit code {run.returncode}")
     time.sleep(0.01)
   seconds = time.perf_counter() - start
   run.kill()

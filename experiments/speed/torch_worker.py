@@ -1,7 +1,7 @@
-"""The peer, in a child process: `python -m experiments.speed.torch_worker CASE WAY`.
+"""PyTorch's networks, in a child process: `python -m experiments.speed.torch_worker CASE WAY`.
 
 Ways: eager, channels_last, compile, deform (CycleMLP's published deformable convolutions).
-Batches are float32 tensors, ready; forward, backward, fused Adam.
+Batches are float32 tensors in memory; forward, backward, fused Adam.
 """
 
 import sys
@@ -30,12 +30,12 @@ PEERS = {
 
 
 class Torch:
-  """A torch network in one of the ways a user would run it."""
+  """A torch network, run in one of the ways that users run it."""
 
   def __init__(self, case: Case, way: str):
     torch.manual_seed(0)
     net = PEERS[f"{case.peer} deform" if way == "deform" else case.peer](worker.CLASSES)
-    for parameter in net.parameters():  # Some literal texts leave theirs empty.
+    for parameter in net.parameters():  # Some implementations leave theirs uninitialised.
       if parameter.ndim > 1:
         torch.nn.init.normal_(parameter, std=0.02)
       elif not parameter.isfinite().all() or parameter.abs().max() > 10:
@@ -76,7 +76,7 @@ class Torch:
 
 
 def matmul_rate(n: int = 3072) -> float:
-  """FLOP/s of the fastest of some float32 products of square matrices."""
+  """FLOP/s of the fastest of several float32 products of square matrices."""
   x, best = torch.ones(n, n) / n, float("inf")
   for _ in range(6):
     start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""What both kinds of worker share: a child process that is told when to compute.
+"""The protocol of both kinds of worker: a child process that computes on request.
 
 A request is a line on the standard input, an answer a line of JSON on the standard output:
-`train N` and `infer N` (seconds of so many steps), `memory N` (peak resident bytes while
-training N steps), `facts`.
+`train N` and `infer N` (seconds of N steps), `memory N` (peak resident bytes while training N
+steps), `facts`.
 """
 
 import json
@@ -13,11 +13,11 @@ import time
 from typing import Protocol
 
 CLASSES = 10
-BATCHES = 4  # Different ones, in turn.
+BATCHES = 4  # Distinct batches, used in turn.
 
 
 class Net(Protocol):
-  """A network in training; each method ends when the result is there."""
+  """A network in training; each method returns when its result is ready."""
 
   def train(self, steps: int) -> None: ...
   def infer(self, steps: int) -> None: ...
@@ -25,7 +25,7 @@ class Net(Protocol):
 
 
 def peak_memory() -> int:
-  """Largest resident size since `forget_peak`, or since the start where that is not allowed."""
+  """Largest resident size since `forget_peak`, or since the start where that is not permitted."""
   try:
     with open("/proc/self/status") as status:
       return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
@@ -43,9 +43,9 @@ def forget_peak() -> bool:
 
 
 def serve(make_net) -> None:
-  """Makes the network, takes a first step, says so, and then does what it is asked."""
+  """Makes the network, takes a first step, reports it, and then answers requests."""
   answers = os.fdopen(os.dup(1), "w", buffering=1)
-  os.dup2(2, 1)  # Whatever a library prints is no answer.
+  os.dup2(2, 1)  # Output of libraries must not mix with the answers.
 
   def timed(function, *args) -> float:
     start = time.perf_counter()

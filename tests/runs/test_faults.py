@@ -11,19 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.support import of
 
 import convex_jax
-from convex_jax.runs import checkpoint_command
-from convex_jax.data import datasets
-from convex_jax.runs import manifest
 from convex_jax import mesh
-from convex_jax.training import step
-from convex_jax.training import loop, program
+from convex_jax.errors import Diverged, Unsaved, UserError
+from convex_jax.runs import checkpoint_command, manifest
 from convex_jax.runs.checkpoints import Checkpoints
 from convex_jax.runs.workdir import FORMAT
-from convex_jax.errors import Diverged, UserError, Unsaved
-from tests.support import bad_input, injections
+from convex_jax.training import loop, program, step
+from tests.support import bad_input, injections, of
 
 
 @pytest.fixture(scope="module")
@@ -289,8 +285,7 @@ def test_runs_of_every_format_load_and_go_on(fixture, tmp_path, data_dir):
 
 def test_there_is_a_fixture_of_the_present_format():
   assert (
-    injections.ROOT.joinpath(f"tests/fixtures/run_{FORMAT}_{manifest.FORMAT}")
-    in bad_input.FIXTURES
+    injections.ROOT.joinpath(f"tests/fixtures/run_{FORMAT}_{manifest.FORMAT}") in bad_input.FIXTURES
   )
 
 

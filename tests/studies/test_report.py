@@ -16,11 +16,12 @@ from PIL import Image
 
 import convex_jax
 from convex_jax.errors import UserError
-from convex_jax.runs import workdir as describe
-from convex_jax.studies import report, results, tables
+from convex_jax.runs import workdir as workdirs
+from convex_jax.studies import figures, report, results, tables
 from convex_jax.studies.results import Point, Result, Results
+from tests.support import ROOT
 
-SAVED = pathlib.Path(__file__).parent / "fixtures" / "run_1_1"
+SAVED = ROOT / "tests" / "fixtures" / "run_1_1"
 
 
 def workdir_of(tmp_path, name, changes=(), evals=(), final=()):
@@ -87,11 +88,24 @@ def test_a_free_network_is_stopped_where_it_fits_as_well_as_ours():
   some = [result(train_accuracy=0.4), result(train_accuracy=0.95), result(train_accuracy=0.4)]
   assert tables.stopped_early(some, course) == "45.00 ± 0.00 (2 of 3 seeds)"
   ours = result(peak_test_accuracy=0.6, peak_epoch=2.0)
-  told = tables.table({"base": [result("base")], "ioc": [result(train_accuracy=0.4), ours]}, course)
-  heads, _, base, ioc = ([c.strip() for c in line.split("|")] for line in told.splitlines())
-  cells = dict(zip(heads, zip(base, ioc, strict=True), strict=True))
-  assert cells["the first's, stopped early at this train accuracy, %"] == ("", "52.50 ± 10.61")
-  assert cells["peak test accuracy, %"] == ("", "60.00 (mean epoch 2)")
+  variants = {"base": [result("base")], "ioc": [result(train_accuracy=0.4), ours]}
+  cells = cells_of(variants, course)
+  heading = "baseline early-stopped at equal train accuracy, test (%)"
+  assert [cells[name][heading] for name in variants] == ["", "52.50 ± 10.61"]
+  assert [cells[name]["best test accuracy (%)"] for name in variants] == ["", "60.00"]
+  assert [cells[name]["its epoch"] for name in variants] == ["", "2"]
+  assert [cells[name]["vs. baseline (points)"] for name in variants] == ["", "+0.00"]
+
+
+def cells_of(variants, baseline=()):
+  """The cells of both tables: {variant: {heading: text}}."""
+  cells = {name: {} for name in variants}
+  for columns in (tables.RESULTS, tables.DETAILS):
+    lines = tables.table(columns, variants, list(baseline)).splitlines()
+    heads, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    for name, *row in rows:
+      cells[name] |= dict(zip(heads[1:], row, strict=True))
+  return cells
 
 
 def leaves(tree):
@@ -121,7 +135,7 @@ def test_a_damaged_table_is_told(tmp_path):
   results.write(Results((result(),)), str(tmp_path))
   path = tmp_path / "results.csv"
   path.write_text(path.read_text().replace(",10,", ",ten,"))
-  with pytest.raises(UserError, match="line 2 is no row of ours"):
+  with pytest.raises(UserError, match="line 2 is not a valid row"):
     results.read(str(tmp_path))
 
 
@@ -138,10 +152,10 @@ def test_a_table_older_than_a_column_is_read_and_a_cut_one_is_told(tmp_path):
   assert math.isnan(row.peak_epoch) and row.certificate == "PROVED"
   with open(path, "w", newline="") as file:
     csv.writer(file).writerows([older[0], older[1][:10]])
-  with pytest.raises(UserError, match="line 2 is no row of ours"):
+  with pytest.raises(UserError, match="line 2 is not a valid row"):
     results.read(str(tmp_path))
   path.write_bytes(b"panel,variant\n\xff\xff,x\n")
-  with pytest.raises(UserError, match="is no row of ours"):
+  with pytest.raises(UserError, match="is not a valid row"):
     results.read(str(tmp_path))
 
 
@@ -173,19 +187,19 @@ def test_runs_are_named_by_what_sets_them_apart(tmp_path):
 
 
 def test_a_digest_is_the_configs_and_outlives_new_keys(tiny_config):
-  digest = describe.digest(tiny_config)
+  digest = workdirs.digest(tiny_config)
   changed = tiny_config.copy_and_resolve_references()
   changed.log.every_steps, changed.data.dir = 7, "elsewhere"
-  assert describe.digest(changed) == digest
+  assert workdirs.digest(changed) == digest
   changed.optimizer.learning_rate = 0.123
-  assert describe.digest(changed) != digest
+  assert workdirs.digest(changed) != digest
   older = json.loads(tiny_config.to_json_best_effort())
-  for section, key, _ in describe.ADDED:
-    del (older[section] if section else older)[key]
-  assert describe.digest(older) == digest
+  for section, key in ((older, "max_skipped"), (older["model"], "norm"), (older["data"], "whiten")):
+    del section[key]  # As in a run that is older than these keys.
+  assert workdirs.digest(older) == digest
   changed = tiny_config.copy_and_resolve_references()
   changed.data.loader = "resident"  # Where small images lie.
-  assert describe.digest(changed) == digest
+  assert workdirs.digest(changed) == digest
 
 
 def test_mean_and_spread_are_those_of_the_samples():
@@ -211,9 +225,9 @@ def test_a_differences_error_is_welchs():
   ("certificates", "words"),
   [
     (["PROVED", "PROVED"], "proved"),
-    (["PROVED", ""], "proved, 1 of 2 asked"),
-    (["PROVED", "REFUTED"], "proved and refuted: LayerNorm"),
-    (["", ""], "not asked"),
+    (["PROVED", ""], "proved (1 of 2 runs)"),
+    (["PROVED", "REFUTED"], "proved and refuted"),
+    (["", ""], "not certified"),
   ],
 )
 def test_a_table_says_proved_of_what_is_proved_alone(certificates, words):
@@ -221,7 +235,22 @@ def test_a_table_says_proved_of_what_is_proved_alone(certificates, words):
     result(seed=i, certificate=c, broken_by="LayerNorm" if c == "REFUTED" else "")
     for i, c in enumerate(certificates)
   ]
-  assert tables.table({"ioc": rows}, []).splitlines()[-1].endswith(f"| {words} |")
+  assert cells_of({"ioc": rows})["ioc"]["convex"] == words
+
+
+def test_a_report_names_the_operation_that_breaks_convexity(tmp_path):
+  rows = (result("base", certificate=""), result("paper", certificate="REFUTED", broken_by="a sub"))
+  report.write_report(Results(rows), str(tmp_path), "title")
+  text = (tmp_path / "report.md").read_text()
+  assert "`paper`: convexity is first broken by a sub." in text and "`base`: " not in text
+
+
+@pytest.mark.parametrize(
+  ("value", "words"),
+  [(40.039, "40"), (1300.02, "1300"), (2.5, "2.5"), (0.0445, "0.0445"), (0.0, "0")],
+)
+def test_epochs_are_integers_where_a_run_was_one_of_epochs(value, words):
+  assert tables.epochs(value) == words
 
 
 def test_the_command_writes_a_page_with_its_pictures_inside(tmp_path, capsys):
@@ -239,9 +268,9 @@ def test_the_command_writes_a_page_with_its_pictures_inside(tmp_path, capsys):
   assert Image.open(picture).size[0] > 600 and picture.stat().st_size < 300_000
   assert page.count("data:image/png;base64,") == 1 and 'src="mixer' not in page
   assert not re.search(r'(src|href)="(?!data:)', page)  # Nothing is fetched.
-  assert "<script" not in page and page.count("<table") == 1
+  assert "<script" not in page and page.count("<table") == 2
   headings = [t.content for t in MarkdownIt("commonmark").enable("table").parse(text)[:2]]
-  assert headings[1] == "Runs side by side"
+  assert headings[1] == "Comparison of runs"
   with open(out / "results.csv") as file:
     rows = list(csv.DictReader(file))
   assert [(row["variant"], row["seed"]) for row in rows] == [
@@ -258,7 +287,7 @@ def test_a_curve_is_the_mean_of_its_seeds_within_their_range():
     for seed, values in accuracies.items()
     for epoch, accuracy in enumerate(values, 1)
   ]
-  x, low, mean, high = report._band(points, "test_accuracy", 100)
+  x, low, mean, high = figures.band(points, "test_accuracy", 100)
   assert x == [1, 2]  # Those that every seed has.
   np.testing.assert_allclose([low, mean, high], [[10, 10], [20, 30], [30, 60]])
 
@@ -270,7 +299,7 @@ def test_curves_of_old_and_new_runs_are_of_the_same_epochs(tmp_path):
   old, new = (results.of_workdir(workdir, "p", "v") for workdir in workdirs)
   results.write(old, str(tmp_path))
   both = results.read(str(tmp_path)) + new
-  assert len(report._band(list(both.points), "test_accuracy", 1)[0]) == 6
+  assert len(figures.band(list(both.points), "test_accuracy", 1)[0]) == 6
 
 
 def test_schedules_are_not_compared_with_each_other():
@@ -287,7 +316,7 @@ def test_a_sweeps_results_are_not_overwritten(tmp_path, capsys):
   before = (tmp_path / "results.csv").read_bytes()
   workdir = workdir_of(tmp_path, "a")
   assert report.main([workdir, f"--out={tmp_path}"]) == 2
-  assert "give another --out" in capsys.readouterr().err
+  assert "pass another --out" in capsys.readouterr().err
   assert (tmp_path / "results.csv").read_bytes() == before
 
 
@@ -311,7 +340,7 @@ def test_a_diverged_run_is_counted_and_drawn_by_nobody(tmp_path):
   )
   report.write_report(Results(rows, points), str(tmp_path), "title")
   line = (tmp_path / "report.md").read_text().split("| ioc |")[1]
-  assert line.startswith(" 2, 1 diverged ") and "50.00" in line
+  assert "50.00" in line and cells_of({"ioc": list(rows)})["ioc"]["runs"] == "2 (1 diverged)"
 
 
 def test_text_of_a_result_is_no_markup(tmp_path):
@@ -325,7 +354,7 @@ def test_many_variants_are_drawn_as_ends(tmp_path):
   rows = tuple(result(f"variant {i}", test_accuracy=i / 10) for i in range(6))
   points = tuple(Point(*row.key, 1.0, 0.5, 0.5, 1.0, 1.0) for row in rows)
   report.write_report(Results(rows, points), str(tmp_path), "title")
-  assert "of each run at its end" in (tmp_path / "report.md").read_text()
+  assert "Final accuracy of each run" in (tmp_path / "report.md").read_text()
   tall = Image.open(tmp_path / "net_on_data.png").size[1]
   report.write_report(Results(rows[:5], points[:5]), str(tmp_path), "title")
   assert tall > Image.open(tmp_path / "net_on_data.png").size[1]  # A line a variant.

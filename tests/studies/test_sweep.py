@@ -13,11 +13,11 @@ import types
 import pytest
 
 from convex_jax import files
-from convex_jax.errors import UserError
+from convex_jax.errors import NotProved, UserError
 from convex_jax.studies import jobs, results, sweep
 from tests.support import ROOT
 
-SAVED = pathlib.Path(__file__).parent / "fixtures" / "run_1_1"
+SAVED = ROOT / "tests" / "fixtures" / "run_1_1"
 FILE = """
 from convex_jax.studies.jobs import Job
 
@@ -44,22 +44,26 @@ def folder_of(tmp_path, rate=1e-3, text=FILE):
 
 def command(folder, tmp_path, data_dir, *more):
   args = [str(folder), f"--workdir={tmp_path / 'out'}", f"--data_dir={data_dir}", *more]
-  return [sys.executable, "-m", "convex_jax.sweep", *args]
+  return [sys.executable, "-m", "convex_jax", "sweep", *args]
 
 
 def found_workdirs(tmp_path):
   return sorted((tmp_path / "out" / "tiny" / "twins").glob("*/seed_0"))
 
 
-def rows_of(workdir):
-  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def test_a_sweep_runs_once_what_it_says(tmp_path, data_dir, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)  # Where its processes start.
+  started, most_alive = [], []
 
+  class Popen(subprocess.Popen):
+    def __init__(self, *args, **kwargs):
+      super().__init__(*args, **kwargs)
+      started.append(self)
+      most_alive.append(sum(process.poll() is None for process in started))
 
-def test_a_sweep_runs_once_what_it_says(tmp_path, data_dir):
-  folder = folder_of(tmp_path)
-  start = command(folder, tmp_path, data_dir, "--at_once=2")
-  first = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=300)
-  assert first.returncode == 0, first.stderr
+  monkeypatch.setattr(sweep.subprocess, "Popen", Popen)
+  args = command(folder_of(tmp_path), tmp_path, data_dir, "--at_once=2")[4:]
+  assert sweep.main(args) == 0, capsys.readouterr().err
   found = results.read(str(tmp_path / "out"))
   assert [row.key for row in found.rows] == [
     ("twins", "base", "tiny", 0),
@@ -68,25 +72,22 @@ def test_a_sweep_runs_once_what_it_says(tmp_path, data_dir):
   # The paper twin keeps its LayerNorm: certified, and not proved.
   assert [bool(row.certificate) for row in found.rows] == [False, True]
   assert found.rows[1].certificate != "PROVED" and found.rows[1].broken_by
-  starts = [(w / "config.json").stat().st_mtime for w in found_workdirs(tmp_path)]
-  ends = [rows_of(w)[-1]["time"] for w in found_workdirs(tmp_path)]
-  assert max(starts) < min(ends)  # At once.
   assert found.points and (tmp_path / "out" / "report.html").exists()
   workdirs = found_workdirs(tmp_path)
   assert len(workdirs) == 2
+  assert most_alive[:2] == [1, 2] and len(started) == 3  # Two trainings together; a certifier.
   config = json.loads((workdirs[0] / "config.json").read_text())["config"]
   assert config["steps"] == 4 and config["optimizer"]["learning_rate"] == 1e-3
 
   logs = {w: (w / "log.txt").stat().st_mtime_ns for w in workdirs}
   (tmp_path / "out" / "report.html").unlink()
-  again = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=300)
-  assert again.returncode == 0 and (tmp_path / "out" / "report.html").exists()
+  assert sweep.main(args) == 0 and (tmp_path / "out" / "report.html").exists()
   assert {w: (w / "log.txt").stat().st_mtime_ns for w in workdirs} == logs  # None was started.
 
   before = (tmp_path / "out" / "results.csv").read_bytes()
   folder_of(tmp_path, rate=2e-3)
-  other = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=300)
-  assert other.returncode == 2 and "of another config" in other.stderr
+  capsys.readouterr()
+  assert sweep.main(args) == 2 and "of another config" in capsys.readouterr().err
   assert (tmp_path / "out" / "results.csv").read_bytes() == before
 
 
@@ -109,7 +110,7 @@ def run_with(monkeypatch, tmp_path, ends, parts="paper", at_once=1):
 
   def popen(command, stdout, **_):
     workdir = pathlib.Path(next(a for a in command if a.startswith("--workdir="))[10:])
-    seed, certifies = int(workdir.name), "convex_jax.certify" in command
+    seed, certifies = int(workdir.name), "certify" in command
     started.append((seed, certifies))
     code, certificate = ends[seed][int(certifies)], workdir / "certificate.json"
     if not certifies:
@@ -119,9 +120,9 @@ def run_with(monkeypatch, tmp_path, ends, parts="paper", at_once=1):
       content.pop("sha256")
       content["config"]["model"]["parts"], content["config"]["seed"] = parts, seed
       (workdir / "config.json").write_text(json.dumps(content))
-    elif code == 1:  # Not proved. An exception ends by 1 as well, and writes none.
+    elif code == NotProved.code:
       certificate.write_text(json.dumps({"verdict": "REFUTED", "reason": "LayerNorm"}))
-    return Ended(abs(code))
+    return Ended(code)
 
   monkeypatch.setattr(sweep.subprocess, "Popen", popen)
   monkeypatch.setattr(sweep, "POLL", 0.0)
@@ -133,31 +134,33 @@ def run_with(monkeypatch, tmp_path, ends, parts="paper", at_once=1):
 
 
 def test_what_is_not_proved_is_a_result(monkeypatch, tmp_path):
-  run, started = run_with(monkeypatch, tmp_path, {0: (0, 1)})
+  run, started = run_with(monkeypatch, tmp_path, {0: (0, 4)})
   assert [row.certificate for row in run().rows] == ["REFUTED"]
   assert started == [(0, False), (0, True)]
 
 
 def test_a_base_is_not_certified(monkeypatch, tmp_path):
-  run, started = run_with(monkeypatch, tmp_path, {0: (0, 1)}, parts="base")
+  run, started = run_with(monkeypatch, tmp_path, {0: (0, 4)}, parts="base")
   assert [row.certificate for row in run().rows] == [""] and started == [(0, False)]
 
 
 def test_a_certifier_that_fails_makes_no_result(monkeypatch, tmp_path):
-  run, _ = run_with(monkeypatch, tmp_path, {0: (0, -1)})  # By 1, without a certificate.
+  run, _ = run_with(monkeypatch, tmp_path, {0: (0, 1)})  # 1 is a crash.
   with pytest.raises(UserError, match=r"exit code 1, see .*log\.txt"):
     run()
   assert not results.read(str(tmp_path)).rows
 
 
 def test_a_job_that_fails_keeps_no_other_from_running(monkeypatch, tmp_path):
-  run, started = run_with(monkeypatch, tmp_path, {0: (137, 0), 1: (3, 0), 2: (0, 1)})
-  with pytest.raises(UserError, match=r"(?s)exit code 137.*1 runs failed"):
+  run, started = run_with(monkeypatch, tmp_path, {0: (137, 0), 1: (3, 0), 2: (0, 4)})
+  with pytest.raises(
+    UserError, match=r"(?s)exit code 137.*1 run failed; run the same command to retry"
+  ):
     run()
   rows = results.read(str(tmp_path)).rows
   assert [(row.seed, row.outcome) for row in rows] == [(1, "diverged"), (2, "finished")]
   assert started == [(0, False), (1, False), (2, False), (2, True)]
-  run, started = run_with(monkeypatch, tmp_path, {0: (0, 1), 1: (0, 1), 2: (0, 1)})
+  run, started = run_with(monkeypatch, tmp_path, {0: (0, 4), 1: (0, 4), 2: (0, 4)})
   monkeypatch.setattr(jobs, "refuse_other_configs", lambda *_: None)
   assert {row.seed for row in run().rows} == {0, 1, 2}
   assert started == [(0, False), (0, True)]  # What failed; a diverged one would diverge again.
@@ -166,15 +169,13 @@ def test_a_job_that_fails_keeps_no_other_from_running(monkeypatch, tmp_path):
 def test_a_sweep_says_how_far_a_run_is(tmp_path):
   workdir = tmp_path / "0"
   task = jobs.Task(jobs.Job("p", "v", "", {}, 0), "x", str(workdir), "", 9.0, "epoch")
-  process = sweep.Process.__new__(sweep.Process)
-  process.task = task
-  assert process.progress() == 0.0
+  assert sweep.progress_of(task) == 0.0
   workdir.mkdir()
   rows = "".join(json.dumps({"epoch": i / 2, "text": "x" * 100}) + "\n" for i in range(200))
   (workdir / "metrics.jsonl").write_text(rows)
-  assert process.progress() == 99.5
+  assert sweep.progress_of(task) == 99.5
   (workdir / "metrics.jsonl").write_text(rows + '{"epoch": 1')  # One is being written.
-  assert process.progress() == 99.5
+  assert sweep.progress_of(task) == 99.5
 
 
 def test_results_stand_as_the_jobs_do():
@@ -189,8 +190,7 @@ def test_results_stand_as_the_jobs_do():
   assert [row.key for row in found] == [keys[3], keys[1], keys[0], keys[2]]
 
 
-def test_two_sweeps_do_not_write_one_table(tmp_path, monkeypatch, capsys):
-  monkeypatch.chdir(ROOT)
+def test_two_sweeps_do_not_write_one_table(tmp_path, capsys):
   folder, out = folder_of(tmp_path), tmp_path / "out"
   out.mkdir()
   with files.exclusive_lock(str(out / ".lock"), "in use"):
@@ -210,7 +210,7 @@ def test_a_stopped_sweep_saves_its_runs_and_goes_on(tmp_path, data_dir):
     first.send_signal(signal.SIGTERM)
     first.send_signal(signal.SIGINT)  # Impatience does no harm.
     _, errors = first.communicate(timeout=60)
-  assert first.returncode == 75 and b"the same command goes on" in errors
+  assert first.returncode == 75 and b"Run the same command to continue" in errors
   saved = max(int(step) for step in os.listdir(rows.parent / "checkpoints") if step.isdigit())
   assert 0 < saved < 4000 and not results.read(str(tmp_path / "out")).rows
   second = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=500)
@@ -223,24 +223,14 @@ def test_a_stopped_sweep_saves_its_runs_and_goes_on(tmp_path, data_dir):
   ("text", "schedule", "words"),
   [
     ("TITLE = 'x'", "tiny", "does not define SCHEDULES, get_sweep"),
-    (FILE, "other", "--schedule=other is none; allowed: tiny, long"),
+    (FILE, "other", "Unknown --schedule=other; expected tiny or long"),
     (FILE.replace('"model.size"', '"model.seize"'), "tiny", "model.seize"),
     (FILE.replace("RATE", "-1.0"), "tiny", "learning_rate"),
-    (FILE.replace("(0,)", "(0, 0)"), "tiny", "is two jobs"),
+    (FILE.replace("(0,)", "(0, 0)"), "tiny", "Two jobs share the workdir"),
   ],
 )
-def test_a_sweep_that_cannot_be_run_is_told_first(tmp_path, monkeypatch, text, schedule, words):
-  monkeypatch.chdir(ROOT)
+def test_a_sweep_that_cannot_be_run_is_reported_first(tmp_path, text, schedule, words):
   folder = folder_of(tmp_path, text=text)
   with pytest.raises(UserError, match=words):
     jobs.tasks_of(jobs.read_sweep(str(folder)), schedule, str(tmp_path / "out"))
   assert not (tmp_path / "out").exists()
-
-
-def test_sweeps_that_are_kept_can_be_run(monkeypatch):
-  """Each claim's: every schedule's configs fit."""
-  monkeypatch.chdir(ROOT)
-  for path in sorted(pathlib.Path("experiments").glob("*/sweep.py")):
-    module = jobs.read_sweep(str(path.parent))
-    for schedule in module.SCHEDULES:
-      assert jobs.tasks_of(module, schedule, "runs/x"), (path, schedule)
