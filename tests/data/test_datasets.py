@@ -15,7 +15,7 @@ import pytest
 
 from configs import base
 from convex_jax import mesh
-from convex_jax.data import batches, datasets, prepare, sampling, splits
+from convex_jax.data import batches, command, datasets, prepare, sampling, splits
 from convex_jax.data.in_memory import InMemory, is_resident
 from convex_jax.errors import UserError
 from convex_jax.training import program
@@ -156,16 +156,6 @@ def test_what_fits_is_resident():
   assert not is_resident("auto", huge)
 
 
-def run_data(*args):
-  return subprocess.run(
-    [sys.executable, "-m", "convex_jax", "data", *args],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    timeout=120,
-  )
-
-
 def test_missing_data_is_refused_immediately_with_folder_and_remedy(tmp_path):
   config = config_of(str(tmp_path), name="cifar100")
   start = time.monotonic()
@@ -177,14 +167,17 @@ def test_missing_data_is_refused_immediately_with_folder_and_remedy(tmp_path):
   assert os.listdir(tmp_path) == []  # Nothing half-built.
 
 
-def test_the_command_lists_prepares_and_checks(tmp_path):
+def test_the_command_lists_prepares_and_checks(tmp_path, capsys):
   folder = f"--data_dir={tmp_path}"
-  assert "at first use" in run_data("list", folder).stdout
-  assert run_data("prepare", "digits", folder).returncode == 0
-  checked = run_data("check", "digits", folder)
-  assert checked.returncode == 0 and "1,437 images (8, 8, 1)" in checked.stdout
-  assert run_data("check", "mnist", folder).returncode == 2
-  assert run_data("prepare", "nonsense", folder).returncode == 2
+  program = [sys.executable, "-m", "convex_jax", "data", "list", folder]
+  listed = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, timeout=300)
+  assert "at first use" in listed.stdout
+  assert command.main(["prepare", "digits", folder]) == 0
+  assert command.main(["check", "digits", folder]) == 0
+  assert "1,437 images (8, 8, 1)" in capsys.readouterr().out
+  assert command.main(["check", "mnist", folder]) == 2
+  with pytest.raises(SystemExit, match="2"):
+    command.main(["prepare", "nonsense", folder])
 
 
 def cifar_archive(path, per_file):

@@ -220,6 +220,7 @@ def streaming(photo_dir: str, workdir: pathlib.Path) -> subprocess.Popen:
   args += ["--config.data.image_size=16", "--config.model.size=tiny", "--config.model.patch=4"]
   args += ["--config.batch_size=16", "--config.steps=100000", "--config.data.workers=2"]
   args += ["--config.checkpoint.every_steps=2", "--config.data.cache_size=0"]
+  args.append("--config.data.randaugment=(0, 9.0)")  # Most of what would be compiled.
   program = [sys.executable, "-m", "convex_jax.main", *args, f"--workdir={workdir}"]
   pipe = subprocess.PIPE
   process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""A small ImageNet in its official archives: photographs of many sizes and forms."""
+"""A small ImageNet in its official archives: photographs of many sizes and formats."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ def photo(rng, height: int, width: int) -> PIL.Image.Image:
 
 
 def odd(rng) -> dict[str, bytes]:
-  """What is no ordinary photograph, by what it is."""
+  """Images that are not ordinary photographs, by kind."""
   image = photo(rng, 60, 80)
   whole = encoded(image, quality=95)
   return {
@@ -40,7 +40,7 @@ def odd(rng) -> dict[str, bytes]:
 
 
 def write_archives(folder, train: int, val: int, broken: int = 0) -> None:
-  """Both tars of ImageNet 2012, with some photographs; `broken` of the training ones are not."""
+  """Writes both archives of ImageNet 2012; the first `broken` training images are unreadable."""
   rng = np.random.default_rng(0)
 
   def add(tar, name, content):
@@ -63,7 +63,7 @@ def write_archives(folder, train: int, val: int, broken: int = 0) -> None:
 
 
 def official_archives(builder):
-  """Sizes and checksums of small archives: those of the official ones are another matter."""
+  """The sizes and checksums of the small archives, in place of the official ones."""
   found = {}
   for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
     content = (official_archives.folder / name).read_bytes()
