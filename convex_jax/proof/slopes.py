@@ -29,6 +29,7 @@ _WINDOW_EXTREMES = {"reduce_window_max", "reduce_window_min"}
 _MOVES = {"broadcast_in_dim", "concatenate", "dynamic_slice", "gather", "pad", "reshape", "rev"}
 _MOVES |= {"slice", "squeeze", "stack", "tile", "transpose"}
 _MOVES |= {"reduce_sum", "reduce_window_sum", "cumsum"}  # Sums of non-negative changes.
+PRIMITIVES = {*_SUMS, *_SAME_SIZE, *_WEIGHTED, *_EXTREMES, *_WINDOW_EXTREMES, *_MOVES, "select_n"}
 
 
 def steepest(f: ScalarFunction) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Certificates of our networks, of runs, and of a network that is not ours."""
+"""Certificates: of every architecture and twin, and of plain functions."""
 
 import functools
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +70,7 @@ WIDER = [
 
 
 @pytest.mark.parametrize("name,fields", WIDER, ids=str)
-def test_what_the_head_sees_besides_is_proved_and_its_mutant_is_not(name, fields):
+def test_a_head_that_reads_hidden_units_is_proved_and_its_mutant_is_not(name, fields):
   model = catalog.build({**config_of(name, "ioc"), **fields}, classes=5)
   weights, _ = mutants.feasible(model)
   assert certificate_of(model, weights).verdicts == ["PROVED"] * 5
@@ -91,8 +92,8 @@ CULPRITS = {  # The first operation that breaks each twin, by primitive and plac
 
 
 @pytest.mark.parametrize("name,parts", CULPRITS, ids=str)
-def test_what_breaks_the_other_twins_is_named(name, parts):
-  # Mixer's fresh head is zero, and zero is convex.
+def test_the_operation_that_breaks_the_other_twins_is_named(name, parts):
+  # A fresh head of Mixer is zero, and zero is convex.
   model, weights, _ = trained(name, parts, steps=int(name == "mixer"))
   certificate = certificate_of(model, weights)
   primitive, place = CULPRITS[name, parts]
@@ -146,15 +147,15 @@ def test_the_refuter_finds_a_pair_that_holds_in_float64():
 
 
 def test_the_refuter_climbs_where_random_pairs_miss():
-  """Convex but for a dent around the middle of one coordinate in fifty."""
+  """Convex, except for a dent in the middle of one coordinate of fifty."""
 
   def dented(x):
     return jnp.sum(x**2) + 4 * jnp.exp(-8 * x[0] ** 2)
 
   x = jax.ShapeDtypeStruct((50,), jnp.float32)
-  arguments = (dented, x.shape, None, np.array([True]), "convex", (-1.0, 1.0))
-  assert counterexample.search(*arguments, steps=0) is None  # Random pairs alone.
-  assert counterexample.search(*arguments, steps=200).gap > 0
+  options = dict(argnums=0, open_outputs=np.array([True]), kind="convex", box=(-1.0, 1.0))
+  assert counterexample.search(dented, x, **options, steps=0) is None  # Random pairs alone.
+  assert counterexample.search(dented, x, **options, steps=200).gap > 0
 
 
 @pytest.mark.parametrize("kind", ["convex", "concave", "affine"])
@@ -172,8 +173,77 @@ def test_the_refuter_finds_nothing_where_there_is_nothing(kind):
   assert turned.verdict == ("PROVED" if kind == "affine" else "REFUTED")
 
 
-def test_what_cannot_be_certified_is_told():
-  with pytest.raises(ValueError, match="allowed: convex, concave, affine"):
-    certify(jnp.abs, jnp.ones(3), kind="quasiconvex")
-  with pytest.raises(ValueError, match="floating-point"):
-    certify(jnp.abs, jnp.ones(3, jnp.uint8))
+X = jnp.ones(3)
+UNFIT = [  # (arguments of `certify`, the error)
+  ((jnp.abs, X), {"kind": "quasiconvex"}, "'quasiconvex'; expected one of convex, concave, affine"),
+  ((jnp.abs,), {}, "no arguments; expected at least its input"),
+  ((jnp.dot, X, X), {"argnums": 2}, "argnums is 2; expected an integer from -2 to 1"),
+  ((jnp.dot, X, X), {"argnums": (0, 1)}, r"argnums is \(0, 1\); expected an integer"),
+  ((jnp.abs, {"image": X}), {}, "input is a dict; expected one floating-point array"),
+  ((jnp.abs, [X]), {}, "input is a list; expected one floating-point array"),
+  ((jnp.abs, 1.0), {}, "input is a float; expected one floating-point array"),
+  ((jnp.abs, jnp.ones(3, jnp.uint8)), {}, "an array of uint8; expected one floating-point array"),
+  ((lambda x: (), X), {}, "returns nothing; expected at least one array"),
+]
+
+
+@pytest.mark.parametrize("args,options,message", UNFIT, ids=[row[2][:20] for row in UNFIT])
+def test_unfit_arguments_are_refused(args, options, message):
+  with pytest.raises(ValueError, match=message):
+    certify(*args, **options)
+
+
+WEIGHTS = {"first": np.float32([[1, -2], [3, 4]]), "second": np.float32([1, -1])}
+
+
+def network(weights, x):
+  return nn.softplus(x @ weights["first"]) @ weights["second"]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_weights_may_be_closed_over_or_stand_on_either_side(sign):
+  x, weights = jnp.ones(2), {**WEIGHTS, "second": np.float32([1, sign])}
+  ways = [
+    certify(lambda x: network(weights, x), x),
+    certify(network, weights, x),
+    certify(lambda x, weights: network(weights, x), x, weights, argnums=0),
+  ]
+  assert {c.verdict for c in ways} == {"PROVED" if sign > 0 else "REFUTED"}
+  gaps = [c.counterexample and c.counterexample.gap for c in ways]
+  assert gaps == pytest.approx([gaps[0]] * 3) if sign < 0 else gaps == [None] * 3
+
+
+def test_weights_are_named_by_their_path_and_if_need_be_by_their_argument():
+  def reason(f, *args):
+    return certify(f, *args, search_steps=0).reason
+
+  x, first, second = jnp.ones(2), WEIGHTS["first"], WEIGHTS["second"]
+  assert "1 of 2 entries of second are negative" in reason(network, WEIGHTS, x)
+  assert "entries of scales/second are" in reason(
+    lambda scales, shift, x: network(scales, x + shift["first"]), WEIGHTS, {"first": second}, x
+  )
+  assert "entries of v are" in reason(lambda v, x: nn.relu(x) @ v, second, x)
+  assert "entries of v are" in reason(lambda w, v, x: nn.relu(x @ w) @ v, first, second, x)
+  assert "entries of argument 1 are" in reason(
+    lambda *args: nn.relu(args[2] @ args[0]) @ args[1], first, second, x
+  )
+  assert "1 of 2 entries of v are not finite" in reason(
+    lambda v, x: nn.relu(x) @ v, np.float32([1, np.nan]), x
+  )
+
+
+def test_a_certificate_is_printed_as_its_verdict_and_why():
+  x = jnp.ones(2)
+  assert repr(certify(network, {**WEIGHTS, "second": np.ones(2)}, x)) == (
+    "PROVED: 1 of 1 outputs convex"
+  )
+  verdict, why, points = str(certify(network, WEIGHTS, x)).splitlines()
+  assert verdict == "REFUTED: 0 of 1 outputs convex"
+  assert why.startswith("first broken by dot_general: 1 of 2 entries of second are negative")
+  assert "in network, test_certificate.py:" in why
+  assert points.startswith("refuted by two points: at their midpoint, output 0 misses by ")
+
+
+def test_certificates_can_be_compared_and_hashed():
+  one, other = (certify(jnp.abs, jnp.ones(2)) for _ in range(2))
+  assert one != other and len({one, other}) == 2

@@ -1,4 +1,4 @@
-"""The certificate against mutants of certified twins, and against an independent prover."""
+"""The certificate, tested on mutants of certified twins and against an independent prover."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from convex_jax.proof import certify
 from tests.support import mutants, oracle
 
 EXAMPLE = jax.ShapeDtypeStruct((1, *mutants.SHAPE), jnp.float32)
-HARMLESS = {  # Mutations, meant to break, of what is affine in the image: still convex.
+HARMLESS = {  # Mutations of a part that is affine in the image, which stays convex.
   ("cycle_mlp", "stage_0_block_0/dense_0"),
   ("densenet", "block_0_layer_0/norm_0/scale"),
   ("mlp", "norm_0/scale"),
@@ -17,7 +17,7 @@ HARMLESS = {  # Mutations, meant to break, of what is affine in the image: still
 
 
 def is_judged_right(mutant) -> bool:
-  """Not proved, unless it is convex: by construction, or because it changes an affine part."""
+  """Proved if convex by construction; else not proved, unless it changes an affine part only."""
   proved = bool(certify(mutant.function, mutant.weights, EXAMPLE, search_steps=0))
   if mutant.keeps or not proved:
     return proved == mutant.keeps
@@ -41,13 +41,14 @@ def test_none_of_all_mutants_that_is_not_convex_is_proved(name):
 
 
 def test_there_are_two_hundred_mutants_that_break():
-  kinds = [m.keeps for name in catalog.names() for m in mutants.mutants(name, training=False)]
-  assert kinds.count(False) + 4 * len(catalog.names()) >= 200
+  untrained = {"train": lambda model, tx: None}  # They are only counted.
+  kinds = [m.keeps for name in catalog.names() for m in mutants.mutants(name, **untrained)]
+  assert kinds.count(False) >= 200
 
 
 @pytest.mark.parametrize("kind", ["product of two features", "LayerNorm for BatchNorm"])
 def test_the_midpoint_test_of_survivors_can_fail(kind):
-  """The negative control: what is not convex has a gap that it sees."""
+  """The negative control: it sees a gap where a mutant is not convex."""
   mutant = next(m for m in mutants.mutants("mixer", training=False) if m.kind == kind)
   assert mutants.worst_gap(mutant) > 1e-6
 

@@ -1,7 +1,7 @@
-"""Certified twins with one thing wrong: what the certificate must not pass.
+"""Mutants of certified twins: one thing is changed, and the certificate must notice.
 
-A mutant is a network and weights; `keeps` says whether it is convex all the same, by
-construction. `python -m experiments.certificate.run` lists them all.
+A mutant is a network and its weights; `keeps` says whether it stays convex by construction.
+`python -m experiments.certificate.run` lists them all.
 """
 
 import dataclasses
@@ -18,7 +18,9 @@ import optax
 from configs import base
 from convex_jax.models import catalog
 from convex_jax.models.constraints import FREE, constraints_of, enforce
+from convex_jax.proof.counterexample import in_float64
 from convex_jax.training import optimizer, step
+from tests.support.midpoints import midpoint_gaps
 
 SHAPE = (8, 8, 3)
 CLASSES = 5
@@ -45,7 +47,7 @@ def infer(model, weights, x, dtype=jnp.float32):
 
 
 def feasible(model, seed=0):
-  """(weights, tags): free weights of either sign, tagged ones > 0, averages not trivial."""
+  """(weights, tags): free weights of either sign, tagged ones > 0, averages other than 0 and 1."""
   boxed = jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0), SHAPE))
   kinds, rng = constraints_of(boxed["params"]), np.random.default_rng(seed)
 
@@ -190,7 +192,7 @@ def layers_of(model, weights) -> list[tuple[str, ...]]:
 
 
 def of_wiring(name, rng) -> Iterator[Mutant]:
-  """Layers of the deeper half: what they give is not affine in the image any more."""
+  """Changes in the deeper half of the layers, whose outputs are no longer affine in the image."""
   model = build(name)
   weights, _ = feasible(model)
   layers = [p for p in layers_of(model, weights) if "passthrough" not in "/".join(p)]
@@ -217,8 +219,8 @@ def after_training(model, tx, steps=4):
   return jax.tree.map(np.asarray, state.weights())
 
 
-def of_training(name, rng) -> Iterator[Mutant]:
-  """The projection left out, not last, or without one layer's tag."""
+def of_training(name, rng, train) -> Iterator[Mutant]:
+  """The projection left out, not last, or without one layer's tag; `train` gives the weights."""
   model = build(name)
   _, kinds = feasible(model)
   config = base.get_config().optimizer
@@ -227,7 +229,7 @@ def of_training(name, rng) -> Iterator[Mutant]:
 
   def mutant(kind, where, tx, keeps=False):
     function = functools.partial(infer, model)
-    return Mutant(name, kind, where, keeps, function, after_training(model, tx))
+    return Mutant(name, kind, where, keeps, function, train(model, tx))
 
   right = optimizer.make_optimizer(config, 4, kinds)
   yield mutant("trained as it should be", "", right, keeps=True)
@@ -247,27 +249,17 @@ def of_training(name, rng) -> Iterator[Mutant]:
     yield mutant("tag forgotten", names[i], tx)
 
 
-def mutants(name, seed=0, training=True) -> Iterator[Mutant]:
-  """All mutants of one architecture."""
+def mutants(name, seed=0, training=True, train=after_training) -> Iterator[Mutant]:
+  """All mutants of one architecture, or those whose weights are not trained."""
   rng = np.random.default_rng(seed)
   yield from of_weights(name, rng)
   yield from of_parts(name)
   yield from of_wiring(name, rng)
   if training:
-    yield from of_training(name, rng)
+    yield from of_training(name, rng, train)
 
 
 def worst_gap(mutant: Mutant, pairs=300, seeds=3) -> float:
-  """Largest f(middle) - (f(a) + f(b)) / 2 over its size, in float64: <= 0 where convex."""
-  worst = -np.inf
-  with jax.enable_x64(True):
-    weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), mutant.weights)
-    f = jax.jit(functools.partial(mutant.function, weights, dtype=jnp.float64))
-    for seed in range(seeds):
-      rng = np.random.default_rng(seed)
-      a = rng.standard_normal((pairs, *SHAPE)) * rng.choice([0.3, 3, 10], (pairs, 1, 1, 1))
-      b = a + rng.standard_normal(a.shape) * rng.choice([0.1, 1, 5], (pairs, 1, 1, 1))
-      fa, fb, middle = (np.asarray(f(jnp.asarray(x))) for x in (a, b, (a + b) / 2))
-      gap = (middle - (fa + fb) / 2) / (1 + np.abs(fa) + np.abs(fb) + np.abs(middle))
-      worst = max(worst, float(gap.max()))
-  return worst
+  """The largest midpoint gap over many pairs of images, in float64: <= 0 where convex."""
+  f = jax.jit(functools.partial(mutant.function, in_float64(mutant.weights), dtype=jnp.float64))
+  return max(float(midpoint_gaps(f, SHAPE, pairs=pairs, seed=seed).max()) for seed in range(seeds))
