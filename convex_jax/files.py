@@ -45,8 +45,8 @@ def write_json(path: str, content: dict[str, Any]) -> None:
     json.dump({**content, "sha256": _digest(content)}, file, indent=2)
 
 
-def read_json(path: str, signed: bool = True) -> dict[str, Any]:
-  """The content that `write_json` wrote; without `signed`, a file may lack the SHA-256.
+def read_json(path: str) -> dict[str, Any]:
+  """The content that `write_json` wrote.
 
   Raises `Damaged` for any other file, `FileNotFoundError` where there is none.
   """
@@ -59,8 +59,7 @@ def read_json(path: str, signed: bool = True) -> dict[str, Any]:
     raise Damaged(f"it is not JSON: {error}") from error
   if not isinstance(content, dict):
     raise Damaged("it is not a JSON object")
-  digest = content.pop("sha256", None)
-  if digest != _digest(content) and (signed or digest is not None):
+  if content.pop("sha256", None) != _digest(content):
     raise Damaged("it was changed after it was written (SHA-256)")
   return content
 

@@ -27,7 +27,7 @@ from convex_jax.proof.counterexample import in_float64
 from convex_jax.proof.minimum import Minimum, minimise
 from convex_jax.proof.radii import Certifier, NotProved, proved
 from convex_jax.runs.run import Run
-from convex_jax.runs.workdir import Workdir, saving
+from convex_jax.runs.workdir import Workdir
 
 FORMAT = 1  # Of certificate.json.
 PIXEL = 255.0  # The range of a pixel, in which radii are given.
@@ -115,16 +115,15 @@ def certify_and_write(run: Run, kind: str = "convex", search_steps: int = 200) -
     "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "numpy")},
   }
   found = certificate.counterexample
-  with saving():
-    if found is not None:
-      content["counterexample"] = {
-        "file": os.path.basename(workdir.counterexample_file),
-        "logit": run.class_names[found.output],
-        "gap": found.gap,
-      }
-      with files.atomic_write(workdir.counterexample_file, "wb") as file:
-        np.savez(file, a=found.a, b=found.b)
-    files.write_json(workdir.certificate_file, content)
+  if found is not None:
+    content["counterexample"] = {
+      "file": os.path.basename(workdir.counterexample_file),
+      "logit": run.class_names[found.output],
+      "gap": found.gap,
+    }
+    with files.atomic_write(workdir.counterexample_file, "wb") as file:
+      np.savez(file, a=found.a, b=found.b)
+  files.write_json(workdir.certificate_file, content)
   return content
 
 

@@ -168,8 +168,7 @@ class Workdir:
       "versions": {name: metadata.version(name) for name in libraries},
       "hardware": f"{jax.device_count()} x {_device_kind()}",
     }
-    with saving():
-      files.write_json(self.config_file, content)
+    files.write_json(self.config_file, content)
 
   def description(self) -> dict[str, Any]:
     """The content of config.json; keys of the config that are younger have their defaults.

@@ -28,6 +28,7 @@ from configs import base
 from convex_jax import mesh
 from convex_jax.data import batches as feeds
 from convex_jax.data import datasets
+from convex_jax.data.in_memory import InMemory
 from convex_jax.data.photos.records import Records
 from convex_jax.data.splits import Split
 
@@ -103,7 +104,7 @@ def cached(size):
   images[:] = np.random.default_rng(0).integers(0, 256, shape[1:], np.uint8)
   images.flush()
   split = Split(np.load(path, mmap_mode="r"), np.zeros(RECORDS_OF_CACHE, np.int32))
-  return fed(feeds.Feed(split, mesh.make_mesh(), resident=False))
+  return fed(InMemory(split, mesh.make_mesh(), resident=False))
 
 
 def tf_data(records: Records, size, cores):
