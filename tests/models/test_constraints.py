@@ -166,10 +166,13 @@ def tagged(tree, kinds):
   return [leaf for leaf, kind in pairs if kind != "free"]
 
 
-@pytest.mark.parametrize("constraint", ["clamp", "exponentiate"])
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lion"])
-@pytest.mark.parametrize("accumulate,dtype", [(1, "float32"), (3, "float32"), (1, "bfloat16")])
-def test_every_tagged_value_is_feasible_after_every_step(name, accumulate, dtype, constraint):
+EVERY_STEP = [(name, "clamp", 1, "float32") for name in optimizer.OPTIMIZERS]
+EVERY_STEP += [("adam", "exponentiate", 1, "float32"), ("sgd", "exponentiate", 3, "bfloat16")]
+EVERY_STEP += [("adamw", "clamp", 3, "float32"), ("lion", "clamp", 1, "bfloat16")]
+
+
+@pytest.mark.parametrize("name,constraint,accumulate,dtype", EVERY_STEP)
+def test_every_tagged_value_is_feasible_after_every_step(name, constraint, accumulate, dtype):
   config = base.get_config().optimizer
   config.update(name=name, accumulate=accumulate, learning_rate=0.3)
   config.weight_decay = 0.0 if name == "adam" else 0.1
