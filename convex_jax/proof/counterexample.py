@@ -49,18 +49,9 @@ def search(
 ) -> Counterexample | None:
   """A counterexample to the curvature `kind` of one of the open outputs, or None.
 
-  In float64: random pairs in the box, far and near, then gradient ascent on the gap from the
-  best of them.
-
-  Args:
-    f: a JAX function.
-    *args: its arguments; only the shape of the input matters.
-    argnums: which argument is the input.
-    open_outputs: which of the flat outputs to refute.
-    kind: "convex", "concave", "affine".
-    box: least and greatest entry of the points.
-    steps: gradient steps of the ascent; a quarter as many random pairs come first.
-    seed: of the random pairs.
+  In float64: random pairs in the box, far and near, then `steps` of gradient ascent on the gap
+  from the best of them. `open_outputs` tells which of the flat outputs are to be refuted; the
+  other arguments are those of `certify`.
   """
   at = argnums % len(args)
   with jax.enable_x64(True):

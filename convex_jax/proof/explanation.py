@@ -60,7 +60,7 @@ def explain(op: Operation | None, kind: str) -> str:
 
 def _fault(op: Operation, kind: str) -> str:
   name, known = op.primitive, [x for x in op.inputs if isinstance(x, Known)]
-  values = [_curvature(x) for x in op.inputs if isinstance(x, Value)]
+  values = [_curvature(x) for x in op.inputs if isinstance(x, Value) and x.is_real]
   if op.note:
     return f"an activation that is neither convex nor concave: {op.note}"
   if not is_defined(name, op.inputs):
@@ -79,11 +79,13 @@ def _fault(op: Operation, kind: str) -> str:
     return f"sub: the difference of {_list(values)}"
   if name not in RULES:
     return f"{name} of a value that depends on the input, for which there is no rule"
+  if not values:
+    return f"{name} by a condition that depends on the input"
   return f"{name} of {_list(values)}, which is not {kind}"
 
 
 def _curvature(value: Value) -> str:
-  """An adjective."""
+  """The adjective for a value's curvature."""
   if value.is_affine:
     return "affine"
   if not value.not_convex.any():
@@ -92,7 +94,7 @@ def _curvature(value: Value) -> str:
 
 
 def _list(values: Sequence[str]) -> str:
-  """Values by their adjectives: two convex values; an affine and a mixed value."""
+  """Values by their adjectives: "two convex values", "an affine and a mixed value"."""
   if len(values) == 2 and values[0] == values[1]:
     return f"two {values[0]} values"
   return " and ".join(f"{'an' if v == 'affine' else 'a'} {v}" for v in values) + " value"

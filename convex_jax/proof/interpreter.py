@@ -164,12 +164,8 @@ class Walk:
     rows: list[list[Value | Known]] = []
     for i in range(length):
       at = length - 1 - i if params["reverse"] else i
-      outputs = self.run(
-        body.jaxpr,
-        _known(body.consts),
-        [*consts, *carry, *(_row(c, at, place) for c in columns)],
-        place,
-      )
+      row = [_row(column, at, place) for column in columns]
+      outputs = self.run(body.jaxpr, _known(body.consts), [*consts, *carry, *row], place)
       carry = outputs[:carried]
       rows.append(outputs[carried:])
     if params["reverse"]:

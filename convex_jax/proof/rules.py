@@ -129,10 +129,6 @@ def _negated(x: Value | Known) -> Value:
   return Value(*swapped(x.masks))
 
 
-def _subtract(op: Operation, a, b) -> Masks:
-  return _add(op, a, _negated(b))
-
-
 # Scalar functions and bounds: a composition with a convex function of known monotonicity.
 
 
@@ -155,10 +151,6 @@ def _integer_power(op: Operation, x: Value) -> Masks:
 def maximum(op: Operation, a, b) -> Masks:
   """Convex where both are, like any convex function that is non-decreasing in both."""
   return _add(op, a, b)[0], uniform(True, op.shape)
-
-
-def _minimum(op: Operation, a, b) -> Masks:
-  return swapped(maximum(op, _negated(a), _negated(b)))
 
 
 def _clamp(op: Operation, low, x, high) -> Masks:
@@ -228,7 +220,7 @@ RULES: dict[str, Callable[..., Masks]] = {
   "dynamic_update_slice": _moving(lambda n: range(2)),
   "gather": _gather,
   **dict.fromkeys(("add", "add_any"), _add),
-  "sub": _subtract,
+  "sub": lambda op, a, b: _add(op, a, _negated(b)),
   "mul": _multiply,
   "div": _divide,
   "neg": lambda op, x: swapped(x.masks),
@@ -240,7 +232,7 @@ RULES: dict[str, Callable[..., Masks]] = {
   **dict.fromkeys(("abs", "square"), _square),
   "integer_pow": _integer_power,
   "max": maximum,
-  "min": _minimum,
+  "min": lambda op, a, b: swapped(maximum(op, _negated(a), _negated(b))),
   "clamp": _clamp,
   "reduce_max": _largest(_over_axes),
   "reduce_window_max": _largest(_in_windows),
@@ -286,10 +278,5 @@ def is_total(x: Any) -> bool:
 def is_defined(primitive: str, inputs: Sequence[Value | Known]) -> bool:
   """Whether no known number is NaN or infinite, but for a bound that does not bind."""
   floats = [x.array for x in inputs if isinstance(x, Known) and x.array.dtype == np.float64]
-  if primitive == "max":
-    return not any(np.isnan(a).any() or np.isposinf(a).any() for a in floats)
-  if primitive == "min":
-    return not any(np.isnan(a).any() or np.isneginf(a).any() for a in floats)
-  if primitive == "clamp":
-    return not any(np.isnan(a).any() for a in floats)
-  return all(np.isfinite(a).all() for a in floats)
+  binds = {"max": np.isposinf, "min": np.isneginf, "clamp": np.zeros_like}.get(primitive, np.isinf)
+  return not any(np.isnan(a).any() or np.any(binds(a)) for a in floats)

@@ -45,12 +45,11 @@ def place_of(eqn, outer: Place) -> Place:
   owns = [f for f in frames if _is_own(f.file_name)]
   own = next((f for f in owns if f.file_name not in PLUMBING), next(iter(owns), None))
   folders = _folders(_NAMED)
-  library = [
+  named = [
     f for f in frames if f.file_name.startswith(folders) and not f.file_name.endswith(_MACHINERY)
   ]
-  named = next((f for f in library if f.function_name.endswith("__call__")), None)
-  named = named or next(iter(library), None)
-  frame = named or own
+  calls = [f for f in named if f.function_name.endswith("__call__")]
+  frame = next(iter([*calls, *named]), own)
   function = frame.function_name if frame else str(eqn.params.get("name", ""))
   function = function.removesuffix(".__call__").rsplit("<locals>.", 1)[-1]
   if outer.file:
