@@ -1,10 +1,11 @@
-# Set-up is part of every target: a fresh machine needs Python 3.11 or newer, and make.
+# Every target sets up what it needs: a fresh machine needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-slow parity lint lock
+.PHONY: train test test-slow parity lint docs wheel lock
 
 train: $(INSTALLED)  ## A convex Mixer on real digits, about a minute on two cores.
 	$(BIN)/python -m convex_jax.main --config=configs/mixer_ioc.py:digits
@@ -12,28 +13,38 @@ train: $(INSTALLED)  ## A convex Mixer on real digits, about a minute on two cor
 test: $(INSTALLED)  ## The default tests, a few minutes.
 	$(BIN)/python -m pytest
 
-test-slow: $(INSTALLED)  ## The tests that the default leaves out.
-	$(BIN)/python -m pytest -m slow --ignore=tests/test_parity.py
+test-slow: $(INSTALLED)  ## The tests that the default leaves out; the wheel's are among them.
+	$(BIN)/python -m pytest -m slow --ignore=tests/models/test_parity.py
 
 parity: $(INSTALLED)  ## Every architecture against timm or torchvision; installs them, gigabytes.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[parity]'
-	$(BIN)/python -m pytest -m '' --dist load tests/test_parity.py
+	$(PIP) install --editable '.[parity]'
+	$(BIN)/python -m pytest -m '' --dist load tests/models/test_parity.py
 
 lint: $(INSTALLED)  ## Style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# Python 3.11 gets exactly the locked versions; a newer one what setup.cfg allows.
+docs: $(INSTALLED)  ## The documentation site, in docs/_build/html; a warning is an error.
+	$(PIP) install --editable '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+wheel: $(INSTALLED)  ## The source archive and the wheel, in dist/, checked as PyPI does.
+	rm -rf build dist
+	$(PIP) install build twine
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+# Python 3.11 gets exactly the locked versions; a newer one the newest that setup.cfg allows.
 $(INSTALLED): setup.cfg pyproject.toml requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit("make: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; cure: make PYTHON=python3.11 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("make: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; \
-	then $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock; fi
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,notebooks]'
+	then $(PIP) install -r requirements.lock; fi
+	$(PIP) install --editable '.[train,test,notebooks]'
 	touch $(INSTALLED)
 
-lock: $(INSTALLED)  ## Renews requirements.lock; run with Python 3.11.
-	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile setup.cfg --extra test --extra notebooks --python-version 3.11 \
-	  --no-header --no-annotate --output-file requirements.lock
+lock: $(INSTALLED)  ## Renews requirements.lock, keeping the versions that still fit; Python 3.11.
+	$(PIP) install uv
+	$(BIN)/uv pip compile setup.cfg --extra train --extra test --extra notebooks \
+	  --python-version 3.11 --no-header --no-annotate --output-file requirements.lock

@@ -1,4 +1,4 @@
-r"""The exactly convex twin of `all_cnn.py`: parts alone differ.
+r"""The exactly convex twin of `all_cnn.py`: only `model.parts` differs.
 
 python -m convex_jax.main --config=configs/all_cnn_ioc.py
 """

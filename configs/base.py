@@ -1,7 +1,7 @@
-"""Every key there is, with its unit and its reason; pure data.
+"""Every config key, with its unit and its reason; pure data.
 
-A model's config starts from this one and changes what its source asks for. Any key can
-be set on the command line: `--config.optimizer.learning_rate=3e-4`.
+The config of an architecture starts from this one and changes what its source prescribes. Any
+key can be set on the command line: `--config.optimizer.learning_rate=3e-4`.
 """
 
 from ml_collections import ConfigDict
@@ -11,94 +11,111 @@ NATURAL = ("imagenet2012", "imagenette")  # Photographs of natural size.
 
 def get_config() -> ConfigDict:
   config = ConfigDict()
-  config.seed = 0  # Of weights, order, augmentation, label noise and held-out examples.
+  config.seed = 0  # Of initial weights, order, augmentation, label noise and held-out examples.
   config.epochs = 100  # Passes over the training split.
-  config.steps = 0  # Batches; above 0 it overrides `epochs`.
-  config.batch_size = 128  # Images a step, over all devices together.
-  config.steps_per_call = (
-    1  # Steps a dispatch (`lax.scan`); above 1 where the device waits for the host.
-  )
-  config.dtype = "float32"  # Of the computation: float32, bfloat16. Parameters stay float32.
-  config.fsdp = 1  # Devices over which each large weight is split; 1: all hold all.
-  config.batch_norm = "global"  # Over the whole batch; device: over each device's part of it.
+  config.steps = 0  # Training steps; if > 0 it overrides `epochs`.
+  config.batch_size = 128  # Images per step, over all devices together.
+  # Steps per dispatch (`lax.scan`); > 1 where the device waits for the host.
+  config.steps_per_call = 1
+  config.dtype = "float32"  # Of the computation: float32 or bfloat16. Parameters stay float32.
+  config.fsdp = 1  # Devices over which each large weight is split; 1: every device holds all of it.
+  # Statistics of the whole batch; "device": of each device's part of it.
+  config.batch_norm = "global"
   config.label_smoothing = 0.0  # s in targets (1 - s) y + s / classes.
-  config.mixup = 0.0  # Alpha of the share that an image keeps; 0: none.
-  config.cutmix = 0.0  # The same for rectangles; with both, either at random.
-  config.max_skipped = 10  # Updates in a row that are no finite numbers; then the run ends.
-  config.skip_spikes = 0.0  # Above 0: nor is a loss so many deviations above its mean an update.
-  config.time_limit = 0.0  # Minutes; then the run saves and ends, to be resumed; 0: none.
-  config.init_from = ""  # Public weights to start from: .npz, .safetensors, .pth; "": random.
-  config.ema_decay = 0.0  # Above 0: weights are averaged, and the average is evaluated.
+  config.mixup = 0.0  # Alpha of mixup's Beta distribution; 0: no mixup.
+  # Alpha of CutMix; 0: none. With mixup as well, one of them at random per batch.
+  config.cutmix = 0.0
+  config.max_skipped = 10  # Stop after this many consecutive non-finite updates.
+  # If > 0, skip updates whose loss is this many standard deviations above its mean.
+  config.skip_spikes = 0.0
+  # Minutes, after which the run saves and stops, to be resumed; 0: no limit.
+  config.time_limit = 0.0
+  config.init_from = ""  # Public weights to start from (.npz, .safetensors, .pth); "": random.
+  # If > 0, weights are averaged with this decay, and the average is evaluated.
+  config.ema_decay = 0.0
 
   config.data = ConfigDict()
-  config.data.name = "cifar10"  # `python -m convex_jax.data list`
-  config.data.classes = ()  # Names of those to keep, in their order; (): all.
-  config.data.dir = ""  # Folder of prepared data; "": TFDS's (~/tensorflow_datasets).
-  config.data.image_size = 32  # px; the network's input, resized on the device.
-  config.data.flip = False  # Mirror left and right, probability 1/2.
-  config.data.crop_padding = 0  # px; pad with black and crop at random.
+  config.data.name = "cifar10"  # `python -m convex_jax data list`
+  config.data.classes = ()  # Names of the classes to keep, in this order; (): all.
+  config.data.dir = ""  # Folder of prepared data; "": TFDS's default (~/tensorflow_datasets).
+  config.data.image_size = 32  # Side of the network's input, px; images are resized on the device.
+  config.data.flip = False  # Mirror left and right with probability 1/2.
+  config.data.crop_padding = 0  # Pad with this many black px on each side, then crop at random.
   config.data.whiten = False  # Decorrelate neighbouring pixels and colours, before any resize.
-  config.data.jitter = 0.0  # Brightness, contrast, saturation by up to this share.
-  config.data.randaugment = (0, 9.0)  # Operations an image, and their magnitude, 0 to 10.
-  config.data.repeats = 1  # Times that an example comes in a row, each augmented anew.
+  config.data.jitter = 0.0  # Change brightness, contrast and saturation by up to this fraction.
+  # Operations per image, and their magnitude, 0 to 10; 0 operations: none.
+  config.data.randaugment = (0, 9.0)
+  # Consecutive occurrences of each example, each with its own augmentation.
+  config.data.repeats = 1
   config.data.erasing = 0.0  # Probability that a rectangle becomes noise.
-  config.data.label_noise = 0.0  # Share of training labels drawn anew at random.
-  config.data.train_fraction = 1.0  # Share of the training split that is used.
-  config.data.validation_fraction = 0.0  # Share of it held out, evaluated as "valid".
-  # resident: on the devices; host: sent by batch; auto: resident where it fits. Photographs of
-  # natural size: stream, decoded by workers as they are needed; resident, host: from `data cache`.
+  config.data.label_noise = 0.0  # Fraction of training labels replaced by random ones.
+  config.data.train_fraction = 1.0  # Fraction of the training split that is used.
+  # Fraction of the training split held out and evaluated as "valid".
+  config.data.validation_fraction = 0.0
+  # resident: on the devices; host: sent batch by batch; auto: resident if it fits. For photographs
+  # of varying size, stream: decoded by workers as needed; resident, host: from `data cache`.
   config.data.loader = "auto"
-  config.data.cache_size = (
-    0  # px of the images of `data cache`, cropped to image_size; 0: as large.
-  )
-  config.data.crop_area = (0.08, 1.0)  # Share of a streamed image that a training crop shows.
-  config.data.eval_share = 0.875  # Of a streamed image's shorter side, at its centre.
-  # Processes that decode on each host; 0: threads; -1: one a core, threads up to 4 cores.
+  # Side of the images of `data cache`, px, cropped to image_size; 0: equal to image_size.
+  config.data.cache_size = 0
+  # Fraction of a streamed image's area that a training crop shows.
+  config.data.crop_area = (0.08, 1.0)
+  # Fraction of a streamed image's shorter side shown in evaluation, centred.
+  config.data.eval_share = 0.875
+  # Decoding processes per host; 0: threads; -1: one per core, or threads on up to 4 cores.
   config.data.workers = -1
-  config.data.max_unreadable = 0.001  # Share of images; above it the run stops.
+  # Stop if more than this fraction of the images cannot be read.
+  config.data.max_unreadable = 0.001
 
   config.model = ConfigDict()
-  config.model.name = "mlp"  # A file of convex_jax/models/.
-  config.model.size = "800x3"  # A key of its SIZES.
-  config.model.parts = "base"  # base: as published; ioc: exactly convex; paper: the report's.
-  config.model.constraint = "clamp"  # max(w, 0); exponentiate: w < 0 becomes exp(w - 5).
-  config.model.passthrough = True  # Free-sign maps of the image's affine part; `ioc` only.
-  config.model.log_normal_init = True  # `ioc` only; False: its own, with negative weights set to 0.
+  config.model.name = "mlp"  # An architecture; `python -m convex_jax models` lists them.
+  config.model.size = "800x3"  # One of its sizes.
+  # The twin. base: as published; ioc: exactly convex; paper: the report's.
+  config.model.parts = "base"
+  config.model.constraint = "clamp"  # w becomes max(w, 0); exponentiate: w < 0 becomes exp(w - 5).
+  # Maps of free sign from the image's affine part to later layers; `ioc` only.
+  config.model.passthrough = True
+  # `ioc` only; False: the architecture's own, with negative weights set to 0.
+  config.model.log_normal_init = True
   config.model.branch_scales = True  # Learnt scales >= 0 on residual branches; `ioc` only.
-  config.model.norm = "twin"  # As parts say; own: as published; batch, layer, affine: every twin's.
-  config.model.convex_from = "image"  # head: the parts make the head alone, on a free trunk.
+  # twin: the twin's; own: as published; batch, layer, affine: this kind in any twin.
+  config.model.norm = "twin"
+  # head: only the head is the twin's, on an unconstrained trunk.
+  config.model.convex_from = "image"
   config.model.head_depth = 0  # Hidden layers of the head; 0: linear, as published.
-  config.model.head_width = 256  # Units of each.
-  config.model.one_logit = False  # Of two classes: y for the first, 0 for the other.
-  config.model.remat = (
-    False  # Recompute blocks, where there are, in the backward pass: less memory, more time.
-  )
+  config.model.head_width = 256  # Units of each hidden layer of the head.
+  config.model.one_logit = False  # With two classes: logits (y, 0), from a single output y.
+  config.model.remat = False  # Recompute blocks in the backward pass: less memory, more time.
 
   config.optimizer = ConfigDict()
-  config.optimizer.name = "adam"  # adam, adamw, sgd (Nesterov), lion, rmsprop (TF's).
+  config.optimizer.name = "adam"  # adam, adamw, sgd (Nesterov), lion, rmsprop (as in TensorFlow).
   config.optimizer.learning_rate = 1e-3
   config.optimizer.schedule = "constant"  # constant, linear, cosine, exponential, step.
   config.optimizer.warmup_steps = 0  # Updates of linear warm-up from 0.
-  config.optimizer.decay_at = (0.5, 0.75)  # step: at these shares of the run ...
-  config.optimizer.decay_factor = 0.1  # ... times this; exponential: in all.
-  config.optimizer.weight_decay = 0.0  # Decoupled, times the rate; no biases, no norms.
-  config.optimizer.clip_norm = 0.0  # Global gradient norm; 0: no clipping.
+  config.optimizer.decay_at = (0.5, 0.75)  # step: at these fractions of the run ...
+  # ... the rate is multiplied by this; exponential: the final fraction of the rate.
+  config.optimizer.decay_factor = 0.1
+  config.optimizer.weight_decay = 0.0  # Decoupled, multiplied by the rate; not of biases and norms.
+  config.optimizer.clip_norm = 0.0  # Largest global gradient norm; 0: no clipping.
   config.optimizer.b1 = 0.9  # Adam's and Lion's.
-  config.optimizer.b2 = 0.999  # And RMSProp's.
+  config.optimizer.b2 = 0.999  # Adam's, Lion's and RMSProp's.
   config.optimizer.momentum = 0.9  # SGD's and RMSProp's.
   config.optimizer.accumulate = 1  # Batches whose mean gradient makes one update.
 
   config.eval = ConfigDict()
-  config.eval.every_epochs = 1.0  # And once more at the end, on every example.
-  config.eval.train_examples = 10_000  # Of the training split, in between; 0: all.
+  config.eval.every_epochs = 1.0  # Also once at the end, on every example.
+  # Training examples in each evaluation before the last; 0: all.
+  config.eval.train_examples = 10_000
 
   config.checkpoint = ConfigDict()
-  config.checkpoint.every_steps = 0  # Between evaluations, each of which saves as well; 0: none.
-  config.checkpoint.keep = 2  # The latest so many, and the best; the newest may get damaged.
-  config.checkpoint.must_save = True  # False: where one cannot be written the run goes on.
-  config.checkpoint.patience = 600.0  # Seconds to write one; after them it counts as failed.
+  # Extra checkpoints every n steps, besides one per evaluation; 0: none.
+  config.checkpoint.every_steps = 0
+  config.checkpoint.keep = 2  # Keep this many of the latest checkpoints, and the best.
+  config.checkpoint.must_save = True  # False: continue when a checkpoint cannot be written.
+  # Seconds to write a checkpoint, after which it counts as failed.
+  config.checkpoint.patience = 600.0
 
   config.log = ConfigDict()
-  config.log.every_steps = 50  # A line, and a row of metrics.jsonl.
-  config.log.profile_steps = (0, 0)  # First and last step to trace into workdir/profile.
+  config.log.every_steps = 50  # Steps between two log lines and rows of metrics.jsonl.
+  # First and last step to trace into workdir/profile; (0, 0): none.
+  config.log.profile_steps = (0, 0)
   return config

@@ -3,10 +3,10 @@ r"""Two classes, one logit: a convex function that is positive on the first of t
     python -m convex_jax.main --config=configs/binary.py:cifar10
 
 The tasks of Pfrommer et al. 2023 ("Asymmetric Certified Robustness via Feature-Convex Neural
-Networks"): cats against dogs of CIFAR-10 (here by a Mixer), 3 against 8 of MNIST and shirts
-against T-shirts of Fashion-MNIST (by an MLP); and 3 against 8 of the embedded digits. In the
-twin each image of the first class has a certified radius in closed form
-(`robustness.one_sided_radius`); the radii of `certify --radii` cover both classes.
+Networks"): cats against dogs of CIFAR-10 (here with a Mixer), 3 against 8 of MNIST, shirts
+against T-shirts of Fashion-MNIST (with an MLP), and 3 against 8 of the embedded digits. In the
+convex twin each image of the first class has a certified radius in closed form
+(`proof.radii.one_sided_radius`); `python -m convex_jax radii` covers both classes.
 """
 
 from configs import mixer, mlp
@@ -21,7 +21,7 @@ CLASSES = {  # The first is the one to protect.
 
 def get_config(dataset: str = "cifar10"):
   config = (mixer if dataset == "cifar10" else mlp).get_config(dataset)
-  config.data.classes = CLASSES.get(dataset, ())  # Of another data set: yours to name.
+  config.data.classes = CLASSES.get(dataset, ())  # For another data set, name two.
   config.model.one_logit = True
   config.epochs = 40
   config.optimizer.learning_rate = 1e-3

@@ -1,4 +1,4 @@
-r"""The exactly convex twin of `binary.py`: parts alone differ.
+r"""The exactly convex twin of `binary.py`: only `model.parts` differs.
 
 python -m convex_jax.main --config=configs/binary_ioc.py
 """

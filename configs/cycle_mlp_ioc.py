@@ -1,4 +1,4 @@
-r"""The exactly convex twin of `cycle_mlp.py`: parts alone differ.
+r"""The exactly convex twin of `cycle_mlp.py`: only `model.parts` differs.
 
 python -m convex_jax.main --config=configs/cycle_mlp_ioc.py
 """

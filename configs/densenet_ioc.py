@@ -1,4 +1,4 @@
-r"""The exactly convex twin of `densenet.py`: parts alone differ.
+r"""The exactly convex twin of `densenet.py`: only `model.parts` differs.
 
 python -m convex_jax.main --config=configs/densenet_ioc.py
 """

@@ -1,4 +1,4 @@
-r"""The exactly convex twin of `efficientnet.py`: parts alone differ.
+r"""The exactly convex twin of `efficientnet.py`: only `model.parts` differs.
 
 python -m convex_jax.main --config=configs/efficientnet_ioc.py
 """

@@ -4,9 +4,9 @@ r"""MLP-Mixer of 4 blocks, width 128, on images of 72 px (report, sections 4.2 a
 
 The report: Adam 1e-3, 100 epochs (its code: batch 512, flips), 85.7 % train and 71.1 %
 test accuracy for the base, 78.6 % and 68.0 % for its twin with LayerNorm kept, which is
-not convex (`model.parts=paper`). About 2 minutes an epoch on two cores. `:digits` takes
+not convex (`model.parts=paper`). About 2 minutes per epoch on two cores. `:digits` takes
 half a minute and reaches about 98 %; `:imagenet2012` is what the report gave up, an epoch
-from a cache (`python -m convex_jax.data cache imagenet2012 --image_size=80`) or streamed.
+from a cache (`python -m convex_jax data cache imagenet2012 --image_size=80`) or streamed.
 
 `:imagenet2012,S/16` and `:imagenet2012,B/16` are published sizes by the authors' recipe for
 ImageNet alone (big_vision): 224 px, batch 4096, 300 epochs, Adam at 1e-3 falling linearly,
@@ -27,15 +27,15 @@ def get_config(dataset: str = "cifar10"):
   config.model.size = "seed"
   config.model.patch = placeholder(int)  # px; None: the size's own, as below.
   config.model.depth = placeholder(int)  # Blocks.
-  config.model.channels = placeholder(int)  # Features a token.
+  config.model.channels = placeholder(int)  # Features per token.
   config.model.tokens_hidden = placeholder(int)  # Hidden units of token mixing.
   config.model.channels_hidden = placeholder(int)  # Hidden units of channel mixing.
   config.model.gelu = placeholder(str)  # tanh, erf.
   config.model.drop_path = placeholder(float)  # Stochastic depth of the last block.
-  config.model.parallel = placeholder(bool)  # The first block's mixings both read the embedding.
-  config.model.cells = placeholder(int)  # A side, over each of which the head sees a mean.
-  config.model.overlap = placeholder(int)  # px by which a patch's window passes its sides.
-  config.model.dense_readout = placeholder(bool)  # The head sees all hidden units.
+  config.model.parallel = placeholder(bool)  # Both mixings of the first block read the embedding.
+  config.model.cells = placeholder(int)  # Cells per side, over each of which the head sees a mean.
+  config.model.overlap = placeholder(int)  # px by which a patch's window extends beyond each side.
+  config.model.dense_readout = placeholder(bool)  # The head sees the hidden units of every layer.
   config.batch_size = 512
   config.data.image_size = 72
   config.data.flip = dataset not in ("mnist", "fashion_mnist", "svhn_cropped")

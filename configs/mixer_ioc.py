@@ -1,4 +1,4 @@
-r"""The exactly convex twin of `mixer.py`: parts alone differ.
+r"""The exactly convex twin of `mixer.py`: only `model.parts` differs.
 
 python -m convex_jax.main --config=configs/mixer_ioc.py
 """

@@ -4,7 +4,7 @@ r"""MLP of three hidden layers of 800 with BatchNorm (report 4.1; Sivaprasad et 
 
 The report's recipe is a proof of concept (Adam 1e-5, few epochs), so this is the 2021
 paper's: Adam 1e-4, and from its code batch 64, flips and crops. It found 63.8 % test
-accuracy for the base and 69.9 % for its convex twin, after 1,300 epochs. About 15 s an
+accuracy for the base and 69.9 % for its convex twin, after 1,300 epochs. About 15 s per
 epoch on two cores. `:digits` takes seconds.
 """
 
@@ -18,10 +18,10 @@ def get_config(dataset: str = "cifar10"):
   config.data.name = dataset
   config.model.name = "mlp"
   config.model.size = "800x3"
-  config.model.width = placeholder(int)  # Units a hidden layer; None: the size's own.
+  config.model.width = placeholder(int)  # Units per hidden layer; None: the size's own.
   config.model.depth = placeholder(int)  # Hidden layers.
   config.model.passthrough_rank = placeholder(int)  # Of the map that later layers see.
-  config.model.dense_readout = placeholder(bool)  # The head sees every hidden layer.
+  config.model.dense_readout = placeholder(bool)  # The head sees the hidden units of every layer.
   config.batch_size = 64
   config.optimizer.learning_rate = 1e-4
   config.data.flip = True

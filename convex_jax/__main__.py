@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from convex_jax import command_line
+
 COMMANDS = {  # Name: (module, whose `main(argv)` returns the exit code; what it does).
   "train": ("convex_jax.main", "train a network, or resume its training"),
   "certify": ("convex_jax.runs.certify_command", "prove that a trained network is convex"),
@@ -28,6 +30,9 @@ def usage() -> str:
       *lines,
       "",
       "python -m convex_jax COMMAND --help describes one of them.",
+      "",
+      "example:",
+      "  python -m convex_jax train --config=configs/mixer_ioc.py:digits",
     ]
   )
 
@@ -42,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
     return 2
   module, _ = COMMANDS[argv[0]]
-  return importlib.import_module(module).main(argv[1:])
+  return command_line.exit_code(lambda: importlib.import_module(module).main(argv[1:]))
 
 
 if __name__ == "__main__":

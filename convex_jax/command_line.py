@@ -1,6 +1,7 @@
 """What every command of `python -m convex_jax` has in common."""
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -23,7 +24,8 @@ def parser(command: str, summary: str, example: str) -> argparse.ArgumentParser:
 def exit_code(action: Callable[..., int], *args: Any) -> int:
   """What `action` returns, or, where it raises `Ended` or OSError, the exit code of that.
 
-  Prints why. An end that threads could delay for ever (`Ended.at_once`) ends the process.
+  Prints why. An end that threads could delay for ever (`Ended.at_once`) ends the process. An
+  installation without the extra `train` is reported in one line as well.
   """
   try:
     return action(*args)
@@ -32,6 +34,11 @@ def exit_code(action: Callable[..., int], *args: Any) -> int:
     if end.at_once:
       os._exit(end.code)
     return end.code
+  except ModuleNotFoundError as error:
+    if importlib.util.find_spec("flax"):  # The extra is installed: something else is wrong.
+      raise
+    print(f"{error.name} is not installed: pip install 'convex_jax[train]'", file=sys.stderr)
+    return UserError.code
   except OSError as error:
     if error.filename is None:
       raise

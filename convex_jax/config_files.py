@@ -12,9 +12,6 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
-
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -32,16 +29,25 @@ def make_importable() -> None:
 
 
 def find(path: str) -> str:
-  """The config file at `path`, or the bundled one of that name where there is none."""
+  """`path`, or for configs/NAME.py that does not exist, the bundled config of that name."""
   file, colon, argument = path.partition(":")
-  inside = os.path.join(bundled(), os.path.basename(file))
-  if not os.path.exists(file) and os.path.exists(inside):
+  folder, name = os.path.split(os.path.normpath(file))
+  inside = os.path.join(bundled(), name)
+  if folder == "configs" and not os.path.exists(file) and os.path.exists(inside):
     return inside + colon + argument
   return path
 
 
 def load(arguments: list[str]) -> Any:
-  """The config that the arguments ["--config=FILE", "--config.KEY=VALUE", ...] make."""
+  """The config that the arguments ["--config=FILE", "--config.KEY=VALUE", ...] make.
+
+  Raises whatever a file that cannot be read, an unknown key, or a value that does not fit makes
+  ml_collections raise.
+  """
+  # Of the extra `train`; what comes before, `--help` included, works without it.
+  from absl import flags
+  from ml_collections import config_flags
+
   make_importable()
   found = [
     f"--config={find(a.partition('=')[2])}" if a.startswith("--config=") else a for a in arguments
@@ -49,7 +55,9 @@ def load(arguments: list[str]) -> Any:
   command, values = ["convex_jax", *found], flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
   values(command)
-  return values["config"].value
+  config: Any = values["config"].value
+  list(config.items())  # A file that cannot be read raises here, and not before.
+  return config
 
 
 @functools.cache

@@ -1,27 +1,29 @@
-"""Files that are whole or absent, JSON that knows when it was changed, folders with one writer."""
+"""Atomic writes, JSON signed against damage, locks, and the refusal of bucket URLs."""
 
 import contextlib
 import fcntl
 import hashlib
 import json
 import os
-import re
 import socket
 from collections.abc import Iterator
 from typing import Any
 
-from convex_jax.errors import UserError
+from convex_jax.errors import Unsaved, UserError
 
-MAX_JSON = 2**26  # Bytes; ours have thousands.
+MAX_JSON = 2**26  # Bytes; real files have thousands.
 
 
 class Damaged(ValueError):
-  """A file that is not what was written; the message says how."""
+  """A file differs from what was written; the message says how."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = "w") -> Iterator[Any]:
-  """A file to write to, which takes `path`'s place when all of it is on the disk."""
+  """Opens a file for writing that replaces `path` once all of it is on the disk.
+
+  If the body raises, `path` is left as it was. Raises `Unsaved` where the disk refuses.
+  """
   part = path + ".tmp"
   try:
     with open(part, mode) as file:
@@ -29,39 +31,37 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[Any]:
       file.flush()
       os.fsync(file.fileno())
     os.replace(part, path)
-  except BaseException:
+  except BaseException as error:
     with contextlib.suppress(OSError):
       os.remove(part)
+    if isinstance(error, OSError):
+      raise Unsaved(f"{path} could not be written: {error.strerror or error}") from error
     raise
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
-  """Writes `content` and a SHA-256 of it."""
+  """Writes `content` and its SHA-256; raises `Unsaved` where the disk refuses."""
   with atomic_write(path) as file:
     json.dump({**content, "sha256": _digest(content)}, file, indent=2)
 
 
 def read_json(path: str, signed: bool = True) -> dict[str, Any]:
-  """What `write_json` wrote, without the SHA-256, which may be absent unless `signed`.
+  """The content that `write_json` wrote; without `signed`, a file may lack the SHA-256.
 
-  Raises `Damaged` for anything else, `FileNotFoundError` where there is no file.
+  Raises `Damaged` for any other file, `FileNotFoundError` where there is none.
   """
   if os.path.getsize(path) > MAX_JSON:
-    raise Damaged(f"it has more than {MAX_JSON:,} bytes")
+    raise Damaged(f"it is larger than {MAX_JSON:,} bytes")
   try:
     with open(path, encoding="utf-8") as file:
       content = json.load(file)
   except (ValueError, RecursionError) as error:
-    raise Damaged(f"it is no JSON: {error}") from error
+    raise Damaged(f"it is not JSON: {error}") from error
   if not isinstance(content, dict):
-    raise Damaged("it is no JSON object")
+    raise Damaged("it is not a JSON object")
   digest = content.pop("sha256", None)
-  if digest is None and not signed:
-    if any(isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) for v in content.values()):
-      raise Damaged("its SHA-256 stands under another name")
-    return content
-  if digest != _digest(content):
-    raise Damaged("it was changed since it was written (SHA-256)")
+  if digest != _digest(content) and (signed or digest is not None):
+    raise Damaged("it was changed after it was written (SHA-256)")
   return content
 
 
@@ -72,17 +72,17 @@ def _digest(content: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def exclusive_lock(path: str, words: str) -> Iterator[None]:
-  """Raises `UserError` while another is within; whoever died holds nothing.
+  """Holds a lock on the file `path`, which a process that dies releases.
 
-  `words` say what is in use; who uses it is added.
+  Raises `UserError` while another process holds it: `words`, and which process that is.
   """
   with open(path, "a+") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       file.seek(0)
-      raise UserError(f"{words} ({file.read(200).strip()}); wait for it") from error
-    except OSError:  # A file system without locks.
+      raise UserError(f"{words} ({file.read(200).strip()}). Wait until it ends") from error
+    except OSError:  # The file system has no locks.
       pass
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -91,10 +91,10 @@ def exclusive_lock(path: str, words: str) -> Iterator[None]:
 
 
 def refuse_url(flag: str, path: str) -> None:
-  """Raises `UserError` for a bucket's address: records are read at random, from a file system."""
+  """Raises `UserError` for a URL: these files need a file system."""
   if "://" in path:
     bucket, _, rest = path.split("://", 1)[1].partition("/")
     raise UserError(
-      f"{flag}={path} is no folder of this machine; mount the bucket on every host"
-      f" (gcsfuse {bucket} /mnt/{bucket}), then {flag}=/mnt/{bucket}/{rest}"
+      f"{flag}={path} is a URL; expected a local folder. Mount the bucket on every host"
+      f" (gcsfuse {bucket} /mnt/{bucket}), then pass {flag}=/mnt/{bucket}/{rest}"
     )

@@ -11,8 +11,6 @@ import sys
 import threading
 from typing import Any
 
-from absl import logging
-
 from convex_jax import command_line, config_files
 from convex_jax.errors import UserError
 
@@ -23,7 +21,6 @@ _OVERRIDE = re.compile(r"--(?:no)?config\.([\w.]+)")
 
 def main(argv: list[str] | None = None) -> int:
   """Trains; returns the exit code, or ends the process where threads would wait for ever."""
-  logging.set_verbosity(logging.ERROR)  # TFDS and Orbax talk at length below that.
   arguments = sys.argv[1:] if argv is None else argv
   overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
   args = _parser().parse_args([a for a in arguments if a not in overrides])
@@ -57,8 +54,12 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
   if args.config is None:
     raise UserError("Missing option --config, for example --config=configs/mixer_ioc.py:digits")
+  # From here on what the extra `train` installs is needed; `--help` works without it.
+  from absl import logging
+
   from convex_jax.training import runtime
 
+  logging.set_verbosity(logging.ERROR)  # TFDS and Orbax talk at length below that.
   runtime.keep_compiled_programs()
   runtime.tune_cpu()
   from convex_jax.runs import checkpoints
@@ -74,18 +75,14 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def load_config(file: str, overrides: list[str]) -> Any:
-  """The checked config of a file and its overrides ["--config.KEY=VALUE", ...].
+  """The config of a file and its overrides ["--config.KEY=VALUE", ...].
 
-  Raises `UserError` with everything that is wrong with it, one line each.
+  Raises `UserError` for what cannot be loaded, with everything else that is wrong as well.
   """
-  from convex_jax.training import schema
-
   try:
-    config = config_files.load([f"--config={file}", *overrides])
+    return config_files.load([f"--config={file}", *overrides])
   except Exception as error:  # Whatever a config's code, or a value that does not fit, raises.
     raise UserError("\n".join(_explain(file, overrides) or [str(error)])) from error
-  schema.check(config)
-  return config
 
 
 def _explain(file: str, overrides: list[str]) -> list[str]:
@@ -95,7 +92,7 @@ def _explain(file: str, overrides: list[str]) -> list[str]:
   try:
     known = [path for path, _ in config_files.flatten(config_files.load([f"--config={file}"]))]
   except Exception as error:
-    return [f"--config={file} cannot be read: {error.__cause__ or error}"]
+    return [f"--config={file} cannot be read: {' '.join(str(error.__cause__ or error).split())}"]
   good, lines = [], []
   for override in overrides:
     match = _OVERRIDE.match(override)
@@ -111,7 +108,7 @@ def _explain(file: str, overrides: list[str]) -> list[str]:
         f"{override.lstrip('-')}: " + (f"expected {rule.expected}" if rule else f"{error}")
       )
   config = config_files.load([f"--config={file}", *good])
-  return lines + [f"config.{line}" for line in schema.mistakes(config)]
+  return lines + schema.mistakes(config)
 
 
 def _in_cluster() -> bool:

@@ -1,88 +1,55 @@
-"""A decoded split on a mesh, and the batches that training and evaluation take of it."""
+"""The batches of a split on a mesh: the interface, and the choice between its two kinds."""
 
-import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from convex_jax import mesh as meshes
 from convex_jax.data.datasets import Examples
-from convex_jax.data.sampling import examples_at, positions
+from convex_jax.data.in_memory import InMemory, is_resident
+from convex_jax.data.photos.stream import Stream, default_workers
 from convex_jax.data.splits import Split
 
 
-class Feed:
-  """A split on a mesh, either resident, a part on each device, or sent batch by batch.
+class Batches(Protocol):
+  """The batches of one split, as plans from which `batch_of` makes a batch inside jit.
 
-  `arrays` and what `plan` returns go into a jitted function, where `batch_of` makes a
-  batch of them: by a gather from the resident split, or as it came.
+  The rows of a plan are split over the devices; each process prepares its own rows only.
   """
 
-  def __init__(self, split: Split, mesh: Mesh, resident: bool, repeats: int = 1):
-    self.split, self.mesh, self._repeats = split, mesh, repeats
-    self.arrays = None
-    if resident:
-      self.arrays = {
-        "image": self._resident(split.take, split.image_shape),
-        "label": self._resident(split.labels.__getitem__, ()),
-      }
-
-  def _resident(self, rows: Any, shape: tuple[int, ...]) -> jax.Array:
-    """All examples, as many on each device; each process reads those of its own."""
-    n, parts = len(self.split), self.mesh.size
-    total = -(-n // parts) * parts
-
-    def part(at):
-      start, stop, _ = at[0].indices(total)
-      found = rows(slice(start, min(stop, n)))
-      return np.pad(found, [(0, stop - start - len(found))] + [(0, 0)] * len(shape))
-
-    return meshes.make_global_array(meshes.sharded(self.mesh, 0), (total, *shape), part)
-
-  def plan(self, index: np.ndarray, **columns: np.ndarray) -> dict[str, jax.Array]:
-    """Examples at `index`, shape (..., B), with further columns; B over the devices.
-
-    Each process touches only the examples of its own devices.
-    """
-    sharding = meshes.sharded(self.mesh, index.ndim - 1)
-
-    def column(values, tail=()):
-      return meshes.make_global_array(sharding, (*index.shape, *tail), values)
-
-    plan = {name: column(values.__getitem__) for name, values in columns.items()}
-    if self.arrays is not None:
-      return {**plan, "index": column(index.astype(np.int32).__getitem__)}
-    take, labels = self.split.take, self.split.labels
-    plan["image"] = column(lambda at: take(index[at[: index.ndim]]), self.split.image_shape)
-    plan["label"] = column(lambda at: labels[index[at]])
-    return plan
+  arrays: dict[str, jax.Array] | None  # The split itself, where it is on the devices.
 
   def train_plan(self, steps: range, batch_size: int, seed: int) -> dict[str, jax.Array]:
-    """The batches of several steps, stacked: columns of shape (steps, B)."""
-    position = positions(steps, batch_size)
-    index = examples_at(position, seed, len(self.split), self._repeats)
-    return self.plan(index, position=position.astype(np.uint32))
-
-  def close(self) -> None:
-    """Nothing runs beside it."""
+    """The plans of several training steps, stacked: columns of shape (steps, B, ...)."""
+    ...
 
   def eval_plans(self, batch_size: int, limit: int) -> Iterator[dict[str, jax.Array]]:
-    """Each of the first `limit` examples once; the last batch is filled and masked."""
-    n = min(limit, len(self.split)) if limit else len(self.split)
-    for start in range(0, n, batch_size):
-      index = np.arange(start, start + batch_size)
-      yield self.plan(np.minimum(index, n - 1), mask=index < n)
+    """Plans that show the first `limit` examples (0: all) once each, in order.
+
+    The last batch is filled up; "mask" is False for rows that do not count.
+    """
+    ...
+
+  def close(self) -> None:
+    """Ends the processes that prepare batches, if there are any."""
+
+
+def batches_of(examples: Examples, mesh: Mesh, config: Any) -> Batches:
+  """The batches of a split under `config.data`: decoded in memory, or streamed photographs."""
+  if isinstance(examples, Split):
+    return InMemory(examples, mesh, is_resident(config.loader, examples), config.repeats)
+  workers = config.workers if config.workers >= 0 else default_workers()
+  return Stream(examples, mesh, workers, config.max_unreadable, config.repeats)
 
 
 def batch_of(
   arrays: dict[str, jax.Array] | None, plan: dict[str, jax.Array], mesh: Mesh
 ) -> dict[str, jax.Array]:
-  """The batch that a plan stands for; called inside jit."""
+  """The batch of a plan: gathered from resident `arrays`, or the plan itself. Call inside jit."""
   if arrays is None:
     return plan
   rest = {name: column for name, column in plan.items() if name != "index"}
@@ -94,7 +61,7 @@ def batch_of(
 
 
 def _pick(arrays: dict[str, jax.Array], index_B: jax.Array) -> dict[str, jax.Array]:
-  """Of each device's rows those of the batch, the rest zeros; their sum, a share to each."""
+  """Each device's rows of the batch: every device adds the rows it holds, zeros for the rest."""
 
   def one(array):
     row_B = index_B - jax.lax.axis_index(meshes.AXES) * len(array)
@@ -104,25 +71,3 @@ def _pick(arrays: dict[str, jax.Array], index_B: jax.Array) -> dict[str, jax.Arr
     return jax.lax.psum_scatter(jnp.where(here, found, 0), meshes.AXES, tiled=True)
 
   return jax.tree.map(one, arrays)
-
-
-def is_resident(loader: str, split: Split) -> bool:
-  """Whether a split lives on the devices: as asked, or where its parts take a quarter at most."""
-  if loader != "auto":
-    return loader == "resident"
-  stats = jax.local_devices()[0].memory_stats()
-  if stats and "bytes_limit" in stats:
-    return split.nbytes / jax.device_count() <= stats["bytes_limit"] / 4
-  host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  here = jax.local_device_count() / jax.device_count()
-  return split.nbytes * here <= host_bytes / 4
-
-
-def feed_of(examples: Examples, mesh: Mesh, config: Any) -> Any:
-  """The feed of a split, as `config.loader` and what the split is ask for."""
-  if isinstance(examples, Split):
-    return Feed(examples, mesh, is_resident(config.loader, examples), config.repeats)
-  from convex_jax.data.photos import stream  # Grain: only whoever streams need wait for it.
-
-  workers = config.workers if config.workers >= 0 else stream.default_workers()
-  return stream.Stream(examples, mesh, workers, config.max_unreadable, config.repeats)

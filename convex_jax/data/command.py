@@ -1,23 +1,17 @@
-"""Lists, prepares, converts, decodes and checks data sets.
-
-python -m convex_jax.data list
-python -m convex_jax.data prepare NAME [--data_dir=...] [--manual_dir=...]
-python -m convex_jax.data convert NAME --to=... [--data_dir=...]
-python -m convex_jax.data cache NAME --image_size=80 [--data_dir=...]
-python -m convex_jax.data check NAME [--data_dir=...] [--image_size=80]
-"""
+"""Lists, prepares, converts, caches and checks data sets: `python -m convex_jax data`."""
 
 import argparse
-import sys
 
 import numpy as np
 from absl import logging
 from rich.console import Console
 from rich.table import Table
 
+from convex_jax import command_line
 from convex_jax.data import datasets, prepare, tfrecord
 from convex_jax.data.catalog import DATASETS
 from convex_jax.data.photos import cache
+from convex_jax.data.photos.stream import cores
 from convex_jax.errors import UserError
 
 
@@ -25,21 +19,13 @@ def _list(args: argparse.Namespace) -> None:
   table = Table("name", "classes", "image (px)", "train", "test")
   table.add_column("prepared in", overflow="fold")
   for name, entry in DATASETS.items():
-    if entry.synthetic:
-      counts = (f"{entry.train_examples:,}", f"{entry.test_examples:,}")
-      table.add_row(name, str(entry.classes), "any", *counts, "made as needed")
-      continue
-    builder = prepare.builder_of(name, args.data_dir, entry.config)
-    size = "natural" if entry.is_natural else " x ".join(map(str, entry.image_shape))
-    absent = "on first use" if name == "digits" else "-"
-    table.add_row(
-      name,
-      str(entry.classes),
-      size,
-      f"{entry.train_examples:,}",
-      f"{entry.test_examples:,}",
-      str(builder.data_dir) if builder.is_prepared() else absent,
-    )
+    size = " x ".join(map(str, entry.image_shape)) if entry.image_shape[0] else "various"
+    where = {"digits": "at first use", "synthetic": "made as needed"}.get(name, "-")
+    if not entry.synthetic:
+      builder = prepare.builder_of(name, args.data_dir, entry.config)
+      where = str(builder.data_dir) if builder.is_prepared() else where
+    counts = (f"{entry.train_examples:,}", f"{entry.test_examples:,}")
+    table.add_row(name, str(entry.classes), size, *counts, where)
   Console().print(table)
 
 
@@ -59,11 +45,9 @@ def _cache(args: argparse.Namespace) -> None:
   entry = DATASETS[args.name]
   if not entry.is_natural:
     natural = ", ".join(name for name, e in DATASETS.items() if e.is_natural)
-    raise UserError(f"{args.name} is decoded in seconds at the start of a run; allowed: {natural}")
+    raise UserError(f"{args.name} needs no cache: a run decodes it in seconds; expected {natural}")
   if args.image_size < 1:
-    raise UserError(f"--image_size={args.image_size}; allowed: whole numbers from 1, px")
-  from convex_jax.data.photos.stream import cores
-
+    raise UserError(f"--image_size={args.image_size}; expected an integer from 1, in px")
   builder = datasets.open_prepared(args.name, args.data_dir)
   workers = args.workers if args.workers >= 0 else cores()
   for split in (entry.train, entry.test):
@@ -77,56 +61,66 @@ def _check(args: argparse.Namespace) -> None:
   entry = DATASETS[args.name]
   for split, expected in ((entry.train, entry.train_examples), (entry.test, entry.test_examples)):
     if entry.is_natural and not args.image_size:
-      raise UserError(f"{args.name} has images of natural size; give the --image_size of its cache")
+      raise UserError(f"{args.name} has images of various sizes; pass the --image_size of a cache")
     if entry.is_natural:
       decoded = cache.read(args.name, builder.data_dir, split, args.image_size, max_unreadable=1.0)
     else:
       decoded = datasets.decode_split(builder, split, progress=True)
     if len(decoded) != expected:
       raise UserError(
-        f"data set {args.name!r} in {builder.data_dir}: {split} has {len(decoded):,} examples;"
-        f" expected: {expected:,}. Delete the folder and prepare it again."
+        f"Data set {args.name!r} in {builder.data_dir}: {split} has {len(decoded):,} examples;"
+        f" expected {expected:,}. Delete the folder and prepare it again"
       )
     mean, std = decoded.statistics()
     print(
       f"{args.name} {split}: {len(decoded):,} images {decoded.image_shape}, mean"
-      f" {np.round(mean, 4).tolist()}, std {np.round(std, 4).tolist()}, examples a class"
+      f" {np.round(mean, 4).tolist()}, std {np.round(std, 4).tolist()}, examples per class"
       f" {np.bincount(decoded.labels, minlength=entry.classes).tolist()}"
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Lists, prepares, converts, decodes and checks data sets; returns the exit code."""
-  parser = argparse.ArgumentParser("python -m convex_jax.data", description=main.__doc__)
-  commands = parser.add_subparsers(required=True)
-  actions = {
-    "list": _list,
-    "prepare": _prepare,
-    "convert": _convert,
-    "cache": _cache,
-    "check": _check,
-  }
-  for name, action in actions.items():
-    command = commands.add_parser(name)
+PREPARED = [name for name, entry in DATASETS.items() if not entry.synthetic]
+COMMANDS = {  # Name: (action, summary, arguments of an example).
+  "list": (_list, "List the data sets, and where they are prepared.", ""),
+  "prepare": (_prepare, "Download and prepare a data set.", "cifar10 --data_dir=~/data"),
+  "convert": (_convert, "Copy TFDS's TFRecord files to array_record.", "stl10 --to=~/data"),
+  "cache": (_cache, "Decode photographs once, at one size.", "imagenet2012 --image_size=80"),
+  "check": (_check, "Read every example; report counts and statistics.", "cifar10"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = command_line.parser(
+    "data",
+    "List, prepare, convert, cache and check data sets.",
+    "python -m convex_jax data prepare cifar10 --data_dir=~/data",
+  )
+  subparsers, commands = parser.add_subparsers(required=True, metavar="COMMAND"), {}
+  for name, (action, summary, example) in COMMANDS.items():
+    commands[name] = command = subparsers.add_parser(
+      name,
+      help=summary,
+      description=summary,
+      epilog=f"example:\n  python -m convex_jax data {name} {example}",
+      formatter_class=parser.formatter_class,
+      allow_abbrev=False,
+    )
     command.set_defaults(action=action)
     if name != "list":
-      prepared = [name for name, entry in DATASETS.items() if not entry.synthetic]
-      command.add_argument("name", choices=prepared)
-    command.add_argument("--data_dir", default="", help="default: TFDS's own folder")
-    if name == "prepare":
-      command.add_argument("--manual_dir", default="", help="archives downloaded by hand")
-    if name == "convert":
-      command.add_argument("--to", required=True, help="where to; a TFRecord folder stays")
-    if name in ("cache", "check"):
-      needed = name == "cache"
-      command.add_argument("--image_size", type=int, default=0, required=needed, help="px")
-    if name == "cache":
-      command.add_argument("--workers", type=int, default=-1, help="processes; -1: one a core")
-  args = parser.parse_args(argv)
-  logging.set_verbosity(logging.ERROR)  # TFDS warns of each folder that is not there.
-  try:
-    args.action(args)
-  except UserError as error:
-    print(error, file=sys.stderr)
-    return error.code
-  return 0
+      command.add_argument("name", choices=PREPARED, metavar="NAME", help=", ".join(PREPARED))
+    command.add_argument("--data_dir", default="", help="folder of data sets (default: TFDS's own)")
+  commands["prepare"].add_argument("--manual_dir", default="", help="folder of the archives")
+  commands["convert"].add_argument("--to", required=True, help="folder of the copy")
+  for name, needed in (("cache", True), ("check", False)):
+    commands[name].add_argument(
+      "--image_size", type=int, default=0, required=needed, help="side of the cached images, in px"
+    )
+  commands["cache"].add_argument("--workers", type=int, default=-1, help="-1: one per core")
+  return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs the command; returns its exit code."""
+  args = _parser().parse_args(argv)
+  logging.set_verbosity(logging.ERROR)  # TFDS warns about every absent folder.
+  return command_line.exit_code(lambda: args.action(args) or 0)

@@ -1,11 +1,9 @@
 """Data sets through TFDS, without TensorFlow.
 
-Small images are decoded once into one uint8 array a split (`splits.Split`). Photographs of
-natural size are decoded as they are needed, by worker processes (`splits.Records`), or once,
-at a fixed size, into a file (`cache`). Either way the batch of a step is a function of the
-seed and the step (`order`).
-
-`python -m convex_jax.data --help` prepares and checks them.
+Small images are decoded once, into one uint8 array per split (`splits.Split`). Photographs are
+decoded as they are needed, by worker processes (`photos.records.Records`), or once, at a fixed
+size, into a file (`photos.cache`). Either way the batch of a step is a function of the seed and
+the step (`sampling`). `python -m convex_jax data --help` prepares and checks data sets.
 """
 
 import concurrent.futures
@@ -16,9 +14,12 @@ from typing import Any
 
 import numpy as np
 import rich.progress
+import tensorflow_datasets as tfds
 from rich.console import Console
 
+from convex_jax.data import prepare
 from convex_jax.data.catalog import DATASETS, Dataset, Statistics
+from convex_jax.data.photos import cache, decode
 from convex_jax.data.photos.records import Records, source_of
 from convex_jax.data.splits import Split
 from convex_jax.errors import UserError
@@ -27,9 +28,9 @@ from convex_jax.files import refuse_url
 Examples = Split | Records
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Data:
-  """The splits of a run; `valid` is None unless a part of train is held out."""
+  """The splits of a run; `valid` is None unless part of the training split is held out."""
 
   train: Examples
   valid: Examples | None
@@ -38,7 +39,7 @@ class Data:
   known_statistics: Statistics | None = None
 
   def splits(self) -> dict[str, Examples]:
-    """Those that exist, by name."""
+    """The splits that exist, by name."""
     all_splits = {"train": self.train, "valid": self.valid, "test": self.test}
     return {name: split for name, split in all_splits.items() if split is not None}
 
@@ -52,14 +53,15 @@ class Data:
 
 
 def open_prepared(name: str, data_dir: str) -> Any:
-  """A prepared builder, or a `UserError` that says which folder and what helps."""
-  from convex_jax.data import prepare  # Imports TFDS: half a second that `--help` need not wait.
+  """TFDS's builder of a prepared data set.
 
+  Raises `UserError` where the data set is absent, incomplete, damaged or in another format.
+  """
   refuse_url("--config.data.dir", data_dir)
   entry = DATASETS[name]
   try:
     builder = prepare.builder_of(name, data_dir, entry.config)
-  except Exception as error:  # TFDS raises what the damage makes it meet.
+  except Exception as error:  # TFDS raises anything for damaged files.
     folder = os.path.join(data_dir or "~/tensorflow_datasets", name)
     raise _damaged(name, folder, error) from error
   if not builder.is_prepared() and name == "digits":
@@ -68,23 +70,23 @@ def open_prepared(name: str, data_dir: str) -> Any:
   if not builder.is_prepared():
     by_hand = " --manual_dir=<folder of both tars>" if name == "imagenet2012" else ""
     raise UserError(
-      f"data set {name!r} is not prepared: nothing in {builder.data_dir}\n"
-      f"  on a machine with a network: python -m convex_jax.data prepare {name}"
+      f"Data set {name!r} is not prepared: {builder.data_dir} is empty or absent.\n"
+      f"  To prepare it (needs a network): python -m convex_jax data prepare {name}"
       f"{f' --data_dir={data_dir}' if data_dir else ''}{by_hand}\n"
-      "  with no data at all: choose the embedded digits, --config=configs/<model>.py:digits\n"
-      "  prepared elsewhere: --config.data.dir=<the folder that holds it>"
+      "  To train without any download: --config=configs/<model>.py:digits\n"
+      "  If it is in another folder: --config.data.dir=<that folder>"
     )
   if builder.info.file_format.value != "array_record":
     raise UserError(
-      f"data set {name!r} in {builder.data_dir} is in {builder.info.file_format.value} form,"
-      " which cannot be read at random; allowed: array_record\n"
-      f"  python -m convex_jax.data convert {name} --data_dir={data_dir or '...'}"
+      f"Data set {name!r} in {builder.data_dir} is in {builder.info.file_format.value} format,"
+      " which has no random access; expected array_record. To convert it:\n"
+      f"  python -m convex_jax data convert {name} --data_dir={data_dir or '...'}"
       " --to=<another folder>"
     )
   if missing := {entry.train, entry.test} - set(builder.info.splits):
     raise UserError(
-      f"data set {name!r} in {builder.data_dir} lacks {', '.join(sorted(missing))}: prepare it"
-      " again with all its archives"
+      f"Data set {name!r} in {builder.data_dir} lacks {', '.join(sorted(missing))}. Prepare it"
+      " again from all its archives"
     )
   for split in (entry.train, entry.test):
     for path in builder.info.splits[split].filepaths:
@@ -96,17 +98,16 @@ def open_prepared(name: str, data_dir: str) -> Any:
 def _damaged(name: str, folder: Any, error: Exception) -> UserError:
   reason = (str(error).splitlines() or [repr(error)])[0]
   return UserError(
-    f"data set {name!r} in {folder} is damaged: {reason}\n"
-    f"  delete that folder, then: python -m convex_jax.data prepare {name}"
+    f"Data set {name!r} in {folder} is damaged: {reason}\n"
+    f"  Delete that folder, then: python -m convex_jax data prepare {name}"
   )
 
 
 def decode_split(builder: Any, split: str, progress: bool) -> Split:
-  """A split of images of one size, decoded; raises `UserError` for others, and wrong labels."""
-  import tensorflow_datasets as tfds
+  """The decoded split of a data set whose images have one size.
 
-  from convex_jax.data.photos import decode  # OpenCV, which `--help` need not wait for.
-
+  Raises `UserError` for damaged records, images of another size and labels out of range.
+  """
   try:
     source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
   except RuntimeError as error:
@@ -122,8 +123,8 @@ def decode_split(builder: Any, split: str, progress: bool) -> Split:
         images[i], labels[i] = decode.whole_image(example["image"], shape), example["label"]
       except decode.Unreadable as error:
         raise UserError(
-          f"data set {builder.name!r} in {builder.data_dir}, split {split!r}, example {i}: {error};"
-          " prepare it again"
+          f"Data set {builder.name!r} in {builder.data_dir}, split {split!r}, example {i}: {error}."
+          " Prepare it again"
         ) from error
 
   text, total = f"decoding {builder.name} {split}", -(-len(source) // 1000)
@@ -135,32 +136,32 @@ def decode_split(builder: Any, split: str, progress: bool) -> Split:
         done, text, total, transient=True, disable=hidden, console=console
       ):
         pass
-  except RuntimeError as error:  # ArrayRecord's, of a file that is not as it was written.
+  except RuntimeError as error:  # From ArrayRecord, for a changed file.
     raise _damaged(builder.name, builder.data_dir, error) from error
   if not ((labels >= 0) & (labels < classes)).all():
     raise UserError(
-      f"data set {builder.name!r} in {builder.data_dir}, split {split!r}: labels run from"
-      f" {labels.min()} to {labels.max()}; allowed: 0 to {classes - 1}. Prepare it again."
+      f"Data set {builder.name!r} in {builder.data_dir}, split {split!r}: labels run from"
+      f" {labels.min()} to {labels.max()}; expected 0 to {classes - 1}. Prepare it again"
     )
   return Split(images, labels)
 
 
 def load(config: Any, seed: int, progress: bool = True) -> Data:
-  """The splits that `config.data` and the run's seed describe.
+  """The splits described by `config`, a `config.data`, and the run's seed.
 
-  `seed` chooses which examples are kept (`train_fraction`), held out
-  (`validation_fraction`) and given a random label (`label_noise`): a share of the
-  training labels, drawn anew from all classes; validation and test labels never.
+  `seed` chooses which training examples are kept (`train_fraction`), held out
+  (`validation_fraction`) and given a random label (`label_noise`). Validation and test labels
+  have no noise.
 
-  Raises `UserError` when the data set is not there, or has no such `classes`.
+  Raises `UserError` when the data set is absent or damaged, or lacks one of `config.classes`.
   """
   entry = DATASETS[config.name]
   builder = None if entry.synthetic else open_prepared(config.name, config.dir)
   names = tuple(builder.info.features["label"].names if builder else map(str, range(entry.classes)))
   if unknown := [repr(name) for name in config.classes if name not in names]:
     raise UserError(
-      f"config.data.classes has {', '.join(unknown)}, no class of {config.name!r};"
-      f" allowed: {', '.join(names)}"
+      f"config.data.classes has {', '.join(unknown)}, unknown in {config.name!r};"
+      f" expected names among {', '.join(names)}"
     )
   train, test = (_examples(config, builder, s, progress) for s in (entry.train, entry.test))
   if config.classes:
@@ -170,14 +171,14 @@ def load(config: Any, seed: int, progress: bool = True) -> Data:
   order = rng.permutation(len(train))
   num_valid = round(config.validation_fraction * len(train))
   num_train = round(config.train_fraction * (len(train) - num_valid))
-  for key, share, count in (
+  for key, fraction, count in (
     ("validation_fraction", config.validation_fraction, num_valid),
     ("train_fraction", config.train_fraction, num_train),
   ):
-    if share and not count:
+    if fraction and not count:
       raise UserError(
-        f"config.data.{key} is {share:g}, no example at all of the {len(train):,} of"
-        f" {config.name!r}; allowed: more"
+        f"config.data.{key} is {fraction:g}, which selects none of the {len(train):,} examples of"
+        f" {config.name!r}; expected more"
       )
   valid = train.subset(np.sort(order[:num_valid])) if num_valid else None
   if num_valid or config.train_fraction < 1:
@@ -189,39 +190,35 @@ def load(config: Any, seed: int, progress: bool = True) -> Data:
 
 
 def _examples(config: Any, builder: Any, split: str, progress: bool) -> Any:
-  """A split as `config.loader` asks for it."""
-  from convex_jax.data.photos import cache
-
+  """A split, in the form that `config.loader` and the data set require."""
   if builder is None:
     return synthetic(DATASETS[config.name], split, config.cache_size or config.image_size)
   if not DATASETS[config.name].is_natural:
     return decode_split(builder, split, progress)
   if config.loader == "stream":
-    every = np.arange(builder.info.splits[split].num_examples)
-    area = tuple(config.crop_area)
-    folder = str(builder.data_dir)
-    classes = builder.info.features["label"].num_classes
-    _refuse_unlike(config.name, folder, split, len(every))
+    every, folder = np.arange(builder.info.splits[split].num_examples), str(builder.data_dir)
+    _check_count(config.name, folder, split, len(every))
+    area, classes = tuple(config.crop_area), builder.info.features["label"].num_classes
     return Records(folder, split, every, config.image_size, area, config.eval_share, classes)
   size = config.cache_size or config.image_size
   return cache.read(config.name, builder.data_dir, split, size, config.max_unreadable, progress)
 
 
-def _refuse_unlike(name: str, folder: str, split: str, count: int) -> None:
-  """Raises `UserError` where the records of a split cannot be opened, or are fewer than it says."""
+def _check_count(name: str, folder: str, split: str, count: int) -> None:
+  """Raises `UserError` where a split cannot be opened or does not have `count` records."""
   try:
     found = len(source_of(folder, split))
-  except Exception as error:  # TFDS's and ArrayRecord's.
+  except Exception as error:  # From TFDS or ArrayRecord.
     raise _damaged(name, folder, error) from error
   if found != count:
     raise _damaged(name, folder, ValueError(f"{found:,} records in {split} instead of {count:,}"))
 
 
-DISTINCT = 4096  # Synthetic images, repeated.
+DISTINCT = 4096  # Number of different synthetic images.
 
 
 def synthetic(entry: Dataset, split: str, size: int) -> Split:
-  """Noise with random labels, as many examples as ImageNet: the speed of a run without input."""
+  """Noise with random labels, as many examples as ImageNet: to time runs without their input."""
   count = entry.train_examples if split == entry.train else entry.test_examples
   rng = np.random.default_rng([count, size])
   images = rng.integers(0, 256, (min(DISTINCT, count), size, size, 3), np.uint8)
@@ -229,13 +226,13 @@ def synthetic(entry: Dataset, split: str, size: int) -> Split:
   return Split(images, labels, np.arange(count) % len(images))
 
 
-def add_label_noise(labels: np.ndarray, classes: int, share: float, seed: int) -> np.ndarray:
-  """`share` of the labels replaced by one drawn from all classes (the true one too).
+def add_label_noise(labels: np.ndarray, classes: int, fraction: float, seed: int) -> np.ndarray:
+  """Labels of which a fraction is replaced by uniform draws from all classes, the true included.
 
   As in Sivaprasad et al. 2021, table 3, where 100 % is pure chance.
   """
   rng = np.random.default_rng([seed, 1])
   labels = labels.copy()
-  chosen = rng.permutation(len(labels))[: round(share * len(labels))]
+  chosen = rng.permutation(len(labels))[: round(fraction * len(labels))]
   labels[chosen] = rng.integers(0, classes, len(chosen))
   return labels

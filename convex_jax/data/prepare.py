@@ -1,11 +1,10 @@
-"""Preparing data sets with TFDS on a machine that has no TensorFlow.
+"""Prepares data sets with TFDS on a machine that has no TensorFlow.
 
-TFDS reads array_record data and encodes PIL images without TensorFlow, but the official
-CIFAR, MNIST, SVHN and STL-10 builders yield numpy images, which it encodes with
-`tf.image`, and all open their files with `tf.io.gfile`. The builders stay the official
-ones; only what they yield and how they open a local file is replaced here. ImageNet's 23
-files that are no RGB JPEG are kept as they are, where TensorFlow would encode them anew:
-`decode` reads them.
+TFDS reads array_record data and encodes PIL images without TensorFlow. But the official CIFAR,
+MNIST, SVHN and STL-10 builders yield numpy images, which TFDS encodes with `tf.image`, and all
+builders open their files with `tf.io.gfile`. The official builders run here with these two
+replaced. The 23 ImageNet files that are not RGB JPEGs, which TensorFlow would re-encode, are
+kept unchanged: `photos.decode` reads them.
 """
 
 import contextlib
@@ -19,6 +18,7 @@ import sys
 import types
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import PIL.Image
@@ -31,13 +31,13 @@ from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
 
 from convex_jax.errors import UserError
 
-with registered.skip_registration():  # `builder_of` finds it, not `tfds.load`.
+with registered.skip_registration():  # Found by `builder_of`, not by `tfds.load`.
 
   class Digits(tfds.core.GeneratorBasedBuilder):
     """Scikit-learn's digits: 1,797 real scans, 8 x 8 px, 17 grey levels.
 
-    Alpaydin and Kaynak 1998, "Optical Recognition of Handwritten Digits" (UCI). Every
-    fifth image is a test image, so that both splits hold all 13 writers.
+    Alpaydin and Kaynak 1998, "Optical Recognition of Handwritten Digits" (UCI). Every fifth
+    image is a test image, so that both splits contain all 13 writers.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -70,7 +70,7 @@ with registered.skip_registration():  # `builder_of` finds it, not `tfds.load`.
 
 
 def builder_of(name: str, data_dir: str, config: str = "") -> Any:
-  """TFDS's builder of a data set (and its variant) in `data_dir`; "": TFDS's own folder."""
+  """TFDS's builder of a data set and its variant in `data_dir` ("": TFDS's own folder)."""
   folder = os.path.expanduser(data_dir) or None
   if name == "digits":
     return Digits(data_dir=folder, file_format="array_record")
@@ -83,7 +83,7 @@ def _as_pil(image: np.ndarray) -> PIL.Image.Image:
 
 @contextlib.contextmanager
 def _without_tensorflow(builder: Any) -> Iterator[None]:
-  """Lets an official builder run: PIL images out, Python's `open` in, archives too."""
+  """Lets an official builder run: it yields PIL images and opens files with Python's `open`."""
   if builder.name == "digits" or importlib.util.find_spec("tensorflow"):
     yield
     return
@@ -100,26 +100,21 @@ def _without_tensorflow(builder: Any) -> Iterator[None]:
   plain = types.SimpleNamespace(
     io=types.SimpleNamespace(gfile=gfile), compat=types.SimpleNamespace(as_text=str)
   )
-  modules: list[Any] = [sys.modules[type(builder).__module__], extractor]
+  replaced: list[tuple[Any, str, Any]] = [
+    (builder, "_generate_examples", generate_pil),
+    (sys.modules[type(builder).__module__], "tf", plain),
+    (extractor, "tf", plain),
+  ]
   if builder.name == "imagenet2012":
-    modules.append(imagenet_common)
-    builder._fix_image = lambda _, image: image
-  lazy = [module.tf for module in modules]
-  builder._generate_examples = generate_pil
-  for module in modules:
-    module.tf = plain
-  try:
+    replaced += [(imagenet_common, "tf", plain), (builder, "_fix_image", lambda _, image: image)]
+  with contextlib.ExitStack() as stack:
+    for owner, name, new in replaced:
+      stack.enter_context(mock.patch.object(owner, name, new))
     yield
-  finally:
-    for module, tf in zip(modules, lazy, strict=True):
-      module.tf = tf
-    del builder._generate_examples
-    if builder.name == "imagenet2012":
-      del builder._fix_image
 
 
 def official_archives(builder: Any) -> dict[str, tuple[int, str]]:
-  """Name: (bytes, SHA-256) of the archives that a user has to fetch by hand, as TFDS knows them."""
+  """{name: (bytes, SHA-256)} of the archives to download by hand, as TFDS knows them."""
   if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
     return {}
   known = builder.url_infos or {}
@@ -127,9 +122,9 @@ def official_archives(builder: Any) -> dict[str, tuple[int, str]]:
 
 
 def check_archives(builder: Any, manual_dir: str) -> None:
-  """Raises `UserError` unless every archive that is fetched by hand is there, and whole.
+  """Raises `UserError` unless all archives to download by hand are present and intact.
 
-  Before hours of work: sizes first, then checksums, then room for what is made of them.
+  Checks, before hours of work, sizes, then checksums, then the room on the disk.
   """
   archives = official_archives(builder)
   if not archives:
@@ -138,41 +133,38 @@ def check_archives(builder: Any, manual_dir: str) -> None:
   listed = ", ".join(f"{name} ({size / 1e9:.1f} GB)" for name, (size, _) in archives.items())
   if not manual_dir:
     raise UserError(
-      f"data set {builder.name!r} is given only to those who register, at {builder.info.homepage};"
-      f" fetch {listed}, lay them into one folder, and give --manual_dir=<that folder>"
+      f"Data set {builder.name!r} requires that you register at {builder.info.homepage}. Download"
+      f" {listed} to one folder, and pass --manual_dir=<that folder>"
     )
   lines = []
   for name, (size, _) in archives.items():
     path = os.path.join(manual_dir, name)
-    if not os.path.exists(path):
-      lines.append(f"{path} is not there ({size:,} bytes)")
-    elif os.path.getsize(path) != size:
-      found = os.path.getsize(path)
-      lines.append(f"{path} has {found:,} of {size:,} bytes: fetch it again, or go on fetching it")
+    found = os.path.getsize(path) if os.path.exists(path) else 0
+    if found != size:
+      lines.append(f"{path} has {found:,} of {size:,} bytes: resume or repeat the download")
   for name, (_, checksum) in archives.items() if not lines else ():
     path = os.path.join(manual_dir, name)
     with rich.progress.open(path, "rb", description=f"checking {name}", transient=True) as file:
       if hashlib.file_digest(file, "sha256").hexdigest() != checksum:  # pyright: ignore
-        lines.append(f"{path} is not the official file: its SHA-256 differs; fetch it again")
+        lines.append(f"{path} is not the official file (its SHA-256 differs): download it again")
   folder = os.path.abspath(str(builder.data_dir))
   while not os.path.exists(folder):
     folder = os.path.dirname(folder)
   free = shutil.disk_usage(folder).free
-  if not lines and free < 2 * total:  # The records, and what TFDS shuffles beside them.
+  if not lines and free < 2 * total:  # The records, and TFDS's temporary copy.
     lines.append(
       f"{builder.data_dir} has {free / 1e9:.0f} GB free and needs {2 * total / 1e9:.0f} GB, half of"
-      " them for the time of the work; give another --data_dir"
+      " that temporarily: make room, or pass another --data_dir"
     )
   if lines:
-    raise UserError("\n".join([f"data set {builder.name!r} cannot be prepared:", *lines]))
+    raise UserError("\n".join([f"Data set {builder.name!r} cannot be prepared:", *lines]))
 
 
 def prepare(name: str, data_dir: str, manual_dir: str = "", variant: str = "") -> str:
-  """Downloads and prepares a data set in array_record form; returns its folder.
+  """Downloads and prepares a data set in array_record format; returns its folder.
 
-  `manual_dir` may hold the official archives, for a machine without a network.
-
-  Raises `UserError` when the folder cannot be written or the archives not be fetched.
+  On a machine without a network, `manual_dir` is a folder with the official archives. Raises
+  `UserError` when the folder cannot be written or the archives cannot be downloaded.
   """
   config = tfds.download.DownloadConfig(
     manual_dir=os.path.abspath(os.path.expanduser(manual_dir)) if manual_dir else None,
@@ -181,7 +173,7 @@ def prepare(name: str, data_dir: str, manual_dir: str = "", variant: str = "") -
   builder = builder_of(name, data_dir, variant)
   if not builder.is_prepared():
     check_archives(builder, os.path.expanduser(manual_dir))
-  if name == "digits":  # A second's work, on first use: no progress bars in a training log.
+  if name == "digits":  # Takes a second, at first use: no progress bars in a training log.
     tfds.disable_progress_bar()
   try:
     with _without_tensorflow(builder), contextlib.redirect_stdout(io.StringIO()):
@@ -189,9 +181,9 @@ def prepare(name: str, data_dir: str, manual_dir: str = "", variant: str = "") -
   # requests' connection errors are OSErrors too.
   except (OSError, NonMatchingChecksumError) as error:
     raise UserError(
-      f"data set {name!r} could not be prepared in {builder.data_dir}: {error}\n"
-      "  no network, or a file that is not the official one: fetch the archives elsewhere and"
-      " give --manual_dir=<their folder>\n"
-      "  a folder that cannot be written: give another --data_dir"
+      f"Data set {name!r} could not be prepared in {builder.data_dir}: {error}\n"
+      "  If the network or a download fails: download the archives elsewhere and pass"
+      " --manual_dir=<their folder>\n"
+      "  If the folder cannot be written: pass another --data_dir"
     ) from error
   return str(builder.data_dir)

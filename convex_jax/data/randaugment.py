@@ -1,12 +1,12 @@
 """RandAugment (Cubuk et al. 2020) on the device, batched, in timm's "increasing" form.
 
-Under `vmap` every image draws its own operation, so all must be computed for each. Fifteen
-results would be dear; but an operation is a warp (an affine map of coordinates), a table (256
-levels to 256, by channel) or a blend (of the image with a grey or a smoothed one), and each
-kind is computed once, doing nothing where another was drawn.
+Under `vmap`, where every image draws its own operation, all operations are computed for each
+image. Fifteen results would be expensive; but each operation is a warp (an affine map of
+coordinates), a table (256 levels to 256, per channel) or a blend (of the image with a grey or
+a smoothed one), and each kind is computed once, as the identity where another was drawn.
 
-Images are (H, W, C) with pixel values 0..255, magnitudes 0..10. Parameters and conventions are
-Pillow's, which timm calls: a warped pixel is read at its centre, from outside comes grey.
+Images are (H, W, C) with pixels in 0..255, magnitudes are in 0..10. Parameters and conventions
+are those of Pillow, which timm calls: pixels are read at their centres, grey from outside.
 """
 
 from typing import Any
@@ -29,14 +29,14 @@ TABLES = (
 BLENDS = ("colour", "sharpness")
 OPERATIONS = (*WARPS, *TABLES, *BLENDS)
 NOTHING = len(OPERATIONS)
-FILL = 128.0  # What a warp brings in: timm's grey.
-SPREAD = 0.5  # Standard deviation of a magnitude: `mstd0.5`.
-PROBABILITY = 0.5  # That a drawn operation is applied.
+FILL = 128.0  # Outside the image: timm's grey.
+SPREAD = 0.5  # Standard deviation of the magnitude: timm's `mstd0.5`.
+PROBABILITY = 0.5  # Of applying a drawn operation.
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, Pillow's.
 
 
 def randaugment(key: jax.Array, image_HxWxC: jax.Array, count: int, magnitude: float) -> jax.Array:
-  """`count` operations in turn, each drawn from all and applied with probability 1/2; float32.
+  """Applies `count` random operations in turn, each with probability 1/2; float32.
 
   Count 2 and magnitude 9 are DeiT's `rand-m9-mstd0.5-inc1` (Touvron et al. 2021, table 9).
   """
@@ -51,7 +51,7 @@ def randaugment(key: jax.Array, image_HxWxC: jax.Array, count: int, magnitude: f
 
 
 def operate(x_HxWxC: jax.Array, number: Any, magnitude: Any, sign: Any) -> jax.Array:
-  """Operation `number` of `OPERATIONS`, or `NOTHING`; `sign` is its direction, if it has one."""
+  """Applies operation `number` of `OPERATIONS`, or `NOTHING`; `sign` (1, -1) is its direction."""
   m = magnitude / 10
   height, width, channels = x_HxWxC.shape
   x_HxWxC = _warp(x_HxWxC, _matrices(sign * m, height, width), number)
@@ -73,13 +73,13 @@ def operate(x_HxWxC: jax.Array, number: Any, magnitude: Any, sign: Any) -> jax.A
 
 
 def _chosen(number: Any, kind: tuple[str, ...], values: dict[str, Any], nothing: Any) -> jax.Array:
-  """The value of the operation drawn, if it is of this kind."""
+  """The value of operation `number` if it is one of `kind`, else `nothing`."""
   drawn = [jnp.asarray(number) == OPERATIONS.index(name) for name in kind]
   return jnp.select(drawn, [values[name] for name in kind], nothing)
 
 
 def _matrices(v: Any, height: int, width: int) -> dict[str, jax.Array]:
-  """(a, b, c, d, e, f) of each warp: output pixel (x, y) is read at (ax + by + c, dx + ey + f)."""
+  """(a, b, c, d, e, f) of each warp: output pixel (x, y) reads (a x + b y + c, d x + e y + f)."""
   angle = jnp.deg2rad(-30 * v)
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   x, y = width / 2, height / 2
@@ -95,7 +95,7 @@ def _matrices(v: Any, height: int, width: int) -> dict[str, jax.Array]:
 
 
 def _warp(x_HxWxC: jax.Array, matrices: dict[str, jax.Array], number: Any) -> jax.Array:
-  """Bilinear, like Pillow's `Image.transform(..., AFFINE)`."""
+  """The warped image, bilinear, as by Pillow's `Image.transform(..., AFFINE)`."""
   height, width, _ = x_HxWxC.shape
   a, b, c, d, e, f = _chosen(number, WARPS, matrices, matrices["nothing"])
   i, j = jnp.arange(height)[:, None] + 0.5, jnp.arange(width)[None] + 0.5
@@ -107,7 +107,7 @@ def _warp(x_HxWxC: jax.Array, matrices: dict[str, jax.Array], number: Any) -> ja
 
 
 def _tables(levels_HxW: jax.Array, m: Any, factor: Any, mean: Any) -> dict[str, jax.Array]:
-  """What each table makes of the levels 0..255 of one channel."""
+  """The table of each operation for the levels 0..255 of one channel."""
   i = jnp.arange(256)
   low, high = levels_HxW.min().astype(jnp.float32), levels_HxW.max().astype(jnp.float32)
   stretched = jnp.floor((i - low) * 255 / jnp.maximum(high - low, 1))
@@ -128,9 +128,9 @@ def _tables(levels_HxW: jax.Array, m: Any, factor: Any, mean: Any) -> dict[str, 
 
 
 def _equalized(levels_HxW: jax.Array) -> jax.Array:
-  """Levels by rank: all come about equally often (Pillow's `ImageOps.equalize`, in integers)."""
+  """The table that flattens the histogram (Pillow's `ImageOps.equalize`, in integers)."""
   count = jnp.bincount(levels_HxW.ravel(), length=256)
-  last = count[255 - jnp.argmax(count[::-1] > 0)]  # Of the highest level that occurs.
+  last = count[255 - jnp.argmax(count[::-1] > 0)]  # Count of the highest level present.
   step = (levels_HxW.size - last) // 255
   before = jnp.cumsum(count) - count
   return jnp.where(step > 0, (step // 2 + before) // jnp.maximum(step, 1), jnp.arange(256))
@@ -143,7 +143,7 @@ def _grey(x_HxWxC: jax.Array) -> jax.Array:
 
 
 def _smooth(x_HxWxC: jax.Array) -> jax.Array:
-  """A 3 x 3 mean in which the centre counts five times; the border stays as it is."""
+  """The 3 x 3 mean in which the centre counts five times; the border is unchanged."""
   height, width, _ = x_HxWxC.shape
   if min(height, width) < 3:
     return x_HxWxC

@@ -1,10 +1,10 @@
-"""Which example stands where in training: a function of the seed and the position alone.
+"""The order of examples in training: a function of the seed and the position alone.
 
 Position p of the endless sequence of shuffled epochs holds example `order(seed, p // n)[p % n]`,
-and step t reads positions t B .. (t + 1) B - 1. So every example comes once an epoch, on any
-number of devices and hosts, and a resumed run has nothing to restore but its step. With r
-repeats p // r stands for p: each example r times in a row (Hoffer et al. 2020), to be augmented
-by its position.
+and step t reads positions t B .. (t + 1) B - 1. So every example is shown once per epoch on any
+number of devices and hosts, and a resumed run restores nothing but its step. With r repeats,
+p // r takes the place of p: each example is shown r times in a row (Hoffer et al. 2020), each
+time augmented by its own position.
 """
 
 import functools
@@ -19,7 +19,7 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def examples_at(position_B: np.ndarray, seed: int, n: int, repeats: int = 1) -> np.ndarray:
-  """Which of n examples stand at these positions of the endless training sequence."""
+  """The examples, 0 to n - 1, at these positions of the training sequence."""
   epochs, offsets = np.divmod(position_B // repeats, n)
   index = np.empty_like(position_B)
   for epoch in np.unique(epochs):
@@ -29,5 +29,5 @@ def examples_at(position_B: np.ndarray, seed: int, n: int, repeats: int = 1) -> 
 
 
 def positions(steps: range, batch_size: int) -> np.ndarray:
-  """Those of the batches of several steps, (steps, B)."""
+  """The positions of the batches of several steps, of shape (steps, B)."""
   return np.arange(steps.start * batch_size, steps.stop * batch_size).reshape(len(steps), -1)

@@ -1,8 +1,8 @@
-"""TFRecord folders of TFDS, which most labs have, as array_record ones: without TensorFlow.
+"""Converts TFDS's TFRecord folders, which most labs have, to array_record, without TensorFlow.
 
 A TFRecord shard is a sequence of records: length (8 bytes), its checksum (4), the record, its
 checksum (4), all little-endian; checksums are CRC-32C, masked (tensorflow.org/tutorials/
-load_data/tfrecord). Records themselves stay as they are, whatever the data set.
+load_data/tfrecord). The records themselves are copied unchanged.
 """
 
 import json
@@ -14,42 +14,42 @@ from typing import Any
 
 import google_crc32c
 import rich.progress
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from rich.console import Console
 
 from convex_jax.errors import UserError
 
 
 def masked(data: bytes) -> int:
-  """CRC-32C, turned by 15 bits and shifted by a constant."""
+  """The masked CRC-32C of TFRecords: rotated by 15 bits, plus a constant."""
   crc = google_crc32c.value(data)
   return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def records_of(path: str) -> Iterator[bytes]:
-  """The records of a TFRecord shard; raises `UserError` at the first that is damaged."""
+  """The records of a TFRecord shard; raises `UserError` at the first damaged one."""
   with open(path, "rb") as file:
     end, start = os.path.getsize(path), 0
     while head := file.read(12):
       size, crc = struct.unpack("<QI", head) if len(head) == 12 else (0, None)
-      # Before memory is asked for: a damaged length may be any number.
-      if crc != masked(head[:8]) or start + 16 + size > end:
-        raise UserError(f"{path} is damaged at byte {start:,}: fetch or prepare it again")
-      data = file.read(size)
-      if struct.unpack("<I", file.read(4))[0] != masked(data):
-        raise UserError(f"{path} is damaged at byte {start:,}: fetch or prepare it again")
+      # Checked before memory is allocated: a damaged length can be any number.
+      intact = crc == masked(head[:8]) and start + 16 + size <= end
+      data = file.read(size) if intact else b""
+      if not intact or struct.unpack("<I", file.read(4))[0] != masked(data):
+        raise UserError(f"{path} is damaged at byte {start:,}. Fetch or prepare it again")
       yield data
       start += 16 + size
 
 
 def convert(source: str, target: str) -> str:
-  """Writes the prepared folder `source` once more, in array_record form, as `target`.
+  """Copies the prepared folder `source` to `target` in array_record format; returns a message.
 
-  An interrupted command goes on with the first shard that is missing; `target` has its name
-  only when it is whole. Raises `UserError` for what is no TFRecord folder, or a damaged one.
+  An interrupted command resumes at the first missing shard; `target` appears only when it is
+  complete. Raises `UserError` where `source` is damaged or not a TFRecord folder of TFDS.
   """
   about = _about(source)
   if os.path.exists(target):
-    return f"{target} is there already"
+    return f"{target} already exists"
   partial = target.rstrip("/") + ".partial"
   os.makedirs(partial, exist_ok=True)
   shards = [shard for split in about["splits"] for shard in _shards(about["name"], split)]
@@ -58,7 +58,7 @@ def convert(source: str, target: str) -> str:
   done = sum(os.path.getsize(entry.path) for entry in os.scandir(partial))
   if need - done > free:
     raise UserError(
-      f"{target} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; make room"
+      f"{target} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f} GB free. Make room"
     )
   console = Console(stderr=True)
   for old, new, count in rich.progress.track(
@@ -66,7 +66,7 @@ def convert(source: str, target: str) -> str:
   ):
     _convert_shard(os.path.join(source, old), os.path.join(partial, new), count)
   for name in os.listdir(source):
-    path = os.path.join(source, name)  # A folder: a cache, which stays where it is.
+    path = os.path.join(source, name)  # A subfolder is a cache: it is not copied.
     if os.path.isfile(path) and "tfrecord" not in name and name != "dataset_info.json":
       shutil.copy(path, partial)
   about["fileFormat"] = "array_record"
@@ -85,9 +85,9 @@ def _about(source: str) -> dict[str, Any]:
       about = json.load(file)
     found = about.get("fileFormat", "tfrecord")
   except (OSError, ValueError, AttributeError) as error:
-    raise UserError(f"{source} is no folder that TFDS prepared: {path}: {error}") from error
+    raise UserError(f"{source} is not a folder prepared by TFDS: {path}: {error}") from error
   if found != "tfrecord":
-    raise UserError(f"{source} is in {found} form; allowed: tfrecord")
+    raise UserError(f"{source} is in {found} format; expected tfrecord")
   return about
 
 
@@ -102,13 +102,11 @@ def _shards(dataset: str, split: dict[str, Any]) -> Iterator[tuple[str, str, int
     for key, value in {**parts, "FILEFORMAT": "tfrecord"}.items():
       old = old.replace("{" + key + "}", value)
     if os.path.basename(old) != old or "{" in old:
-      raise UserError(f"split {split['name']!r} has files named {template!r}, an unknown form")
+      raise UserError(f"Split {split['name']!r} has files named {template!r}, an unknown pattern")
     yield old, f"{dataset}-{split['name']}.array_record-{place}", count
 
 
 def _convert_shard(old: str, new: str, count: int) -> None:
-  from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
-
   if os.path.exists(new):
     return
   writer = array_record_module.ArrayRecordWriter(new + ".tmp", "group_size:1")

@@ -1,7 +1,7 @@
 """All-CNN (Springenberg et al. 2015, arXiv 1412.6806) and its convex twins.
 
-Convolutions alone: strided ones in place of pooling, then a 1x1 convolution to a map of
-class scores and the mean over positions. A ReLU follows every convolution, the last too.
+Convolutions only: strided ones instead of pooling, then a 1x1 convolution to a map of class
+scores and the mean over positions. A ReLU follows every convolution, including the last.
 """
 
 from typing import Literal
@@ -10,11 +10,11 @@ import flax.linen as nn
 import jax
 
 from convex_jax.models.initializers import ELU, NORMED
-from convex_jax.models.layers import Parts
+from convex_jax.models.parts import Parts, Rate
 
 PAPER_BREAKS = ""  # Neither norm nor gate.
 
-_HALVES = {  # Kernel sides before each halving (table 1 of the paper).
+_HALVES = {  # Sides of the kernels before each halving (table 1 of the paper).
   "a": (5,),
   "b": (5, 1),
   "c": (3, 3),
@@ -38,12 +38,12 @@ def image_size(size: str) -> int:
 
 
 def check(fields: dict, image_size: int) -> list[str]:
-  """What is wrong with an image of `image_size` px for these fields, one line each."""
+  """Errors in these fields for images of `image_size` px, one line each."""
   published = fields.get("form", "published") == "published"
   if published and fields.get("padding", "valid") == "valid" and image_size < 9:
     return [
-      f"data.image_size is {image_size} px, too few for an unpadded 3x3 convolution after two"
-      " halvings; allowed: from 9, or any with model.padding='same'"
+      f"data.image_size is {image_size} px, too small for an unpadded 3x3 convolution after two"
+      " halvings; expected an integer from 9, or model.padding='same'"
     ]
   return []
 
@@ -51,20 +51,20 @@ def check(fields: dict, image_size: int) -> list[str]:
 class Model(nn.Module):
   """The network; `width` features, 2 `width` after the first halving.
 
-  Form "published": dropout 0.2 on the image and 0.5 after each strided convolution, no
-  norm. Form "ioc_paper": a BatchNorm after the activations of convolutions 2, 4, 6 and 8,
-  no dropout on the image, a class map of stride 2; its `paper` twin has twice the first
-  convolution's features.
+  The form "published" has dropout of 0.2 on the image and of 0.5 after each strided
+  convolution, and no norm. The form "ioc_paper" has a BatchNorm after the activations of
+  convolutions 2, 4, 6 and 8, no dropout on the image, and a class map of stride 2; its `paper`
+  twin has twice as many features in the first convolution.
 
-  In `ioc` with passthrough the first convolution's output, affine in the image and
-  average-pooled, joins the input of the activation after each halving.
+  In `ioc` with passthrough the first convolution's output, which is affine in the image, is
+  average-pooled and added to the input of the activation after each halving.
   """
 
   classes: int
   parts: Parts
-  kernels: tuple[int, ...]  # Sides of the convolutions before each strided one, px.
+  kernels: tuple[int, ...]  # Sides (px) of the convolutions before each strided one.
   width: int = 96
-  dropout: float = 0.5
+  dropout: Rate = 0.5
   padding: Literal["valid", "same"] = "valid"  # Of the last 3x3 convolution.
   form: Literal["published", "ioc_paper"] = "published"
 
@@ -80,7 +80,7 @@ class Model(nn.Module):
       x_BxHxWxD = parts.dropout(x_BxHxWxD, 0.4 * self.dropout, train)
     normed = halved = False
     for i, (widths, side, stride) in enumerate(plan):
-      widened = parts.widened and i == 0 and not published
+      widened = parts.twin.widened and i == 0 and not published
       x_BxHxWxD = parts.conv(
         x_BxHxWxD,
         self.width * widths * (2 if widened else 1),
@@ -94,14 +94,15 @@ class Model(nn.Module):
       )
       if i == 0:
         y_BxHxWxE = x_BxHxWxD
-      elif halved and parts.passthrough:
+      elif halved and parts.twin.passthrough:
         x_BxHxWxD += parts.passthrough_map(y_BxHxWxE, x_BxHxWxD, name=f"passthrough_{i}")
       x_BxHxWxD, halved, normed = act(x_BxHxWxD), stride == 2, not published and i % 2 == 1
       if normed:
         x_BxHxWxD = parts.norm(x_BxHxWxD, "batch", train=train, name=f"norm_{i}")
       if halved:
         x_BxHxWxD = parts.dropout(x_BxHxWxD, self.dropout, train)
-    if parts.head_depth or parts.one_logit:  # A class map after an activation is never negative.
+    # A class map behind a ReLU is never negative; a single logit has to be of either sign.
+    if parts.head_spec.depth or parts.head_spec.one_logit:
       return parts.head(x_BxHxWxD.mean((1, 2)), self.classes, train=train, name="head")
     stride = 1 if published else 2
     x_BxHxWxK = parts.conv(

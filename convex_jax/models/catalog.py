@@ -1,11 +1,18 @@
-"""What architectures there are, and the network that a config describes.
+"""The architectures, and the network that a config describes.
 
-An architecture is a module of this package, all twins in one text. It has `Model`, `SIZES`
-(name: fields), `image_size(size)`, `PAPER_BREAKS` (what keeps the `paper` twin from being
-convex) and, where fields can clash, `check(fields, image_size)`.
+An architecture is a module of this package, with all of its twins in one text. It defines
+
+- `Model(classes, parts, ...)`, whose further fields are keys of `config.model`;
+- `SIZES`, the fields of each size by its name;
+- `image_size(size)`, the side in px of the images that a size was published for;
+- `PAPER_BREAKS`, what keeps the `paper` twin from being convex;
+- `check(fields, image_size)`, errors in these fields, if fields can clash;
+- `PUBLISHED`, fields that the published number of operations depends on, if there are any.
 """
 
 import dataclasses
+import difflib
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +21,7 @@ import jax.numpy as jnp
 
 from convex_jax import config_files
 from convex_jax.models import all_cnn, cycle_mlp, densenet, efficientnet, mixer, mlp
-from convex_jax.models.layers import Head, Parts, make_parts
+from convex_jax.models.parts import NORMS, TWINS, Head, Parts, make_parts
 
 ARCHITECTURES: dict[str, ModuleType] = {  # By `config.model.name`.
   "all_cnn": all_cnn,
@@ -27,7 +34,7 @@ ARCHITECTURES: dict[str, ModuleType] = {  # By `config.model.name`.
 
 
 def names() -> list[str]:
-  """The architectures that there are."""
+  """The names of all architectures."""
   return list(ARCHITECTURES)
 
 
@@ -36,52 +43,76 @@ def module_of(name: str) -> ModuleType:
   return ARCHITECTURES[name]
 
 
+def name_of(model: nn.Module) -> str:
+  """The name of a network's architecture. Raises `ValueError` for a module of the user's own."""
+  for name, module in ARCHITECTURES.items():
+    if isinstance(model, module.Model):
+      return name
+  raise ValueError(
+    f"{type(model).__module__}.{type(model).__qualname__} is not an architecture of convex_jax;"
+    f" expected a Model of {', '.join(ARCHITECTURES)}"
+  )
+
+
 def fields(name: str) -> dict[str, dataclasses.Field]:
-  """What an architecture lets a config choose: its `Model`'s fields."""
+  """The fields of an architecture's `Model` that a config may set."""
   ours = ("classes", "parts", "parent", "name")
   return {f.name: f for f in dataclasses.fields(module_of(name).Model) if f.name not in ours}
 
 
 def fields_of(model: Any) -> dict[str, Any]:
-  """A `config.model`'s size by name, with the fields that it overrides."""
+  """The fields of a `config.model`: those of its size, and those that override them."""
   known, name = fields(model["name"]), model["name"]
   own = {key: value for key, value in model.items() if key in known and value is not None}
   return {**module_of(name).SIZES[model["size"]], **own}
 
 
-def parts_of(model: Any, **parts_fields) -> Parts:
-  """The `Parts` that `config.model` describes: all of its keys that are not the architecture's."""
+def parts_of(model: Any, **numerics) -> Parts:
+  """The `Parts` of a `config.model`: all keys that are not the architecture's."""
   others = {"name", "size", "parts", *fields(model["name"])}
   own = {key: value for key, value in model.items() if key not in others}
-  return make_parts(model["parts"], **own, **parts_fields)
+  return make_parts(model["parts"], **own, **numerics)
 
 
-def build(model: Any, classes: int, **parts_fields) -> nn.Module:
-  """The network that `config.model` describes.
-
-  `parts_fields`: `dtype` of the computation and `axis_name` (see `layers.Parts`).
-  """
-  parts = parts_of(model, **parts_fields)
+def build(model: Any, classes: int, **numerics) -> nn.Module:
+  """The network of a `config.model`; `numerics` are fields of `parts.Numerics`, such as `dtype`."""
+  parts = parts_of(model, **numerics)
   return module_of(model["name"]).Model(classes=classes, parts=parts, **fields_of(model))
 
 
-def model_config(name: str, size: str, twin: str = "base", **changes: Any) -> dict[str, Any]:
-  """A `config.model` with every key that is not in `changes` at its default.
+def build_head(model: Any, classes: int, **numerics) -> nn.Module:
+  """The head alone of a `config.model` with `head_depth` > 0.
 
-  Raises `ValueError` for an architecture, a size or a key that there is not.
+  It maps features (B, D) to logits, with the weights in params["head"]. Where `convex_from` is
+  "head", it is the part of the network that is convex.
   """
-  if name not in ARCHITECTURES:
-    raise ValueError(f"unknown architecture {name!r}; expected one of {', '.join(ARCHITECTURES)}")
-  if size not in (sizes := module_of(name).SIZES):
-    raise ValueError(f"unknown size {size!r} of {name!r}; expected one of {', '.join(sizes)}")
-  keys = {
-    path.removeprefix("model."): value
-    for path, value in config_files.defaults().items()
-    if path.startswith("model.")
-  }
-  if unknown := changes.keys() - keys.keys() - fields(name).keys():
-    known = ", ".join(sorted(keys.keys() | fields(name).keys()))
-    raise ValueError(f"unknown key {', '.join(sorted(unknown))}; expected some of {known}")
+  assert model["head_depth"], "a linear head is no network of its own"
+  return Head(classes, parts_of(model, **numerics))
+
+
+def shared_keys() -> dict[str, Any]:
+  """The keys of `config.model` that all architectures share, with their defaults."""
+  paths = config_files.defaults().items()
+  return {p.removeprefix("model."): value for p, value in paths if p.startswith("model.")}
+
+
+def _require(what: str, value: Any, known: Iterable[str], of: str = "") -> None:
+  """Raises `ValueError` with the expected names and the nearest one, if `value` is not known."""
+  if value not in (known := sorted(known)):
+    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+    hint = f". Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"Unknown {what} {value!r}{of}; expected one of {', '.join(known)}{hint}")
+
+
+def model_config(name: str, size: str, twin: str = "base", **changes: Any) -> dict[str, Any]:
+  """A `config.model` with its defaults, but for `changes`; arguments and errors of `create_model`."""
+  _require("architecture", name, ARCHITECTURES)
+  _require("size", size, module_of(name).SIZES, f" of {name!r}")
+  _require("twin", twin, TWINS)
+  keys = shared_keys()
+  for key in changes:
+    _require("key", key, {*keys, *fields(name)} - {"name", "size", "parts"}, f" of {name!r}")
+  _require("norm", changes.get("norm", keys["norm"]), NORMS)
   return {**keys, "name": name, "size": size, "parts": twin, **changes}
 
 
@@ -93,30 +124,21 @@ def create_model(
   dtype: Any = jnp.float32,
   **changes: Any,
 ) -> nn.Module:
-  """A network by its name: `create_model("mixer", size="S/16", twin="ioc", classes=10)`.
+  """Creates a network by name: `create_model("mixer", size="S/16", twin="ioc", classes=10)`.
 
   Args:
-    name: the architecture; `python -m convex_jax models` lists all, with their sizes.
+    name: the architecture; `python -m convex_jax models` lists all of them with their sizes.
     size: one of its sizes.
     twin: "base" (as published), "ioc" (exactly convex) or "paper" (the report's).
-    classes: number of logits.
+    classes: the number of logits.
     dtype: of the computation; parameters are float32.
     **changes: further keys of `config.model`, and fields of the architecture.
 
   Returns:
-    A Flax module: `init(key, images)`, `apply(variables, images, train=False)` of normalised
-    images (B, H, W, C) gives logits (B, classes).
+    A Flax module. `init(key, images)` creates its variables; `apply(variables, images)` maps
+    normalised images (B, H, W, C) to logits (B, classes).
 
   Raises:
-    ValueError: an architecture, a size or a key that there is not.
+    ValueError: an unknown architecture, size, twin, norm or key.
   """
   return build(model_config(name, size, twin, **changes), classes, dtype=dtype)
-
-
-def build_head(model: Any, classes: int, **parts_fields) -> nn.Module:
-  """Its head alone, on features (B, D), of params["head"]; needs `head_depth` > 0.
-
-  What is convex where `convex_from` is "head".
-  """
-  assert model["head_depth"], "a linear head is no network of its own"
-  return Head(classes, parts_of(model, **parts_fields))

@@ -1,13 +1,13 @@
-"""The sets that keep a network convex, a weight's tag, the last link of the chain.
+"""Constraints on weights: the tag on a weight, the projection, the last link of the optimizer.
 
 A network of affine maps and convex, non-decreasing activations is convex in its
 input when every weight after the first activation is >= 0 (Sivaprasad et al. 2021,
 "The Curious Case of Convex Neural Networks", section 3; Amos, Xu and Kolter 2017).
 
-Nothing here knows a layer's name. The layer that creates a weight tags it, by an
-initializer that `constrained` wraps; `constraints_of` reads the tags off the
-variables; `enforce` projects exactly the tagged weights, after every other link.
-Renaming a layer, or adding one, can therefore not drop a constraint.
+Nothing here depends on the name of a layer. The layer that creates a weight tags it, with an
+initializer wrapped by `constrained`; `constraints_of` reads the tags from the variables;
+`enforce` projects exactly the tagged weights, after every other link of the optimizer.
+Renaming or adding a layer therefore cannot drop a constraint.
 """
 
 from collections.abc import Callable
@@ -26,33 +26,33 @@ FREE = "free"
 
 
 def exponentiate(weight: jax.Array) -> jax.Array:
-  """W if w >= 0, else exp(w - 5): the map of Sivaprasad et al. 2021, appendix B.
+  """w if w >= 0, else exp(w - 5): the map of Sivaprasad et al. 2021, appendix B.
 
-  Not a projection: a weight that would become -1e-4 restarts at 0.0067. It is what
-  the report and the 2021 paper ran, kept so that their tables can be run again.
+  Not a projection: a weight that would become -1e-4 restarts at 0.0067. The report and the 2021
+  paper used it; it is kept so that their tables can be reproduced.
   """
   return jnp.where(weight < 0, jnp.exp(weight - 5), weight)
 
 
 def shift(kernel_DxK: jax.Array) -> jax.Array:
-  """w_dk - min(0, min_k w_dk): a classifier's head made >= 0 at no cost.
+  """w_dk - min(0, min_k w_dk): makes the head of a classifier >= 0 without changing it.
 
-  All logits move by one common term, -sum_d min(0, min_k w_dk) h_d, which softmax,
-  cross-entropy and argmax do not see. Shape (inputs, classes), classes last.
+  All logits move by one common term, -sum_d min(0, min_k w_dk) h_d, to which softmax,
+  cross-entropy and argmax are invariant. Shape (inputs, classes), classes last.
   """
   return kernel_DxK - jnp.minimum(kernel_DxK.min(axis=-1, keepdims=True), 0)
 
 
 def keep(projection: Projection) -> optax.GradientTransformation:
-  """A link after which `params + updates` is what `projection` makes of it, and >= 0.
+  """An optimizer's link that applies `projection` to `params + updates`; the result is >= 0.
 
-  Where the constraint is met already the update u passes as max(u, -p), elsewhere it
-  becomes a - p for the allowed value a >= 0. Rounding is monotone, so p + max(u, -p) and
-  p + fl(a - p) >= p - p are >= 0 exactly for p >= 0, not to a tolerance.
+  Where p + u meets the constraint, the update u becomes max(u, -p); elsewhere it becomes
+  a - p with the projected value a >= 0. Rounding is monotone, so for p >= 0 both p + max(u, -p)
+  and p + fl(a - p) >= p - p are >= 0 exactly, not up to a tolerance.
 
-  Both maxima are needed. The compiler may compute p + u twice, once with a fused
-  multiply-add and once without (in a row's minimum and beside it, say), so that a
-  projection sees a 0 where the sum that it corrects is -1e-10.
+  Both maxima are needed. The compiler may compute p + u twice, once with a fused multiply-add and
+  once without (for instance in the minimum over a row and outside it), so that a projection sees
+  0 where the sum that it corrects is -1e-10.
   """
 
   def one(update, param):
@@ -84,7 +84,7 @@ LINKS: dict[str, optax.GradientTransformation] = {
 
 
 class Constrained(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
-  """The tag: a Flax metadata box that holds a weight and its constraint's name."""
+  """The tag: a Flax metadata box with a weight and the name of its constraint."""
 
   value: Any
   constraint: str = struct.field(pytree_node=False)
@@ -96,14 +96,14 @@ class Constrained(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
     return self.replace(value=val)
 
   def add_axis(self, index: int, params: dict[Any, Any]) -> "Constrained":
-    return self  # Every constraint here holds slice by slice.
+    return self  # Every constraint here acts on each slice alone.
 
   def remove_axis(self, index: int, params: dict[Any, Any]) -> "Constrained":
     return self
 
 
 def constrained(initializer: Initializer, constraint: str) -> Initializer:
-  """Tags what `initializer` creates, and makes it feasible from the start."""
+  """An initializer that tags what `initializer` creates and projects it once."""
   if constraint == FREE:
     return initializer
 
@@ -115,7 +115,7 @@ def constrained(initializer: Initializer, constraint: str) -> Initializer:
 
 
 def constraints_of(params: Any) -> Any:
-  """The tree of constraint names ("free" where untagged) of boxed parameters."""
+  """The tree of the constraints' names of boxed parameters; "free" where untagged."""
   return jax.tree.map(
     lambda leaf: leaf.constraint if isinstance(leaf, Constrained) else FREE,
     params,
@@ -124,16 +124,16 @@ def constraints_of(params: Any) -> Any:
 
 
 def enforce(constraints: Any) -> optax.GradientTransformation:
-  """The last link: afterwards every tagged weight meets its constraint, exactly.
+  """The last link of an optimizer, after which every tagged weight meets its constraint exactly.
 
-  Anything that follows (weight decay, a rate, an average of updates) could undo it,
-  so it closes the chain. `constraints` is the tree that `constraints_of` returns.
+  Any link after it (weight decay, a learning rate, an average of updates) could undo it.
+  `constraints` is the tree that `constraints_of` returns.
   """
   return optax.partition({**LINKS}, constraints)
 
 
 def summary(params: Any, constraints: Any) -> dict[str, jax.Array]:
-  """Smallest constrained weight and the share of them that is exactly 0; empty if none."""
+  """The smallest constrained weight and the fraction that is exactly 0; empty without any."""
   names = jax.tree.leaves(constraints)
   leaves = [leaf for leaf, name in zip(jax.tree.leaves(params), names, strict=True) if name != FREE]
   if not leaves:

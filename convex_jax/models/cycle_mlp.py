@@ -1,8 +1,8 @@
 """CycleMLP (Chen et al. 2021, arXiv 2107.10224) and its convex twins.
 
-Patch embedding; four stages of blocks on maps that halve from stage to stage; norm; mean
-over positions; linear head. A block mixes by three dense layers, of which two read each
-channel at a position one step off along an axis, and then by a channel MLP.
+Patch embedding; four stages of blocks on maps whose side halves from stage to stage; norm; mean
+over positions; linear head. A block mixes by three dense layers, two of which read each
+channel at a position one step away along an axis, and then by a channel MLP.
 """
 
 import functools
@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from convex_jax.models.initializers import NORMED
-from convex_jax.models.layers import Parts, cell_means
+from convex_jax.models.layers import cell_means
+from convex_jax.models.parts import Parts, Rate
 
 PAPER_BREAKS = "LayerNorm, gate"
 
 
 def _published(depths, widths=(64, 128, 320, 512), ratios=(4, 4, 4, 4)):
-  """Table 1 of the paper, and its code."""
+  """Table 1 of the paper and its code."""
   return dict(depths=depths, widths=widths, ratios=ratios)
 
 
@@ -34,7 +35,7 @@ SIZES = {
 
 gelu = functools.partial(nn.gelu, approximate=False)
 normal = nn.initializers.normal(0.02)
-# The plain convolutions' weights: uniform +-1 / sqrt(fan-in), torch's default.
+# Of the plain convolutions: uniform in +-1 / sqrt(fan-in), torch's default.
 uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -44,30 +45,32 @@ def image_size(size: str) -> int:
 
 
 def check(fields: dict, image_size: int) -> list[str]:
-  """Stages that do not match, or no map at all, one line each."""
+  """Errors in these fields for images of `image_size` px, one line each."""
   if image_size < 3:
-    return [f"data.image_size is {image_size} px, too few for a 7x7 stem; allowed: from 3"]
+    return [
+      f"data.image_size is {image_size} px, too small for a 7x7 stem; expected an integer from 3"
+    ]
   lengths = {key: len(fields[key]) for key in ("depths", "widths", "ratios")}
   if len(set(lengths.values())) > 1:
     counts = ", ".join(f"model.{key} has {n}" for key, n in lengths.items())
-    return [f"{counts} stages; allowed: the same number in each"]
+    return [f"{counts} stages; expected the same number in each"]
   cells, sides = fields.get("cells", 1), [(image_size - 3) // fields.get("stem_stride", 4) + 1]
   for _ in fields["depths"][1:]:
     sides.append((sides[-1] + 1) // 2)
   seen = sides if fields.get("dense_readout") else sides[-1:]  # By the head.
   if cells > 1 and all(math.gcd(cells, side) == 1 for side in seen):
     return [
-      f"model.cells is {cells}, which shares no factor with the side of a map that the head sees"
-      f" ({', '.join(map(str, seen))}); allowed: 1, or a number that does"
+      f"model.cells is {cells}, which has no common factor with the side of a map that the head"
+      f" sees ({', '.join(map(str, seen))}); expected 1, or an integer that has one"
     ]
   return []
 
 
 def cycle(x_BxHxWxD: jax.Array, axis: int) -> jax.Array:
-  """Each channel at a position off by 0, +1, -1, 0, +1, ... along `axis`; 0 outside.
+  """Reads channel c at a position shifted by (c + 1) mod 3 - 1 along `axis`; 0 outside.
 
-  shift(c) = (c + 1) mod 3 - 1: CycleFC of cycle length 3 and step 1 (the paper's section
-  3.2) is this and a dense layer. Three slices and a choice, which compile to one loop.
+  CycleFC with cycle length 3 and step 1 (section 3.2 of the paper) is this followed by a dense
+  layer. Three slices and a `where`, which compile to one loop.
   """
   size, channel = x_BxHxWxD.shape[axis], jnp.arange(x_BxHxWxD.shape[-1]) % 3
   padding = [(1, 1) if i == axis else (0, 0) for i in range(4)]
@@ -78,7 +81,7 @@ def cycle(x_BxHxWxD: jax.Array, axis: int) -> jax.Array:
 
 
 class Gate(nn.Module):
-  """Weights of 3 branches, each (B, 1, 1, D): a softmax of an MLP of the branches' mean."""
+  """Weights of 3 branches, each (B, 1, 1, D): softmax of an MLP of their sum, position-averaged."""
 
   parts: Parts
   first: bool
@@ -92,7 +95,7 @@ class Gate(nn.Module):
     )
     h_Bx1x1xE = parts.act(gelu)(h_Bx1x1xE)
     g_Bx1x1x3D = parts.dense(h_Bx1x1xE, 3 * features, own_init=normal, name="dense_1")
-    # Not `nn.softmax`: sums of three maps, no reduction, are 7 % of a step faster.
+    # Not `nn.softmax`: sums of three maps instead of a reduction make a step 7 % faster.
     g_Bx1x1xD = [g_Bx1x1x3D[..., i::3] for i in range(3)]
     most_Bx1x1xD = jax.lax.stop_gradient(functools.reduce(jnp.maximum, g_Bx1x1xD))
     e_Bx1x1xD = [jnp.exp(g - most_Bx1x1xD) for g in g_Bx1x1xD]
@@ -100,11 +103,11 @@ class Gate(nn.Module):
 
 
 class Mix(nn.Module):
-  """Dense of the weighted sum of three branches: along the width, the height, neither.
+  """A dense layer on the weighted sum of three branches: along the width, the height, neither.
 
-  The published weights are a `Gate`. Without gates (`ioc`) they are learnt numbers >= 0,
-  so that all of it is affine: where x is affine in the image (`first`) any sign is free.
-  Of a gated first block the report's code exempts the branches and the gate's first matrix.
+  The published weights come from a `Gate`. Without gates (`ioc`) they are learnt numbers >= 0,
+  so that the whole is affine: where x is affine in the image (`first`) every sign is free.
+  In a gated first block the report's code exempts the branches and the first matrix of the gate.
   """
 
   parts: Parts
@@ -112,13 +115,13 @@ class Mix(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxHxWxD: jax.Array) -> jax.Array:
-    parts, features, affine = self.parts, x_BxHxWxD.shape[-1], not self.parts.gates
+    parts, features, affine = self.parts, x_BxHxWxD.shape[-1], not self.parts.twin.gates
 
     def dense(x, name, **fields):
       return parts.dense(x, features, inputs=NORMED, own_init=normal, name=name, **fields)
 
     def branch(x, name, **fields):
-      if self.first or parts.gates:
+      if self.first or parts.twin.gates:
         return dense(x, name, free=self.first, **fields)
       return parts.branch_dense(
         x, features, inputs=NORMED, initial_scale=1 / 3, name=name, **fields
@@ -140,15 +143,15 @@ class Mix(nn.Module):
 
 
 class Block(nn.Module):
-  """Mixing, then a channel MLP, each with a norm before and a residual sum after.
+  """Mixing, then a channel MLP, each with a norm before it and a residual connection around it.
 
-  `first` says that x is the patch embedding itself, affine in the image. What comes next
-  is free as far as it is affine: in `ioc` up to the first ELU. y, affine in the image, is
-  scaled and added to what the channel MLP sees. Returned last: its hidden units.
+  `first` means that x is the patch embedding itself, which is affine in the image. The layers
+  after it are free as long as they are affine: in `ioc` up to the first ELU. y, affine in the
+  image, is scaled and added to the input of the channel MLP, whose hidden units are returned last.
   """
 
   ratio: int
-  drop_path: float
+  drop_path: Rate
   parts: Parts
   first: bool
 
@@ -156,7 +159,7 @@ class Block(nn.Module):
   def __call__(
     self, x_BxHxWxD: jax.Array, train: bool, y_BxHxWxD: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array]:
-    parts, features, affine = self.parts, x_BxHxWxD.shape[-1], not self.parts.gates
+    parts, features, affine = self.parts, x_BxHxWxD.shape[-1], not self.parts.twin.gates
     norm = functools.partial(parts.norm, own="layer", epsilon=1e-5, train=train)
     h_BxHxWxD = norm(x_BxHxWxD, free=self.first, name="norm_0")
     h_BxHxWxD = Mix(parts, self.first, name="mix")(h_BxHxWxD)
@@ -176,22 +179,23 @@ class Block(nn.Module):
 class Model(nn.Module):
   """The network, for images of any size; 224 px give maps of 56, 28, 14 and 7.
 
-  In `ioc` with passthrough the patch embedding, affine in the image, is average-pooled to
-  each stage's map, mapped and normed; scaled, it joins the input of every channel MLP.
+  In `ioc` with passthrough the patch embedding, which is affine in the image, is average-pooled
+  to the map of each stage, mapped and normalised; scaled, it is added to the input of every
+  channel MLP.
 
-  Two choices that are not the paper's, open to every twin (`Mixer` has them too): the head
-  sees means over `cells` x `cells` parts of a map, as far as a map has them, and with
-  `dense_readout` those of the hidden units of every channel MLP, behind a norm.
+  Two options are not in the paper and are open to every twin, as in the Mixer: the head sees means
+  over a `cells` x `cells` grid of the map, or the closest that the map's side allows, and with
+  `dense_readout` also those of the normalised hidden units of every channel MLP.
   """
 
   classes: int
   parts: Parts
-  depths: tuple[int, ...]  # Blocks a stage.
-  widths: tuple[int, ...]  # Features a stage.
-  ratios: tuple[int, ...]  # Hidden units of a channel MLP, in widths, a stage.
+  depths: tuple[int, ...]  # Blocks per stage.
+  widths: tuple[int, ...]  # Features per stage.
+  ratios: tuple[int, ...]  # Hidden units of a channel MLP / features, per stage.
   stem_stride: int = 4  # px.
-  drop_path: float = 0.1  # Stochastic depth of the last block, falling to 0 at the first.
-  cells: int = 1  # A side.
+  drop_path: Rate = 0.1  # Stochastic depth of the last block, falling to 0 at the first.
+  cells: int = 1  # Along each side.
   dense_readout: bool = False
 
   @nn.compact
@@ -213,7 +217,7 @@ class Model(nn.Module):
           x_BxHxWxD, kernel=(3, 3), strides=(2, 2), padding=1, inputs=NORMED, name=f"down_{stage}"
         )
       z_BxHxWxD = None
-      if parts.passthrough:
+      if parts.twin.passthrough:
         z_BxHxWxD = parts.passthrough_map(y_BxHxWxE, x_BxHxWxD, name=f"passthrough_{stage}")
         z_BxHxWxD = parts.norm(
           z_BxHxWxD, "batch", train=train, free=True, name=f"passthrough_{stage}_norm"

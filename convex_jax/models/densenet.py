@@ -1,6 +1,6 @@
 """DenseNet (Huang et al. 2017, arXiv 1608.06993) and its convex twins.
 
-A stem; dense blocks, whose layers append `growth` features to all that came before; a 1x1
+A stem; dense blocks, whose layers append `growth` features to all earlier ones; a 1x1
 convolution and average pooling between blocks; norm, activation, pooling; linear head.
 No convolution has a bias.
 """
@@ -14,18 +14,18 @@ import jax.numpy as jnp
 
 from convex_jax.models.fast_forms import gradient_once
 from convex_jax.models.initializers import ELU
-from convex_jax.models.layers import Parts
+from convex_jax.models.parts import Parts, Rate
 
 PAPER_BREAKS = ""  # BatchNorm with a scale >= 0 is affine and monotone at inference.
 
 
 def _imagenet(blocks, growth=32):
-  """Table 1 of the paper: 7x7 stem of 2 k features, bottlenecks of 4 k, compression 1/2."""
+  """Table 1 of the paper: 7x7 stem with 2 k features, bottlenecks with 4 k, compression 1/2."""
   return dict(blocks=blocks, growth=growth, stem_width=2 * growth)
 
 
 def _cifar(layers, growth, bottleneck):
-  """Section 4.1 of the paper: 3x3 stem of 16 features, or 2 k in DenseNet-BC; three blocks."""
+  """Section 4.1 of the paper: 3x3 stem with 16 features, or 2 k in DenseNet-BC; three blocks."""
   return dict(
     blocks=(layers, layers, layers),
     growth=growth,
@@ -61,7 +61,11 @@ SIZES = {
   "tiny": dict(blocks=(2, 1), growth=4, stem_width=6, stem="cifar"),  # For tests.
 }
 
-he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # The original code's.
+# Overrides under which the work equals the published figures: with dropout, transitions pool after
+# their convolution.
+PUBLISHED = dict(dropout=0.1)
+
+he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # As in the original code.
 
 
 def image_size(size: str) -> int:
@@ -70,7 +74,7 @@ def image_size(size: str) -> int:
 
 
 def check(fields: dict, image_size: int) -> list[str]:
-  """What is wrong with an image of `image_size` px for these fields, one line each."""
+  """Errors in these fields for images of `image_size` px, one line each."""
   side, width = image_size, fields["stem_width"]
   if fields.get("stem", "imagenet") == "imagenet":
     side = (side + 3) // 4  # Both halvings of the stem round up.
@@ -82,23 +86,23 @@ def check(fields: dict, image_size: int) -> list[str]:
   lines = []
   if not side:
     lines.append(
-      f"data.image_size is {image_size} px, which the halvings leave nothing of; allowed: more,"
-      " or fewer model.blocks"
+      f"data.image_size is {image_size} px, too small for the halvings; expected larger images, or"
+      " fewer model.blocks"
     )
   if compression > 1 or not width:
     lines.append(
-      f"model.compression is {compression:g}, which leaves {width} features; allowed: numbers"
-      " above 0 to 1 that leave some"
+      f"model.compression is {compression:g}, which leaves {width} features; expected a number in"
+      " (0, 1] that leaves at least one"
     )
   return lines
 
 
 class Layer(nn.Module):
-  """Norm, activation, 1x1 to 4 k where there is a bottleneck, so again, 3x3 to k features."""
+  """Norm, activation, 3x3 to k features; with a bottleneck, first norm, activation, 1x1 to 4 k."""
 
   growth: int
   bottleneck: bool
-  dropout: float
+  dropout: Rate
   parts: Parts
 
   @nn.compact
@@ -118,20 +122,20 @@ class Layer(nn.Module):
 class Model(nn.Module):
   """The network.
 
-  In `ioc` with passthrough the stem's output, affine in the image and average-pooled,
-  joins the features that enter each later block.
+  In `ioc` with passthrough the output of the stem, which is affine in the image, is
+  average-pooled and added to the features that enter each later block.
   """
 
   classes: int
   parts: Parts
-  blocks: tuple[int, ...]  # Layers a block.
-  growth: int  # k: features that a layer adds.
+  blocks: tuple[int, ...]  # Layers per block.
+  growth: int  # k, the features that a layer adds.
   stem_width: int  # Features.
   stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7, stride 2, norm, max-pool; or 3x3.
   bottleneck: bool = True
-  compression: float = 0.5  # Share of the features that a transition keeps.
+  compression: float = 0.5  # Fraction of the features that a transition keeps.
   transition: int = 0  # Features after a transition; 0: `compression` decides.
-  dropout: float = 0.0  # After every convolution but the stem's.
+  dropout: Rate = 0.0  # After every convolution except the stem.
   pool: Literal["global", "2x2"] = "global"  # Before the head.
 
   @nn.compact
@@ -154,18 +158,18 @@ class Model(nn.Module):
         width = self.transition or int(x_BxHxWxD.shape[-1] * self.compression)
         x_BxHxWxD = act(norm(x_BxHxWxD, name=f"transition_{b}_norm"))
         pool = functools.partial(nn.avg_pool, window_shape=(2, 2), strides=(2, 2))
-        if not self.dropout:  # A 1x1 map commutes with the pooling: a quarter of its products.
+        if not self.dropout:  # A 1x1 convolution commutes with pooling: a quarter of the work.
           x_BxHxWxD = pool(x_BxHxWxD)
         x_BxHxWxD = conv(x_BxHxWxD, width, (1, 1), name=f"transition_{b}")
         if self.dropout:
           x_BxHxWxD = pool(parts.dropout(x_BxHxWxD, self.dropout, train))
-        if parts.passthrough:
+        if parts.twin.passthrough:
           x_BxHxWxD += parts.passthrough_map(y_BxHxWxE, x_BxHxWxD, name=f"passthrough_{b}")
       for i in range(layers):
         layer = parts.block(Layer)(
           self.growth, self.bottleneck, self.dropout, parts, name=f"block_{b}_layer_{i}"
         )
-        x_BxHxWxD = gradient_once(x_BxHxWxD)  # A sum over all later layers.
+        x_BxHxWxD = gradient_once(x_BxHxWxD)  # Its gradient sums over all later layers.
         x_BxHxWxD = jnp.concatenate([x_BxHxWxD, layer(x_BxHxWxD, train)], axis=-1)
     x_BxHxWxD = act(norm(x_BxHxWxD, name="norm"))
     if self.pool == "2x2":

@@ -2,7 +2,7 @@
 
 A 3x3 stem; seven stages of inverted bottlenecks (1x1 expansion, depthwise convolution,
 squeeze-excite, 1x1 projection; Sandler et al. 2018); a 1x1 convolution; mean; dropout;
-linear head. A BatchNorm after every convolution but those of squeeze-excite.
+linear head. A BatchNorm follows every convolution outside squeeze-excite.
 """
 
 import functools
@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 
 from convex_jax.models.initializers import ELU, NORMED, Moments
-from convex_jax.models.layers import Parts
+from convex_jax.models.parts import Parts, Rate
 
 PAPER_BREAKS = "gate"
 
@@ -46,14 +46,14 @@ def image_size(size: str) -> int:
 
 
 def scaled(features: int, width: float) -> int:
-  """The multiple of 8 nearest to `features` x `width`, not below 0.9 of it."""
+  """The multiple of 8 nearest to `features` x `width`, and at least 0.9 of it."""
   wanted = features * width
   rounded = max(8, int(wanted + 4) // 8 * 8)
   return rounded if rounded >= 0.9 * wanted else rounded + 8
 
 
 def kernel_init(side: int, features: int = 1):
-  """Normal of variance 2 / fan-out; a depthwise convolution has one output an input."""
+  """Normal with variance 2 / fan-out; a depthwise convolution has one output per input."""
   return nn.initializers.normal(math.sqrt(2 / (side * side * features)))
 
 
@@ -61,17 +61,17 @@ head_init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")  # +-1
 
 
 def check(fields: dict, image_size: int) -> list[str]:
-  """Too many stages, one line; `image_size` may be any."""
+  """Errors in these fields, one line each; any `image_size` will do."""
   if fields.get("stages", 1) > len(STAGES):
-    return [f"model.stages is {fields['stages']}; allowed: 1 to {len(STAGES)}"]
+    return [f"model.stages is {fields['stages']}; expected an integer from 1 to {len(STAGES)}"]
   return []
 
 
 class ConvNorm(nn.Module):
-  """Convolution without bias, then BatchNorm.
+  """A convolution without bias, then BatchNorm.
 
-  Variant "tf" pads at the end first and has epsilon 1e-3 and running averages that keep
-  0.99; "torch" pads evenly and has 1e-5 and 0.9.
+  The variant "tf" pads the end first and has epsilon 1e-3 and momentum 0.99; "torch" pads
+  evenly and has 1e-5 and 0.9.
   """
 
   features: int
@@ -126,13 +126,13 @@ class SqueezeExcite(nn.Module):
 
 
 class Block(nn.Module):
-  """Inverted bottleneck; the identity is added where shapes agree. No gate in `ioc`."""
+  """Inverted bottleneck, residual where the shapes agree; without squeeze-excite in `ioc`."""
 
   features: int
   side: int
   stride: int
   expansion: int
-  drop_path: float
+  drop_path: Rate
   variant: str
   parts: Parts
 
@@ -145,7 +145,7 @@ class Block(nn.Module):
       h_BxHxWxE = act(conv(expanded, 1, inputs=NORMED, name="expand")(h_BxHxWxE, train))
     depthwise = conv(expanded, self.side, stride=self.stride, depthwise=True, name="depthwise")
     h_BxHxWxE = act(depthwise(h_BxHxWxE, train))
-    if parts.gates:
+    if parts.twin.gates:
       h_BxHxWxE = SqueezeExcite(max(1, width // 4), parts, name="squeeze_excite")(h_BxHxWxE)
     h_BxHxWxF = conv(self.features, 1, name="project")(h_BxHxWxE, train)
     if self.stride > 1 or self.features != width:
@@ -154,19 +154,19 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-  """The network, for images of any size; stem and stages halve them 5 times.
+  """The network, for images of any size; the stem and the stages halve them 5 times.
 
-  In `ioc` with passthrough the normed stem, affine in the image and average-pooled, joins
-  the output of the first block of each later stage.
+  In `ioc` with passthrough the normalised stem, which is affine in the image, is average-pooled
+  and added to the output of the first block of each later stage.
   """
 
   classes: int
   parts: Parts
-  width: float  # Multiplier of features ...
+  width: float  # Multiplies the numbers of features ...
   depth: float  # ... and of blocks.
-  dropout: float  # Before the head.
-  stages: int = 7  # The first so many: fewer halvings, for small images.
-  drop_path: float = 0.2  # Stochastic depth after the last block, falling to 0 at the first.
+  dropout: Rate  # Before the head.
+  stages: int = 7  # Only the first of them: fewer halvings, for small images.
+  drop_path: Rate = 0.2  # Stochastic depth after the last block, falling to 0 at the first.
   stem_stride: int = 2  # px.
   variant: Literal["tf", "torch"] = "tf"  # Whose padding and norm: see `ConvNorm`.
 
@@ -191,7 +191,7 @@ class Model(nn.Module):
           name=f"stage_{s}_block_{i}",
         )
         x_BxHxWxD, done = block(x_BxHxWxD, train), done + 1
-        if parts.passthrough and s > 0 and i == 0:
+        if parts.twin.passthrough and s > 0 and i == 0:
           x_BxHxWxD += parts.passthrough_map(y_BxHxWxE, x_BxHxWxD, name=f"passthrough_{s}")
     x_BxHxWxD = act(conv(scaled(1280, self.width), 1, inputs=NORMED, name="top")(x_BxHxWxD, train))
     x_BxD = parts.dropout(x_BxHxWxD.mean((1, 2)), self.dropout, train)

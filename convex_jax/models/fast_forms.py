@@ -1,19 +1,19 @@
 """Convolutions and products in forms that XLA compiles well on the CPU as well as elsewhere.
 
-The same numbers as `lax.conv_general_dilated` and `lax.dot_general` up to the order of
-summation. What is worth another form was measured (2 cores, jax 0.10.2; against XLA's own,
-forward and gradients):
+They compute the same numbers as `lax.conv_general_dilated` and `lax.dot_general` up to the order
+of summation. Speed-ups were measured on 2 cores with jax 0.10.2 over XLA's own forms, forward and
+gradients together:
 
-- a kernel of few strides' size (1x1, 3x3 at stride 2, a patch embedding) is a matrix product
-  of patches, which take kernel / stride^2 times the memory of the map: 1x1 kernels 5 times
-  faster, others 1 to 30, most on small maps;
-- a depthwise kernel is a sum of shifted products, 2.7 to 12 times; its gradient at stride 1
-  another such sum, and that of its weights a row of the output at a time, twice again;
-- of any other kernel, the gradient of the weights alone is slow (XLA makes it a convolution
-  whose kernel is as large as the image). On the CPU it is summed from matrix products, a row
-  of the output at a time so that they stay in the cache: 3 times;
-- products of maps are products of matrices, else gradients are made of turned copies: up to
-  three times.
+- a kernel not much larger than its stride (1x1, 3x3 at stride 2, a patch embedding) is a matrix
+  product of patches, which take kernel / stride^2 times the memory of the map: 5 times faster for
+  1x1 kernels, 1 to 30 times for others, most on small maps;
+- a depthwise kernel is a sum of shifted products, 2.7 to 12 times faster; its gradient at stride 1
+  is another such sum, and that of its weights, one output row at a time, is twice as fast again;
+- for any other kernel only the gradient of the weights is slow (XLA makes it a convolution
+  whose kernel is as large as the image). On the CPU it is a sum of matrix products, one output row
+  at a time so that they stay in the cache: 3 times faster;
+- products of maps are products of matrices, up to three times faster: otherwise the gradients
+  need transposed copies.
 
 Dimension letters: B batch, H height, W width, C features in, D features out.
 """
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_COPIES = 3  # Copies of a map that patches may take.
+_COPIES = 3  # Patches may take this many times the memory of the map.
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
 Pair = tuple[int, int]
@@ -43,16 +43,16 @@ def conv_general_dilated(
   feature_group_count: int = 1,
   precision=None,
 ) -> jax.Array:
-  """`lax.conv_general_dilated` of NHWC images and HWIO kernels; `nn.Conv` can be given it.
+  """`lax.conv_general_dilated` of NHWC images and HWIO kernels, for use in `nn.Conv`.
 
   Dilations are not supported: no architecture here has one.
 
   Raises:
-    NotImplementedError: a dilation or a precision was asked for.
+    NotImplementedError: a dilation or a precision was given.
   """
-  del dimension_numbers  # NHWC, as `nn.Conv` has it.
+  del dimension_numbers  # NHWC, as in `nn.Conv`.
   if (*lhs_dilation, *rhs_dilation) != (1, 1, 1, 1) or precision is not None:
-    raise NotImplementedError("dilation and precision; use lax.conv_general_dilated")
+    raise NotImplementedError("no dilation, no precision here; use lax.conv_general_dilated")
   side, groups = (kernel.shape[0], kernel.shape[1]), feature_group_count
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(x_BxHxWxC.shape[1:3], side, strides, padding)
@@ -68,17 +68,17 @@ def conv_general_dilated(
 
 
 def _patches(x_BxHxWxC: jax.Array, side: Pair, strides: Pair) -> jax.Array:
-  """All that the kernel meets at a position of the padded map, side by side."""
+  """The patch of the padded map under the kernel at each position, as one vector."""
   if side != strides:
     return jnp.concatenate(_taps(x_BxHxWxC, side, strides), axis=-1)
-  b, height, width, c = x_BxHxWxC.shape  # Nothing twice: a transpose, of whole patches.
+  b, height, width, c = x_BxHxWxC.shape  # Patches that do not overlap: a transpose.
   i, j = height // side[0], width // side[1]
   whole = x_BxHxWxC[:, : i * side[0], : j * side[1]].reshape(b, i, side[0], j, side[1], c)
   return whole.swapaxes(2, 3).reshape(b, i, j, -1)
 
 
 def _shifted_products(x_BxHxWxC: jax.Array, kernel: jax.Array, strides: Pair) -> jax.Array:
-  """A feature's own kernel on that feature of the padded map: a sum of shifted products."""
+  """Applies to each feature of the padded map its own kernel: a sum of shifted products."""
   weights = kernel.reshape(-1, kernel.shape[-1])
   taps = _taps(x_BxHxWxC, (kernel.shape[0], kernel.shape[1]), strides)
   return functools.reduce(jnp.add, [t * w for t, w in zip(taps, weights, strict=True)])
@@ -133,7 +133,7 @@ def _pad(x_BxHxWxC, pads):
 
 
 def _taps(x_BxHxWxC: jax.Array, side: Pair, strides: Pair) -> list[jax.Array]:
-  """The padded map as each entry of the kernel meets it, row by row of the kernel."""
+  """The slices of the padded map that meet each entry of the kernel, row by row of the kernel."""
   b, height, width, c = x_BxHxWxC.shape
   rows, columns = (height - side[0]) // strides[0], (width - side[1]) // strides[1]
   return [
@@ -150,7 +150,7 @@ def _taps(x_BxHxWxC: jax.Array, side: Pair, strides: Pair) -> list[jax.Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x_BxHxWxC, kernel, strides, pads):
-  """A convolution whose kernel's gradient has a form of its own on the CPU."""
+  """A convolution with another form of its kernel's gradient on the CPU."""
   return _native(x_BxHxWxC, kernel, strides, pads)
 
 
@@ -178,7 +178,7 @@ _convolve.defvjp(_forward, _backward)
 
 
 def _from_shifted_inputs(x_BxHxWxC, g_BxIxJxD, side, strides, pads):
-  """Gradient of the kernel: for each of its entries, what it met, transposed, times g."""
+  """Gradient of the kernel: for each of its entries, the slice that it met, transposed, times g."""
   x_BxHxWxC, d = _pad(x_BxHxWxC, pads), g_BxIxJxD.shape[-1]
 
   def row(i):
@@ -190,10 +190,10 @@ def _from_shifted_inputs(x_BxHxWxC, g_BxIxJxD, side, strides, pads):
 
 
 def _from_shifted_outputs(x_BxHxWxC, g_BxIxJxD, side, pads):
-  """The same at stride 1, cheaper where D < C: x, transposed, times g moved the other way.
+  """The same at stride 1, cheaper if D < C: x, transposed, times g shifted the other way.
 
-  Padded by the row: of a padded copy XLA would compute DenseNet's g, a long sum of slices,
-  once more.
+  Rows are padded one at a time: for a padded copy XLA would compute g once more, which in a
+  DenseNet is a long sum of slices.
   """
   (top, _), (left, right) = pads
   back = ((0, 0), (side[1] - 1 - left, side[1] - 1 - right))
@@ -214,9 +214,9 @@ def _from_shifted_outputs(x_BxHxWxC, g_BxIxJxD, side, pads):
 
 
 def _product(x_NxC, g_NxD):
-  """Sum of x^T g over all axes but the last, float32 at least.
+  """x^T g, summed over all axes but the last, in float32 at least.
 
-  Of matrices: where several axes are summed over, XLA's CPU compiler copies x to turn it.
+  A product of matrices: to sum over several axes, XLA's CPU compiler copies x to transpose it.
   """
   dtype = jnp.promote_types(x_NxC.dtype, jnp.float32)
   x_NxC, g_NxD = (v.reshape(-1, v.shape[-1]) for v in (x_NxC, g_NxD))
@@ -224,7 +224,7 @@ def _product(x_NxC, g_NxD):
 
 
 def _sum_rows(row, rows):
-  """Sum of `row(i)`. By rows of the map and not by images: devices may share the batch."""
+  """Sum of `row(i)`. Over rows, not images: the batch may be split over devices."""
   first = jnp.zeros_like(jax.eval_shape(row, 0))
   return lax.scan(lambda total, i: (total + row(i), None), first, jnp.arange(rows))[0]
 
@@ -232,9 +232,9 @@ def _sum_rows(row, rows):
 def along_last(x: jax.Array, kernel_CxD: jax.Array) -> jax.Array:
   """The product x W over the last axis of maps (B, H, W, C), tokens (S, B, C), features (B, C).
 
-  Of matrices, so that the gradient of W is, too: where it sums over several axes, XLA's CPU
-  compiler copies what it multiplies to turn it (15 to 25 % of a Mixer's step). Not of tokens
-  that devices share: they share the batch, and could not if it were merged with S before it.
+  A product of matrices, so that the gradient of W is one too: to sum over several axes, XLA's CPU
+  compiler copies its operands to transpose them (15 to 25 % of a Mixer's step). Tokens on several
+  devices are an exception: the batch is split over them, which merging it with S would prevent.
   """
   if x.ndim == 3 and jax.device_count() > 1:
     return x @ kernel_CxD
@@ -243,18 +243,18 @@ def along_last(x: jax.Array, kernel_CxD: jax.Array) -> jax.Array:
 
 
 def along_first(kernel_SxT: jax.Array, x_SxBxD: jax.Array) -> jax.Array:
-  """W^T x over the first axis of x; (T, B, D). Of matrices, for the same reason."""
+  """W^T x over the first axis of x, (T, B, D); a product of matrices for the same reason."""
   x_SxN = x_SxBxD.reshape(len(x_SxBxD), -1)
   y_TxN = lax.dot_general(kernel_SxT, x_SxN, (((0,), (0,)), ((), ())))
   return y_TxN.reshape(-1, *x_SxBxD.shape[1:])
 
 
 def materialize(g: jax.Array) -> jax.Array:
-  """g, computed once, whoever uses it.
+  """Returns g and makes XLA compute it only once.
 
-  XLA's CPU backend else fuses a cheap sum of many terms into each of its users, and computes it
-  as often. It fuses nothing into a conditional, which here always goes the same way: what a NaN
-  begins with is no gradient of which anything can be saved.
+  XLA's CPU backend would fuse a cheap sum of many terms into each operation that reads it, and
+  compute it as often. It fuses nothing into a conditional. This one always takes the first branch,
+  unless g begins with NaN: then the gradient is lost anyway.
   """
   first = g[(0,) * g.ndim]
   return jax.lax.cond(first == first, lambda g: g, lambda g: jnp.full_like(g, jnp.nan), g)
@@ -262,7 +262,7 @@ def materialize(g: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def gradient_once(x: jax.Array) -> jax.Array:
-  """x, whose gradient is computed once (`materialize`)."""
+  """Returns x; its gradient is computed only once (`materialize`)."""
   return x
 
 

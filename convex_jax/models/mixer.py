@@ -1,7 +1,7 @@
 """MLP-Mixer (Tolstikhin et al. 2021, arXiv 2105.01601) and its convex twins.
 
-Per-patch embedding; blocks of a token-mixing and a channel-mixing MLP, each with a
-norm before and a residual sum after; norm; mean over tokens; linear head.
+Patch embedding; blocks of a token-mixing and a channel-mixing MLP, each with a norm before it
+and a residual connection around it; norm; mean over tokens; linear head.
 """
 
 import functools
@@ -12,13 +12,14 @@ import flax.linen as nn
 import jax
 
 from convex_jax.models.initializers import NORMED
-from convex_jax.models.layers import Parts, cell_means
+from convex_jax.models.layers import cell_means
+from convex_jax.models.parts import Parts, Rate
 
 PAPER_BREAKS = "LayerNorm"  # What keeps the `paper` twin from being convex.
 
 
 def _published(depth, patch, channels):
-  """Table 1 of the paper: token MLP C / 2, channel MLP 4 C."""
+  """Table 1 of the paper: token MLPs of C / 2 hidden units, channel MLPs of 4 C."""
   return dict(
     patch=patch,
     depth=depth,
@@ -29,7 +30,7 @@ def _published(depth, patch, channels):
 
 
 SIZES = {
-  # The report's, section 5.2: for images of 72 px.
+  # Section 5.2 of the report, for images of 72 px.
   "seed": dict(patch=9, depth=4, channels=128, tokens_hidden=64, channels_hidden=128),
   "S/32": _published(8, 32, 512),
   "S/16": _published(8, 16, 512),
@@ -48,25 +49,25 @@ def image_size(size: str) -> int:
 
 
 def check(fields: dict, image_size: int) -> list[str]:
-  """What is wrong with an image of `image_size` px for these fields, one line each."""
+  """Errors in these fields for images of `image_size` px, one line each."""
   patch, cells = fields["patch"], fields.get("cells", 1)
   if image_size % patch:
     return [
-      f"data.image_size is {image_size} px, which patches of model.patch ="
-      f" {patch} px do not tile; allowed: multiples of {patch}"
+      f"data.image_size is {image_size} px, which patches of model.patch = {patch} px do not tile;"
+      f" expected a multiple of {patch}"
     ]
   if image_size // patch % cells:
     return [
-      f"model.cells is {cells}, which {image_size // patch} patches a side do not share out"
-      f" evenly; allowed: divisors of {image_size // patch}"
+      f"model.cells is {cells}, which does not divide the {image_size // patch} patches along a"
+      f" side; expected a divisor of {image_size // patch}"
     ]
   return []
 
 
 class Mlp(nn.Module):
-  """Dense, GELU, dense along an axis, back to its width; the hidden units before and after GELU.
+  """Dense, GELU, dense along one axis; returns also the hidden units before and after the GELU.
 
-  `free` leaves the first matrix any sign: right where the input is affine in the image.
+  `free` leaves the sign of the first matrix open: right where the input is affine in the image.
   y, affine in the image, is scaled and added to the hidden units.
   """
 
@@ -92,18 +93,18 @@ class Mlp(nn.Module):
 class Block(nn.Module):
   """Token mixing, then channel mixing (section 2 of the paper, its equation 1).
 
-  `first` says that x is the patch embedding itself, affine in the image. Its norm
-  and its first token-mixing matrix are then free, unless a LayerNorm stands between
-  them: the report exempts that matrix all the same, so `paper` does too. The hidden
-  units of that token mixing, returned as y, are what later blocks get as passthrough.
-  `parallel` lets both mixings read x, so that in the first block both first matrices act
-  on what is affine in the image. Returned last: the hidden units of either.
+  `first` means that x is the patch embedding itself, which is affine in the image. Its norm
+  and its first token-mixing matrix are then free. With a LayerNorm between them that matrix
+  should not be, but the report exempts it, and so does `paper`. The hidden units of the first
+  token mixing, before their activation, are returned as y: later blocks get them as passthrough.
+  With `parallel` both mixings read x, so that in the first block the first matrices of both act
+  on an affine map of the image. The last result holds the hidden units of both mixings.
   """
 
   tokens_hidden: int
   channels_hidden: int
   gelu: str
-  drop_path: float
+  drop_path: Rate
   parts: Parts
   first: bool
   parallel: bool = False
@@ -126,24 +127,24 @@ class Block(nn.Module):
     )
     h_SxBxD, _, channels_SxBxE = mix_channels(h_SxBxD)
     x_SxBxD += parts.dropout(h_SxBxD, self.drop_path, train, whole=1)
-    y_TxBxD = hidden_TxBxD if self.first and parts.passthrough else y_TxBxD
+    y_TxBxD = hidden_TxBxD if self.first and parts.twin.passthrough else y_TxBxD
     return x_SxBxD, y_TxBxD, (tokens_TxBxD, channels_SxBxE)
 
 
 class Model(nn.Module):
-  """The network. The image's sides must be multiples of `patch` (in px).
+  """The network; the sides of the image must be multiples of `patch` px.
 
-  In `ioc` with passthrough the first token mixing's hidden units before their activation,
-  affine in the image, are scaled and added to those of every later block. Matrices in
-  place of the scales, or a map to the logits, learn no faster and cost 3 % of a step.
+  In `ioc` with passthrough the hidden units of the first token mixing before their activation,
+  which are affine in the image, are scaled and added to those of every later block. Matrices
+  instead of the scales, or a map to the logits, learn no faster and cost 3 % of a step.
 
-  Four choices that are not the paper's, open to every twin. In `ioc` they widen what has
-  weights of either sign: the first layer and, by `shift`, the head.
+  Four options are not in the paper and are open to every twin. In `ioc` they widen the layers
+  whose weights may have either sign: the first one and, by `shift`, the head.
 
-  - `parallel`: the first block's mixings both read the embedding.
-  - `overlap`: a patch's window reaches so many px over each of its sides.
-  - `cells`: the head sees means over cells x cells parts of the image.
-  - `dense_readout`: it sees the hidden units of every mixing as well, behind a norm.
+  - `parallel`: both mixings of the first block read the embedding.
+  - `overlap`: the window of a patch extends this many px beyond each of its sides.
+  - `cells`: the head sees means over a cells x cells grid of the image.
+  - `dense_readout`: the head also sees the normalised hidden units of every mixing.
   """
 
   classes: int
@@ -153,12 +154,12 @@ class Model(nn.Module):
   channels: int
   tokens_hidden: int
   channels_hidden: int
-  gelu: Literal["tanh", "erf"] = "tanh"  # The official form is tanh, timm's erf.
-  # Stochastic depth of the last block, falling to 0 at the first; what is kept is divided by
-  # its share, as timm does and the official code does not.
-  drop_path: float = 0.0
+  gelu: Literal["tanh", "erf"] = "tanh"  # tanh in the official code, erf in timm.
+  # Stochastic depth of the last block, falling to 0 at the first; branches that are kept are
+  # divided by their probability, as in timm but not in the official code.
+  drop_path: Rate = 0.0
   parallel: bool = False
-  cells: int = 1  # A side.
+  cells: int = 1  # Along each side.
   dense_readout: bool = False
   overlap: int = 0  # px.
 
@@ -174,7 +175,7 @@ class Model(nn.Module):
       free=True,
       name="stem",
     )
-    # Tokens first: to mix them is then one product with all the rest, without a transpose.
+    # Tokens first: mixing them is then one matrix product, without a transpose.
     x_SxBxD = x_BxHxWxD.reshape(len(x_BxHxWxD), -1, self.channels).swapaxes(0, 1)
     y_TxBxD, hidden = None, []
     for i in range(self.depth):
@@ -199,7 +200,7 @@ class Model(nn.Module):
     return parts.head(x_BxF, self.classes, train=train, own_init=zeros, name="head")
 
   def _pool(self, x_SxBxD: jax.Array) -> jax.Array:
-    """Means over cells of the grid of tokens: (B, cells^2 D)."""
+    """Means over cells of the grid of tokens, (B, cells^2 D)."""
     if self.cells == 1:
       return x_SxBxD.mean(axis=0)
     side = math.isqrt(len(x_SxBxD))

@@ -1,6 +1,6 @@
 """Multi-layer perceptron with BatchNorm, and its convex twins.
 
-Three hidden layers of 800 units, BatchNorm before each ReLU, a linear head (report,
+Three hidden layers of 800 units, each with a BatchNorm before its ReLU, and a linear head (report,
 section 4.1; Sivaprasad et al. 2021, table 1). 3,752,810 parameters for CIFAR-10.
 """
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from convex_jax.models.initializers import ELU
-from convex_jax.models.layers import Parts
+from convex_jax.models.parts import Parts
 
 PAPER_BREAKS = ""  # BatchNorm is affine at inference.
 SIZES = {
@@ -27,13 +27,13 @@ class Model(nn.Module):
   """Flatten, `depth` times (dense, BatchNorm, activation), linear head.
 
   In `ioc` the layers after the first also see y = BatchNorm(x W_1 + b_1), which is affine
-  in the image at inference, as (y A) V_l: matrices of either sign, A shared. On CIFAR-10
-  after five epochs a rank of 64, 4 % more work, is worth two points and full matrices,
-  34 % more, one further; the same map to the logits costs two.
+  in the image at inference, as (y A) V_l, with matrices of either sign and A shared. On CIFAR-10
+  after five epochs, rank 64 gains two points for 4 % more work; full matrices gain one more for
+  34 %; the same map to the logits costs two points.
 
-  With `dense_readout` the head sees the units of every hidden layer. To a linear head of
-  `ioc`, of two or more logits, either sign is open (`shift`), so the convex network is then
-  at least a free network (ELU) of one hidden layer, the first, whose weights are free as well.
+  With `dense_readout` the head sees the units of every hidden layer. A linear head of `ioc` with
+  two or more logits has weights of either sign (`shift`), so the convex network is then at least
+  as expressive as an unconstrained ELU network of one hidden layer: the first, also free.
   """
 
   classes: int
@@ -56,7 +56,7 @@ class Model(nn.Module):
       if z_BxR is not None:
         h_BxD += parts.passthrough_dense(z_BxR, self.width, name=f"passthrough_{i}")
       h_BxD = parts.norm(h_BxD, "batch", train=train, name=f"norm_{i}")
-      if first and parts.passthrough:
+      if first and parts.twin.passthrough:
         z_BxR = parts.passthrough_dense(h_BxD, self.passthrough_rank, name="passthrough")
       x_BxD = act(h_BxD)
       hidden.append(x_BxD)

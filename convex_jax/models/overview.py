@@ -1,4 +1,4 @@
-"""Lists every architecture and size: `python -m convex_jax.models`."""
+"""Lists every architecture and size: `python -m convex_jax models`."""
 
 import functools
 import math
@@ -13,21 +13,17 @@ from rich.table import Table
 
 from convex_jax import command_line
 from convex_jax.models import catalog
-from convex_jax.models.layers import make_parts
+from convex_jax.models.parts import make_parts
 
 
 @functools.cache
-def describe(name: str, size: str, parts: str, classes: int, image_size: int) -> tuple[int, int]:
+def describe(name: str, size: str, twin: str, classes: int, image_size: int) -> tuple[int, int]:
   """(parameters, multiply-accumulates of one image's forward pass); allocates nothing."""
   module = catalog.module_of(name)
-  # Depthwise convolutions as such: our form of them has no product to count.
-  ingredients = make_parts(
-    parts, constraint="clamp", passthrough=True, convolve=jax.lax.conv_general_dilated
-  )
-  fields = dict(module.SIZES[size])
-  if name == "densenet":  # With dropout its transitions pool after their products, as published.
-    fields["dropout"] = 0.1
-  model = module.Model(classes=classes, parts=ingredients, **fields)
+  # XLA's convolutions: our form of a depthwise one has no product to count.
+  parts = make_parts(twin, convolve=jax.lax.conv_general_dilated)
+  fields = {**module.SIZES[size], **getattr(module, "PUBLISHED", {})}
+  model = module.Model(classes=classes, parts=parts, **fields)
   image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
   variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
@@ -50,18 +46,20 @@ def macs(jaxpr: Any) -> int:
 
 
 def table() -> Table:
-  """A row a size, at the image size and number of classes it was published for."""
+  """One row per size, at the image size and number of classes that it was published for."""
   out = Table(
     box=box.SIMPLE,
     padding=(0, 1, 0, 0),
-    title="Twins: every ioc is convex in the image, paper if unbroken",
-    caption="10^6 weights; 10^9 multiply-accumulates of an image; 1000 classes from 200 px, or 10",
+    title="Architectures and sizes",
+    caption="MACs (multiply-accumulates) of one image. 1000 classes from 200 px, otherwise 10."
+    " Every ioc is convex in the image; a paper twin is, unless something breaks it.",
   )
   for column in ("model", "size"):
     out.add_column(column, no_wrap=True)
-  for column in ("px", "weights", "MACs", "ioc\nweights", "ioc\nMACs"):
+  columns = ("px", "parameters\n(10^6)", "MACs\n(10^9)", "ioc param.\n(10^6)", "ioc MACs\n(10^9)")
+  for column in columns:
     out.add_column(column, justify="right", no_wrap=True)
-  out.add_column("paper\nbroken by", min_width=10)
+  out.add_column("paper twin\nbroken by", min_width=10)
   for name in catalog.names():
     module = catalog.module_of(name)
     for size in module.SIZES:
@@ -70,18 +68,18 @@ def table() -> Table:
       px = module.image_size(size)
       classes = 1000 if px >= 200 else 10
       row = [name, size, str(px)]
-      for parts in ("base", "ioc"):
-        count, work = describe(name, size, parts, classes, px)
+      for twin in ("base", "ioc"):
+        count, work = describe(name, size, twin, classes, px)
         row += [f"{count / 1e6:.2f}", f"{work / 1e9:.3f}"]
       out.add_row(*row, module.PAPER_BREAKS or "-")
   return out
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Prints the table."""
+  """Prints the table; returns the exit code."""
   command_line.parser(
     "models",
-    "List every architecture and size, with the weights and the work of each twin.",
+    "List every architecture and size, with the parameters and the MACs of its twins.",
     "python -m convex_jax models",
   ).parse_args(argv)
   Console().print(table())

@@ -1,6 +1,28 @@
-"""Is this function convex, and if not, why?
+"""Is this function convex? A proof, or the first operation that breaks it.
 
-Needs jax, numpy and scipy, and nothing else of `convex_jax`.
+`certify` takes any JAX function, reads its computation graph (the jaxpr), and returns a verdict
+on each output:
+
+- PROVED: convex (or concave, or affine) in the input on all of R^n, as a function over the reals,
+  with the weights given. The proof follows the rules of disciplined convex programming element by
+  element, and recognises activations and log-sum-exp by what they compute.
+- REFUTED: two points were found whose midpoint lies on the wrong side, by more than rounding.
+- UNKNOWN: neither. Where no rule applies, nothing is guessed.
+
+Unless all is proved, the certificate names the first operation that breaks it, its weights and its
+line in the source code.
+
+    def network(weights, x):
+      z = jax.nn.softplus(x @ weights["first"])
+      z = jax.nn.softplus(z @ weights["second"] + x @ weights["passthrough"])
+      return z @ weights["last"]
+
+    print(certify(network, weights, x))  # PROVED, if second >= 0 and last >= 0.
+
+Convexity then pays: `radii` certifies how far an input may move before its class can change,
+`minimum` bounds a convex function's least value over a box.
+
+This package needs jax, numpy and scipy, and nothing else of convex_jax.
 """
 
 from convex_jax.proof.certificate import Certificate, certify

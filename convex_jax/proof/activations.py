@@ -1,11 +1,13 @@
-"""Curvature of a scalar function with one kink, from how it is computed.
+"""Curvature of a scalar function with one kink, found from how it is computed.
 
-ELU is `where(z > 0, z, alpha expm1(where(z > 0, 0, z)))`: neither `expm1` of a minimum nor
-the choice has a curvature of its own. On each side of the kink all choices are made, and
-what is left is a composition that has one. The function is convex on the line where it is
-convex on both sides, continuous, and its slope does not fall at the kink. Values and slopes
-there are compared as they are over the reals: values must be free of rounding, and slopes,
-which are fractions here, free of it or well apart.
+ELU is `where(z > 0, z, alpha expm1(where(z > 0, 0, z)))`. Neither the choice nor `expm1` of a
+choice has a curvature that a rule could state. But on either side of the kink every choice is
+made, and the rest is a composition that has one. A continuous function that is convex on both
+sides, and whose slope does not fall at the kink, is convex on the whole line.
+
+Values and slopes at the kink are compared as real numbers, although float64 computes them: two
+values count as equal only if no rounding has touched them; slopes, kept as fractions, are ordered
+only if none has, or if they are well apart.
 """
 
 import collections
@@ -15,33 +17,35 @@ from typing import Any
 
 import numpy as np
 
-COMPARISONS: dict[str, Callable[[int], bool]] = {  # Of two values, by the sign of first - second.
+from convex_jax.proof.values import Known, ScalarFunction, Value
+
+COMPARISONS: dict[str, Callable[[int], bool]] = {  # By the sign of first - second.
   "gt": lambda order: order > 0,
   "ge": lambda order: order >= 0,
   "lt": lambda order: order < 0,
   "le": lambda order: order <= 0,
 }
 ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "max", "min", "abs", "exp", "expm1", "select_n"}
-APART = 1e-9  # Relative: more than rounding can do to slopes in which nothing has cancelled.
-LIMIT = 40  # Operations between a value and the earlier one it is a function of.
+APART = 1e-9  # Relative; more than rounding can change slopes in which nothing has cancelled.
+LIMIT = 40  # Operations that are searched for the kink of a value.
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Side:
-  """A function on one side of the kink: value and slope there; curvature, monotonicity."""
+  """A function on one side of the kink: value and slope at it, curvature and monotonicity."""
 
   value: "Number"
-  slope: "Number"  # Of it the numerator ...
-  over: "Number"  # ... and the denominator, above 0.
+  slope: "Number"  # The numerator of the slope ...
+  over: "Number"  # ... and its denominator, above 0.
   convex: Any
   concave: Any
   rising: Any
   falling: Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Number:
-  """A float64, or an array of them, and where no rounding has made it."""
+  """A float64 or an array of them, and whether it is exact: no rounding has occurred."""
 
   at: Any
   exact: Any = True
@@ -51,24 +55,24 @@ class Number:
     exact = np.logical_and(self.exact, other.exact)
     exact = exact & np.equal(total - self.at, other.at) & np.equal(total - other.at, self.at)
     if np.any((np.sign(self.at) * np.sign(other.at) < 0) & ~exact):
-      raise _NoRuleError  # What is left when rounded numbers cancel may be anything.
+      raise _NoRuleError  # The remainder of rounded numbers that cancel may be anything.
     return Number(total, exact)
 
   def __mul__(self, other: "Number") -> "Number":
     with np.errstate(over="ignore"):
       short = [np.equal(np.float32(x.at), x.at) for x in (self, other)]
-    simple = short[0] & short[1]  # Products of float32's digits fit into float64.
+    simple = short[0] & short[1]  # A product of two float32 fits into float64.
     for x in (self, other):
       simple = simple | np.equal(np.abs(x.at), 1) | np.equal(x.at, 0)
     exact = np.logical_and(self.exact, other.exact) & simple
     return Number(self.at * other.at, exact)
 
   def equals(self, other: "Number") -> Any:
-    """Whether both are known to be the same number."""
+    """Whether both are surely the same number."""
     return np.equal(self.at, other.at) & self.exact & other.exact
 
   def at_most(self, other: "Number") -> Any:
-    """Whether self <= other is known."""
+    """Whether surely self <= other."""
     apart = other.at - self.at > APART * (np.abs(self.at) + np.abs(other.at))
     return apart | (np.less_equal(self.at, other.at) & self.exact & other.exact)
 
@@ -76,44 +80,15 @@ class Number:
 ONE, ZERO = Number(1.0), Number(0.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-  """What is proved of a function on the whole line: booleans, or arrays of them."""
-
-  convex: Any
-  concave: Any
-  rising: Any
-  falling: Any
-  kink: Any
-  slopes: tuple[Any, Any]  # Below and above the kink.
-  joined: Any  # Whether it is continuous there.
-  left_affine: Any
-  right_affine: Any
-
-  def __str__(self) -> str:
-    if not np.all(self.joined):
-      return f"it jumps at {_first(self.kink)}"
-    left, right = map(_first, self.slopes)
-    return f"its slope goes from {left} to {right} at {_first(self.kink)}"
-
-
-def _first(x: Any) -> str:
-  return f"{float(np.ravel(x)[0]):g}"
-
-
 class _NoRuleError(Exception):
-  """The function is not of the kind that is looked at here."""
+  """The computation is not a scalar function with this kink, as far as can be seen."""
 
 
-def properties(value: Any, kind: Any) -> tuple[Any, Shape] | None:
-  """(z, shape) where `value` is a scalar function with one kink of an earlier value z.
-
-  `kind` is the class of what depends on the input, with the operation that made it in
-  `made_by`; anything else is a known number, in `array`.
-  """
-  for root, kink in _kinks(value, kind):
+def as_scalar_function(value: Value) -> tuple[Value, ScalarFunction] | None:
+  """(z, f) where `value` is f(z), a scalar function with one kink of an earlier value z."""
+  for root, kink in _kinks(value):
     try:
-      left, at, right = (_Half(root, kink, side, kind).of(value) for side in (-1, 0, 1))
+      left, at, right = (_Half(root, kink, side).of(value) for side in (-1, 0, 1))
     except _NoRuleError:
       continue
     numbers = [x.at for s in (left, at, right) for x in (s.value, s.slope, s.over)]
@@ -121,7 +96,7 @@ def properties(value: Any, kind: Any) -> tuple[Any, Shape] | None:
       continue
     joined = left.value.equals(right.value) & left.value.equals(at.value)
     below, above = left.slope * right.over, right.slope * left.over
-    return root, Shape(
+    return root, ScalarFunction(
       joined & left.convex & right.convex & below.at_most(above),
       joined & left.concave & right.concave & above.at_most(below),
       joined & left.rising & right.rising,
@@ -135,37 +110,37 @@ def properties(value: Any, kind: Any) -> tuple[Any, Shape] | None:
   return None
 
 
-def _kinks(value: Any, kind: Any) -> Iterator[tuple[Any, np.ndarray]]:
-  """Pairs (z, c): values that are compared with known numbers on the way to `value`."""
-  todo, seen = collections.deque([value]), set()
+def _kinks(value: Value) -> Iterator[tuple[Value, np.ndarray]]:
+  """Pairs (z, c): values z that are compared with known numbers c on the way to `value`."""
+  todo, seen = collections.deque[Any]([value]), set()
   while todo and len(seen) < LIMIT:  # Breadth first: the nearest comparison comes first.
     node = todo.popleft()
-    if id(node) in seen or not isinstance(node, kind) or node.made_by is None:
+    if id(node) in seen or not isinstance(node, Value) or node.made_by is None:
       continue
     seen.add(id(node))
     op = node.made_by
     if op.primitive in COMPARISONS or op.primitive in ("max", "min"):
-      a, b = op.inputs
-      if isinstance(a, kind) != isinstance(b, kind):
-        yield (a, b.array) if isinstance(a, kind) else (b, a.array)
+      for z, c in (op.inputs, op.inputs[::-1]):
+        if isinstance(z, Value) and isinstance(c, Known):
+          yield z, c.array
     if op.primitive in ELEMENTWISE or op.primitive in COMPARISONS:
       todo.extend(op.inputs)
 
 
 class _Half:
-  """Reads computations as functions of `root` on one `side` of `kink` (+1: above; 0: at it)."""
+  """Reads values as functions of `root` on one side of `kink`: -1 below, 0 at, +1 above it."""
 
-  def __init__(self, root: Any, kink: np.ndarray, side: int, kind: Any):
-    self._root, self._kink, self._side, self._kind = root, kink, side, kind
+  def __init__(self, root: Value, kink: np.ndarray, side: int):
+    self._root, self._kink, self._side = root, kink, side
     self._read: dict[int, Side] = {id(root): Side(Number(kink), ONE, ONE, True, True, True, False)}
 
-  def of(self, node: Any) -> Side:
+  def of(self, node: Value | Known) -> Side:
     if id(node) not in self._read:
       self._read[id(node)] = self._compute(node)
     return self._read[id(node)]
 
-  def _compute(self, node: Any) -> Side:
-    if not isinstance(node, self._kind):
+  def _compute(self, node: Value | Known) -> Side:
+    if isinstance(node, Known):
       if not np.isfinite(node.array).all():
         raise _NoRuleError
       return Side(Number(node.array), ZERO, ONE, True, True, True, True)
@@ -193,30 +168,30 @@ class _Half:
   def _order(self, x: Any, y: Any) -> int:
     """The sign of x - y here, one being the root and the other the kink."""
     for a, b, sign in ((x, y, 1), (y, x, -1)):
-      if a is self._root and not isinstance(b, self._kind) and np.array_equal(b.array, self._kink):
+      if a is self._root and isinstance(b, Known) and np.array_equal(b.array, self._kink):
         return self._side * sign
     raise _NoRuleError
 
   def _chosen(self, test: Any, *cases: Any) -> Any:
-    op = test.made_by if isinstance(test, self._kind) else None
+    op = test.made_by if isinstance(test, Value) else None
     if len(cases) != 2 or op is None or op.primitive not in COMPARISONS:
       raise _NoRuleError
     return cases[COMPARISONS[op.primitive](self._order(*op.inputs))]
 
   def _product(self, name: str, a: Any, b: Any) -> Side:
-    if not all(isinstance(x, self._kind) or np.isfinite(x.array).all() for x in (a, b)):
+    if name == "mul" and isinstance(a, Known):
+      a, b = b, a
+    if not isinstance(a, Value) or not isinstance(b, Known) or not np.isfinite(b.array).all():
       raise _NoRuleError
-    if isinstance(a, self._kind) and not isinstance(b, self._kind):
-      if name == "div" and np.any(b.array == 0):
-        raise _NoRuleError
-      return (_scaled if name == "mul" else _divided)(self.of(a), b.array)
-    if name == "mul" and isinstance(b, self._kind) and not isinstance(a, self._kind):
-      return _scaled(self.of(b), a.array)
-    raise _NoRuleError
+    if name == "mul":
+      return _scaled(self.of(a), b.array)
+    if np.any(b.array == 0):
+      raise _NoRuleError
+    return _divided(self.of(a), b.array)
 
 
 def _exponential(x: Side, offset: float) -> Side:
-  """exp(x) + offset; the value by expm1 where that is what is computed."""
+  """exp(x) + offset, an offset of -1 by expm1."""
   if np.any(np.abs(x.value.at) > 700):
     raise _NoRuleError  # Over- or underflow would hide a jump.
   exact = np.equal(x.value.at, 0) & x.value.exact
@@ -227,38 +202,26 @@ def _exponential(x: Side, offset: float) -> Side:
 
 
 def _sum(a: Side, b: Side) -> Side:
-  both = [
-    np.logical_and(getattr(a, name), getattr(b, name))
-    for name in ("convex", "concave", "rising", "falling")
-  ]
+  names = ("convex", "concave", "rising", "falling")
+  both = [np.logical_and(getattr(a, name), getattr(b, name)) for name in names]
   return Side(a.value + b.value, a.slope * b.over + b.slope * a.over, a.over * b.over, *both)
 
 
 def _scaled(x: Side, factor: Any) -> Side:
-  """Factor x, the factor a known number of either sign."""
+  """factor x, for a known factor of either sign."""
   return _turned(x, factor, x.value * Number(factor), x.slope * Number(factor), x.over)
 
 
 def _divided(x: Side, divisor: Any) -> Side:
-  """X / divisor, a known number other than 0."""
+  """x / divisor, for a known divisor other than 0."""
   value = Number(x.value.at / divisor, np.equal(x.value.at, 0) & x.value.exact)
   slope, over = x.slope * Number(np.sign(divisor)), x.over * Number(np.abs(divisor))
   return _turned(x, divisor, value, slope, over)
 
 
 def _turned(x: Side, factor: Any, value: Number, slope: Number, over: Number) -> Side:
-  """The curvature and monotonicity of x, turned where the factor is negative."""
+  """`x` with its curvature and monotonicity swapped where the factor is negative."""
   up, down = np.greater_equal(factor, 0), np.less_equal(factor, 0)
-
-  def turned(same, other):
-    return (up & same) | (down & other)
-
-  return Side(
-    value,
-    slope,
-    over,
-    turned(x.convex, x.concave),
-    turned(x.concave, x.convex),
-    turned(x.rising, x.falling),
-    turned(x.falling, x.rising),
-  )
+  pairs = ((x.convex, x.concave), (x.concave, x.convex), (x.rising, x.falling))
+  pairs += ((x.falling, x.rising),)
+  return Side(value, slope, over, *((up & same) | (down & other) for same, other in pairs))

@@ -1,4 +1,4 @@
-"""Two points that refute convexity: f midway lies above the mean of f at the ends."""
+"""Search for two points that refute convexity: f at the midpoint exceeds the mean of f there."""
 
 import dataclasses
 import functools
@@ -9,15 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROUNDING = 1e4  # Machine epsilons, of the values' size: what a network's rounding may make.
+ROUNDING = 1e4  # Machine epsilons of the values' size, more than a network's rounding makes.
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Counterexample:
-  """Two points and an output (of the flat output) that breaks the inequality by `gap`.
+  """Two points between which an output breaks the inequality of its curvature.
 
-  Convex: gap = f((a + b) / 2) - (f(a) + f(b)) / 2 > 0; concave: its negative; affine:
-  its magnitude. `beyond`: the gap less what rounding could make.
+  Attributes:
+    a: the first point.
+    b: the second.
+    output: the position of the output among the flat outputs.
+    gap: f((a + b) / 2) - (f(a) + f(b)) / 2 > 0 for "convex"; its negative for "concave", its
+      magnitude for "affine".
+    beyond: the part of the gap that no rounding can explain, > 0.
   """
 
   a: np.ndarray
@@ -25,6 +30,11 @@ class Counterexample:
   output: int
   gap: float
   beyond: float
+
+  def __str__(self) -> str:
+    return (
+      f"refuted by two points: at their midpoint, output {self.output} misses by {self.gap:.3g}"
+    )
 
 
 def search(
@@ -37,19 +47,20 @@ def search(
   steps: int,
   seed: int = 0,
 ) -> Counterexample | None:
-  """A counterexample in a box to the curvature `kind` of an output not yet proved, or None.
+  """A counterexample to the curvature `kind` of one of the open outputs, or None.
 
-  In float64: random pairs, far and near, then gradient ascent on the gap from the best.
+  In float64: random pairs in the box, far and near, then gradient ascent on the gap from the
+  best of them.
 
   Args:
-    f: a function of `args`.
-    *args: its arguments; of the input only the shape matters.
-    argnums: which of them is the input.
-    open_outputs: which of the flat outputs to look at.
+    f: a JAX function.
+    *args: its arguments; only the shape of the input matters.
+    argnums: which argument is the input.
+    open_outputs: which of the flat outputs to refute.
     kind: "convex", "concave", "affine".
     box: least and greatest entry of the points.
-    steps: of the ascent; a quarter as many random pairs come first.
-    seed: of the pairs.
+    steps: gradient steps of the ascent; a quarter as many random pairs come first.
+    seed: of the random pairs.
   """
   at = argnums % len(args)
   with jax.enable_x64(True):
@@ -89,7 +100,7 @@ def in_float64(tree: Any) -> Any:
 
 
 def _gaps(call, chosen, kind, pair) -> tuple[jax.Array, jax.Array]:
-  """Of each chosen output: the gap, and its part beyond rounding."""
+  """The gap of each chosen output, and its part beyond rounding."""
 
   def outputs(x):
     flat = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(call(x))])[chosen]
@@ -103,7 +114,7 @@ def _gaps(call, chosen, kind, pair) -> tuple[jax.Array, jax.Array]:
 
 
 def _best(found: Iterable[Counterexample]) -> Counterexample:
-  """The first beyond rounding, or else the one that comes nearest."""
+  """The first one beyond rounding, or else the nearest to it."""
   best = None
   for one in found:
     if best is None or one.beyond > best.beyond:
@@ -115,7 +126,7 @@ def _best(found: Iterable[Counterexample]) -> Counterexample:
 
 
 def _pairs(rng, shape, box, count: int) -> Iterator[jax.Array]:
-  """Both points anywhere in the box, or one a step of a random size from the other."""
+  """Pairs of points anywhere in the box, and in turn pairs a step of random size apart."""
   low, high = box
   for i in range(count):
     a, b = rng.uniform(low, high, (2, *shape))

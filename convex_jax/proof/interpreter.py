@@ -1,14 +1,15 @@
 """Curvature of any JAX function of one array, element by element, from its jaxpr.
 
 The jaxpr is walked once, by the rules of `rules`; calls, rematerialised parts and scans are
-entered. What does not depend on the input is a known number, folded in float64. An
-activation is judged by what it computes, whatever its name: `piecewise` looks at the scalar
-function on either side of its kink. What has no rule is not proved, never guessed. The
+entered. What does not depend on the input is a known number, folded in float64. An operation by
+which the rules lose both curvatures gets a second look, back through the operations before it: it
+may complete a log-sum-exp (`log_sum_exp`) or an activation (`activations`), which is judged by
+what it computes, whatever its name. What nothing shows is not proved, and never guessed. The
 verdicts hold for the function over the reals, on all of R^n.
 """
 
 import dataclasses
-import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,12 +18,20 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from convex_jax.proof import activations, rules
+from convex_jax.proof import activations, log_sum_exp, rules
 from convex_jax.proof.constants import SAME, fold, real
-from convex_jax.proof.rules import Known, Masks, Operation, Value
-from convex_jax.proof.source import Place
+from convex_jax.proof.source import Place, place_of
+from convex_jax.proof.values import Known, Masks, Operation, Value, composed, tidy, uniform
 
-LOOP_LIMIT = 1000  # Iterations of a `scan` that are unrolled; above, no rule.
+LOOP_LIMIT = 1000  # Iterations up to which a `scan` is unrolled; above, it has no rule.
+
+CALLS = {  # Primitives that run the jaxpr under this parameter.
+  "jit": "jaxpr",
+  "closed_call": "call_jaxpr",  # Not in jax 0.12.
+  "custom_jvp_call": "call_jaxpr",
+  "custom_vjp_call": "call_jaxpr",
+  "remat2": "jaxpr",
+}
 
 
 def analyse(
@@ -30,106 +39,65 @@ def analyse(
 ) -> tuple[list[Value | Known], Any]:
   """The outputs of `f(*args)`, flat, as values of one argument, and the tree they make.
 
-  Args:
-    f: a JAX function.
-    *args: its arguments: the input, an array or its `jax.ShapeDtypeStruct`, of which only
-      shape and dtype matter; the others known trees of numbers, whose paths name them in
-      explanations.
-    argnums: which argument is the input.
-
-  Raises:
-    ValueError: there is no such argument, or it is not one floating-point array.
+  The arguments are those of `certify`, which raises the same errors.
   """
   at = input_position(args, argnums)
   jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*args)
   inputs: list[Value | Known] = []
-  for i, argument in enumerate(args):
+  for i, (name, argument) in enumerate(zip(_names(f, args), args, strict=True)):
     if i == at:
-      size = tuple(argument.shape)
-      inputs.append(Value(rules.uniform(False, size), rules.uniform(False, size)))
+      nowhere = uniform(False, argument.shape)
+      inputs.append(Value(nowhere, nowhere))
       continue
     for path, leaf in jax.tree_util.tree_leaves_with_path(argument):
-      inputs.append(Known(real(leaf), {_name(path): real(leaf)}))
-  consts = [Known(real(c)) for c in jaxpr.consts]
-  outputs = Walk().run(jaxpr.jaxpr, consts, inputs, Place())
+      parts = [name] if len(args) > 2 or not path else []
+      if path:
+        parts.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+      inputs.append(Known(real(leaf), {"/".join(parts): real(leaf)}))
+  outputs = Walk().run(jaxpr.jaxpr, _known(jaxpr.consts), inputs, Place())
   return outputs, jax.tree.structure(shape)
 
 
 def input_position(args: Sequence[Any], argnums: int) -> int:
   """The position of the input among the arguments; raises `ValueError` where it is unfit."""
-  if not -len(args) <= argnums < len(args):
-    raise ValueError(f"argnums is {argnums} and the function was given {len(args)} arguments")
-  example = args[argnums]
-  if not hasattr(example, "shape") or not hasattr(example, "dtype"):
+  if not args:
+    raise ValueError("the function was given no arguments; expected at least its input")
+  if not isinstance(argnums, int) or not -len(args) <= argnums < len(args):
     raise ValueError(
-      f"the input is a {type(example).__name__}; expected one array, or its jax.ShapeDtypeStruct"
+      f"argnums is {argnums!r}; expected an integer from {-len(args)} to {len(args) - 1}, the"
+      " position of the input among the arguments"
     )
+  example = args[argnums]
+  expected = "expected one floating-point array, or its jax.ShapeDtypeStruct"
+  if not hasattr(example, "shape") or not hasattr(example, "dtype"):
+    raise ValueError(f"the input is a {type(example).__name__}; {expected}")
   if not jnp.issubdtype(example.dtype, jnp.floating):
-    raise ValueError(f"the input is {example.dtype}; convexity needs floating-point numbers")
+    raise ValueError(f"the input is an array of {example.dtype}; {expected}")
   return argnums % len(args)
 
 
-def _name(path) -> str:
-  return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+def _names(f: Callable[..., Any], args: Sequence[Any]) -> list[str]:
+  """Names of the arguments: those of the function's parameters, where it shows them."""
+  try:
+    parameters = inspect.signature(f).parameters.values()
+  except (TypeError, ValueError):  # Of a built-in function, say.
+    parameters = ()
+  names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+  return [names[i] if i < len(names) else f"argument {i}" for i in range(len(args))]
 
 
-def culprit(output: Value, not_mask: Callable[[Value], np.ndarray]) -> Operation | None:
-  """The first operation that leaves `output` without the curvature asked for.
-
-  The earliest operation on the way to `output` that makes something neither convex nor
-  concave of what was one of them; or, where its own inputs already lack the curvature
-  (`not_mask`), or nothing is lost so far, the earliest that turned the curvature round.
-  """
-
-  def lacks(value):
-    return bool(not_mask(value).any())
-
-  lost = _earliest([output], lambda v: v.is_lost)
-  if lost is not None and lost.note:
-    return lost
-  turned = _earliest(lost.inputs if lost else [output], lacks)
-  return turned or lost
-
-
-def _earliest(outputs: Sequence[Any], is_bad: Callable[[Value], bool]) -> Operation | None:
-  """The earliest operation that makes a bad value of good ones, on the bad ways to `outputs`."""
-  found, seen, todo = [], set(), list(outputs)
-  while todo:
-    value = todo.pop()
-    if not isinstance(value, Value) or not value.is_real or id(value) in seen or not is_bad(value):
-      continue
-    seen.add(id(value))
-    if value.made_by is None:
-      continue
-    above = [v for v in value.made_by.inputs if isinstance(v, Value) and v.is_real and is_bad(v)]
-    if above and not value.made_by.note:
-      todo += above
-    else:
-      found.append(value.made_by)
-  return min(found, key=lambda op: op.order, default=None)
-
-
-CALLS = {  # Primitives that run the jaxpr under this parameter.
-  "jit": "jaxpr",
-  "pjit": "jaxpr",
-  "closed_call": "call_jaxpr",
-  "core_call": "call_jaxpr",
-  "custom_jvp_call": "call_jaxpr",
-  "custom_vjp_call": "call_jaxpr",
-  "checkpoint": "jaxpr",
-  "remat": "jaxpr",
-  "remat2": "jaxpr",
-}
+def _known(numbers: Sequence[Any]) -> list[Known]:
+  return [Known(real(number)) for number in numbers]
 
 
 class Walk:
-  """One pass over a jaxpr and all it calls."""
+  """One pass over a jaxpr and everything it calls."""
 
   def __init__(self):
     self._order = 0
 
   def run(self, jaxpr, consts, arguments, place: Place) -> list[Value | Known]:
-    """The outputs of `jaxpr` for these inputs; `place`: where the call to it stands."""
+    """The outputs of `jaxpr` for these inputs; `place` is where it was called."""
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
 
     def read(var):
@@ -140,24 +108,24 @@ class Walk:
 
     for eqn in _needed(jaxpr):
       inputs = [read(v) for v in eqn.invars]
-      outputs = self._equation(eqn, inputs, place.within(eqn))
+      outputs = self._equation(eqn, inputs, place_of(eqn, place))
       env.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
   def _equation(self, eqn, inputs, place: Place) -> list[Value | Known]:
     name, params = eqn.primitive.name, eqn.params
-    if name in CALLS and not (name == "custom_jvp_call" and _is_logaddexp(eqn)):
+    if name in CALLS and not log_sum_exp.is_logaddexp(eqn):
       inner = params[CALLS[name]]
       closed = isinstance(inner, jex.ClosedJaxpr)
       jaxpr, consts = (inner.jaxpr, inner.consts) if closed else (inner, [])
-      return self.run(jaxpr, [Known(real(c)) for c in consts], inputs, place)
+      return self.run(jaxpr, _known(consts), inputs, place)
     if name == "scan" and not all(isinstance(x, Known) for x in inputs):
       unrolled = self._scan(params, inputs, place)
       if unrolled is not None:
         return unrolled
     if name == "cond" and isinstance(inputs[0], Known):
       branch = params["branches"][int(np.clip(inputs[0].array, 0, len(params["branches"]) - 1))]
-      return self.run(branch.jaxpr, [Known(real(c)) for c in branch.consts], inputs[1:], place)
+      return self.run(branch.jaxpr, _known(branch.consts), inputs[1:], place)
     if all(isinstance(x, Known) for x in inputs):
       origins = {n: a for x in inputs for n, a in x.origins.items()}
       return [Known(real(a), origins) for a in fold(eqn, [x.array for x in inputs])]
@@ -173,58 +141,32 @@ class Walk:
     if len(eqn.outvars) > 1 or not all(reals) or not all(_is_real(x) for x in inputs[1:]):
       if name == "split":
         return _split(eqn, inputs[0], op)
-      nothing = [rules.uniform(True, v.aval.shape) for v in eqn.outvars]
+      nothing = [uniform(True, v.aval.shape) for v in eqn.outvars]
       return [Value(no, no, op, real) for no, real in zip(nothing, reals, strict=True)]
-    e = rules.Equation(eqn)
-    if name == "custom_jvp_call":
-      masks = rules.maximum(e, *inputs)  # logaddexp: convex and non-decreasing in both.
-    else:
-      masks = rules.RULES.get(name, rules.lost)(e, *inputs)
-    if not _is_defined(name, inputs):
-      return [Value(*rules.lost(e), op)]
-    masks = (
-      rules.tidy(np.broadcast_to(masks[0], e.shape)),
-      rules.tidy(np.broadcast_to(masks[1], e.shape)),
-    )
+    # A custom_jvp_call that is not entered is a logaddexp: convex and non-decreasing, as max is.
+    rule = rules.maximum if name == "custom_jvp_call" else rules.RULES.get(name, rules.lost)
+    masks = rule(op, *inputs)
+    if not rules.is_defined(name, inputs):
+      return [Value(*rules.lost(op), op)]
+    masks = tidy(masks[0], op.shape), tidy(masks[1], op.shape)
     if (masks[0] & masks[1]).any():
-      masks, op = self._second_look(e, op, masks)
+      masks, op = _second_look(op, masks)
     return [Value(*masks, op)]
 
-  def _second_look(self, e: rules.Equation, op: Operation, masks: Masks) -> tuple[Masks, Operation]:
-    """What no single operation shows: a sum that is a log-sum-exp, a scalar function."""
-    found = rules.shifted_log_of_sum(e, *op.inputs) if op.primitive == "add" else None
-    if found is None and op.primitive in activations.ELEMENTWISE:
-      seen = activations.properties(Value(*masks, op), Value)
-      if seen is not None:
-        root, shape = seen
-        found = rules.composed(root, shape.convex, shape.concave, shape.rising, shape.falling)
-        op = dataclasses.replace(op, scalar=(root, shape))
-        if not np.all(shape.convex | shape.concave) and op.primitive in ("select_n", "add"):
-          op = dataclasses.replace(op, note=str(shape))
-    if found is None:
-      return masks, op
-    better = [
-      rules.tidy(np.broadcast_to(m & f, e.shape)) for m, f in zip(masks, found, strict=True)
-    ]
-    return (better[0], better[1]), op
-
   def _scan(self, params, inputs, place: Place) -> list[Value | Known] | None:
-    """A `scan`, unrolled; None where it is too long."""
+    """The outputs of a `scan`, unrolled; None where it is too long."""
     length, body = params["length"], params["jaxpr"]
     fixed, carried = params["num_consts"], params["num_carry"]
     if not 0 < length <= LOOP_LIMIT:
       return None
-    consts, carry, columns = (
-      inputs[:fixed],
-      list(inputs[fixed : fixed + carried]),
-      inputs[fixed + carried :],
-    )
+    consts, carry = inputs[:fixed], inputs[fixed : fixed + carried]
+    columns = inputs[fixed + carried :]
     rows: list[list[Value | Known]] = []
     for i in range(length):
       at = length - 1 - i if params["reverse"] else i
       outputs = self.run(
         body.jaxpr,
-        [Known(real(c)) for c in body.consts],
+        _known(body.consts),
         [*consts, *carry, *(_row(c, at, place) for c in columns)],
         place,
       )
@@ -235,11 +177,30 @@ class Walk:
     return [*carry, *(_stack(column, place) for column in zip(*rows, strict=True))]
 
 
+def _second_look(op: Operation, masks: Masks) -> tuple[Masks, Operation]:
+  """Masks and operation, better where several operations together show a curvature."""
+  pattern, found = log_sum_exp.PATTERNS.get(op.primitive), None
+  if pattern is not None:
+    found = pattern(op, *op.inputs)
+  if found is None and op.primitive in activations.ELEMENTWISE:
+    seen = activations.as_scalar_function(Value(*masks, op))
+    if seen is not None:
+      z, f = seen
+      found = composed(z, f.convex, f.concave, f.rising, f.falling)
+      op = dataclasses.replace(op, scalar=seen)
+      if not np.all(f.convex | f.concave) and op.primitive in ("select_n", "add"):
+        op = dataclasses.replace(op, note=str(f))
+  if found is None:
+    return masks, op
+  return (tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)), op
+
+
 def _split(eqn, x: Value, op: Operation) -> list[Value | Known]:
   cuts = np.cumsum(eqn.params["sizes"])[:-1]
   parts = [np.split(mask, cuts, eqn.params["axis"]) for mask in x.masks]
   return [
-    Value(rules.tidy(nc), rules.tidy(nk), op, x.is_real) for nc, nk in zip(*parts, strict=True)
+    Value(tidy(nc, nc.shape), tidy(nk, nk.shape), op, x.is_real)
+    for nc, nk in zip(*parts, strict=True)
   ]
 
 
@@ -260,28 +221,16 @@ def _stack(rows: Sequence[Value | Known], place: Place) -> Value | Known:
 
 
 def _moved(inputs: Sequence[Any], not_convex, not_concave, place: Place) -> Value:
-  """A value at a loop's border: nothing is looked through it."""
+  """A value at the border of a loop, through which no second look goes."""
   values = [x for x in inputs if isinstance(x, Value)]
   order = max((v.made_by.order for v in values if v.made_by), default=0)
   op = Operation("scan", None, tuple(inputs), place, order)
-  is_real = all(v.is_real for v in values)
-  return Value(rules.tidy(not_convex), rules.tidy(not_concave), op, is_real)
+  shape, is_real = not_convex.shape, all(v.is_real for v in values)
+  return Value(tidy(not_convex, shape), tidy(not_concave, shape), op, is_real)
 
 
 def _is_real(x: Value | Known) -> bool:
   return isinstance(x, Known) or x.is_real
-
-
-def _is_defined(name: str, inputs: Sequence[Value | Known]) -> bool:
-  """Whether no known number is infinite or NaN, but for a bound that does not bind."""
-  floats = [x.array for x in inputs if isinstance(x, Known) and x.array.dtype == np.float64]
-  if name == "max":
-    return not any(np.isnan(a).any() or np.isposinf(a).any() for a in floats)
-  if name == "min":
-    return not any(np.isnan(a).any() or np.isneginf(a).any() for a in floats)
-  if name == "clamp":
-    return not any(np.isnan(a).any() for a in floats)
-  return all(np.isfinite(a).all() for a in floats)
 
 
 def _stays_real(eqn) -> bool:
@@ -298,18 +247,3 @@ def _needed(jaxpr) -> Iterator[Any]:
       wanted |= {v for v in eqn.invars if not isinstance(v, jex.Literal)}
       kept.append(eqn)
   return reversed(kept)
-
-
-@functools.cache
-def _logaddexp_text(shapes) -> str:
-  jaxpr = jax.make_jaxpr(jnp.logaddexp)(*(jax.ShapeDtypeStruct(s, d) for s, d in shapes))
-  calls = [e for e in jaxpr.eqns if e.primitive.name == "custom_jvp_call"]
-  return str(calls[0].params["call_jaxpr"]) if calls else ""
-
-
-def _is_logaddexp(eqn) -> bool:
-  """Whether a custom function computes, step by step, what `jnp.logaddexp` does."""
-  if len(eqn.invars) != 2 or eqn.params.get("num_consts"):
-    return False
-  shapes = tuple((v.aval.shape, str(v.aval.dtype)) for v in eqn.invars)
-  return str(eqn.params["call_jaxpr"]) == _logaddexp_text(shapes)

@@ -1,4 +1,4 @@
-"""The least value of a convex logit over a box of images, with a bound that proves it."""
+"""The least value of a convex function over a box, with a bound that proves it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import numpy as np
 import scipy.optimize
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Minimum:
-  """A logit's least value over a box: attained at `x`, and never below `bound`."""
+  """The least value found, at `x`, and a lower bound on all values in the box."""
 
   x: np.ndarray
   value: float
@@ -19,7 +19,7 @@ class Minimum:
 
   @property
   def gap(self) -> float:
-    """How far `value` may be from the global minimum."""
+    """The most by which `value` may exceed the global minimum."""
     return self.value - self.bound
 
 
@@ -37,14 +37,15 @@ def minimise(
 
       f(x) + sum_i min(g_i (low_i - x_i), g_i (high_i - x_i)),
 
-  is a bound on the global minimum: the dual certificate. Best of all iterates.
+  is a lower bound on the global minimum. The best bound of all iterates is returned.
 
   Args:
-    function: an array of the box's shape to a scalar. Convexity is not checked here.
+    function: maps an array of the box's shape to a scalar. Its convexity is not checked: of a
+      function that is not convex, `bound` says nothing.
     low: least entries.
-    high: largest entries.
-    start: first point; the middle of the box by default.
-    steps: at most so many iterations.
+    high: greatest entries.
+    start: first point; by default the middle of the box.
+    steps: most iterations.
   """
   low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
   with jax.enable_x64(True):

@@ -1,11 +1,11 @@
-"""What convexity buys: certified radii.
+"""Certified radii: how far an input may move, in any direction, before its class can change.
 
-For an image x of predicted class k and a rival j, convex logits give three things that no
-sampling can: y_k lies above its tangent; y_k's tangent minus y_j is concave, so that over
-an l1 ball it is least at one of the 2 D vertices, each of which is evaluated; and, weights
-being non-negative, the bounds of `lipschitz` lose nothing to signs in between. All radii
-hold for every perturbation of the ball, in the box of images or not, and are given for
-pixels in 0..1.
+For an input x of predicted class k and a rival j, convex logits give three bounds that no sampling
+can: y_k lies above its tangent; the tangent of y_k minus y_j is concave, so that over an l1 ball
+it is least at one of the 2 D vertices, each of which is evaluated; and, weights being
+non-negative, the bounds of `slopes` lose nothing to signs between layers. The radii hold for every
+perturbation in the ball, whether or not the moved input is still valid (an image with pixels in
+range, say), and for the function as float64 evaluates it, with a margin of `ROUNDING`.
 """
 
 import dataclasses
@@ -18,39 +18,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from convex_jax.proof import interpreter, slopes
-from convex_jax.proof.certificate import explain
 from convex_jax.proof.counterexample import in_float64
-from convex_jax.proof.rules import Value
+from convex_jax.proof.explanation import culprit, explain
+from convex_jax.proof.values import Value
 
 NORMS = ("l1", "l2", "linf")
 DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
-BATCH = 512  # Vertices evaluated at a time.
-GRID = (0.5, 0.75, 1.0, 1.5)  # Where on each ray, in shares of where its zero lies at most.
-FURTHEST = 100.0  # Pixel ranges: where rays without a slope end.
-HALVINGS = 12  # Of the bracket of an l1 radius: to 1/4096 of it.
-ROUNDING = 1e-9  # Of the logits' size: what float64 evaluation may be off by, and more.
+BATCH = 512  # Vertices evaluated together.
+GRID = (0.5, 0.75, 1.0, 1.5)  # Points on each ray, as fractions of the furthest its zero can be.
+FURTHEST = 100.0  # In units of `scale`; where rays without a slope end.
+HALVINGS = 12  # Of the bracket of an l1 radius, to 1/4096 of its width.
+ROUNDING = 1e-9  # Relative to the logits; more than the error of their float64 evaluation.
 
 
 @dataclasses.dataclass(frozen=True)
 class Radius:
-  """Of one image: the predicted class, and in which ball of each norm no other can win."""
+  """The predicted class of one input, and the radius of each norm's ball in which it holds."""
 
   predicted: int
-  radii: dict[str, float]  # Pixels in 0..1.
+  radii: dict[str, float]  # By norm, in the certifier's units.
 
 
 class NotProved(ValueError):
-  """A function that radii and minima do not hold for; the message says what breaks it."""
+  """A function is not proved convex, so no radius holds; the message says what breaks it."""
 
 
 def proved(f: Callable[..., jax.Array], *args: Any) -> Value:
   """`f(*args)` as a value of its last argument; raises `NotProved` unless proved convex."""
   (output,), _ = interpreter.analyse(f, *args)
   if not isinstance(output, Value) or output.not_convex.any():
-    broken = (
-      interpreter.culprit(output, lambda v: v.not_convex) if isinstance(output, Value) else None
-    )
-    raise NotProved(explain(broken, "convex"))
+    raise NotProved(explain(culprit(output, "convex"), "convex"))
   return output
 
 
@@ -58,11 +55,12 @@ class Certifier:
   """Certified radii of a proved classifier, input by input.
 
   Args:
-    logits: weights and a batch of inputs (B, *shape) to logits (B, K).
+    logits: maps weights and a batch of inputs (B, *shape) to logits (B, K).
     weights: a tree of arrays.
     shape: of one input, without its batch axis.
-    exact: `logits`, where it must be built otherwise to compute in float64.
-    scale: radii are given in units of so many of the input's.
+    exact: `logits` in a form that computes in float64; by default `logits` itself.
+    scale: the unit of radii, in units of the input: with 255, radii of pixels in 0..255 are
+      given for pixels in 0..1.
 
   Raises:
     NotProved: a logit is not proved convex in the input, or its slope has no bound.
@@ -82,10 +80,14 @@ class Certifier:
     self._logits = jax.jit(network)
     self._slopes = jax.jit(jax.jacrev(lambda x: network(x[None])[0]))
     self._vertices = jax.jit(functools.partial(_at_vertices, network))
-    self._between, self._alone = _bounds(output, (1, *shape))
+    try:  # Bounds on the slopes of y_k - y_j, (K, K, D), and of y_j, (K, D).
+      self._between = slopes.sensitivities(output, (1, *shape))
+      self._alone = slopes.sensitivities(output, (1, *shape), alone=True)
+    except ValueError as error:
+      raise NotProved(f"its slope has no bound: {error}") from error
 
   def radius(self, image_HxWxC: np.ndarray, norms: tuple[str, ...] = NORMS) -> Radius:
-    """Of one input (an array of `shape`)."""
+    """The certified radii of one input, an array of `shape`."""
     with jax.enable_x64(True):
       x = jnp.asarray(image_HxWxC, jnp.float64)
       y_K = np.asarray(self._logits(x[None]))[0]
@@ -103,23 +105,23 @@ class Certifier:
     return Radius(k, {n: max(0.0, r) / self._scale for n, r in radii.items()})
 
   def _reach(self, x, k: int, y_K, margins_K, slopes_KxD) -> np.ndarray:
-    """Steps t (D, rivals): tangent of y_k - y_j >= 0 at x - t_i e_i and x + t_i e_i, for each i.
+    """Steps t (D, rivals) with (tangent of y_k) - y_j >= 0 at x - t_i e_i and x + t_i e_i, each i.
 
-    So it is >= 0 on the convex hull of all these corners, which holds the l_p ball of
-    radius 1 / |1 / t| in the dual norm (for l1: the least t). Along a ray a concave function
-    lies above what interpolates it: a few evaluations bound where it first is 0.
+    Being concave, it is >= 0 on the convex hull of these corners, which contains the l_p ball of
+    radius 1 / |1 / t| in the dual norm (for l1: the least t). Along a ray a concave function lies
+    above its interpolation, so that a few evaluations bound its first zero.
     """
     rivals = np.delete(np.arange(len(y_K)), k)
     steepness_RxD = np.abs(slopes_KxD[k] - slopes_KxD[rivals])
-    # Where the tangents of both meet, a ray's zero lies no further.
+    # A ray's zero is no further than where both tangents meet.
     furthest_D = (margins_K[rivals, None] / np.maximum(steepness_RxD, 1e-300)).min(0)
     furthest_D = np.minimum(furthest_D, FURTHEST * self._scale)
     d = len(furthest_D)
     rays, signs = np.tile(np.arange(d), 2), np.repeat([1.0, -1.0], d)
     before, reach = np.zeros(2 * d), np.zeros((2 * d, len(rivals)))
     slack_before = np.broadcast_to(margins_K[rivals], reach.shape)
-    for share in GRID:
-      at = share * furthest_D[rays]
+    for fraction in GRID:
+      at = fraction * furthest_D[rays]
       slack = self._slack(x, rays, signs * at, k, y_K, slopes_KxD[k], rivals)
       crossing = before[:, None] + (at - before)[:, None] * slack_before / np.maximum(
         slack_before - slack, 1e-300
@@ -130,16 +132,16 @@ class Certifier:
     return np.maximum(reach.reshape(2, d, -1).min(0), 1e-300)
 
   def _slack(self, x, rays, steps, k, y_K, slope_D, rivals) -> np.ndarray:
-    """Tangent of y_k - y_j at x + step e_ray, less what rounding may be: (rays, rivals)."""
+    """(Tangent of y_k) - y_j at x + step e_ray, less a margin for rounding; (rays, rivals)."""
     y_NxK = self._evaluate(x, rays, steps)
     tangent_N = y_K[k] + steps * slope_D[rays]
     return tangent_N[:, None] - y_NxK[:, rivals] - ROUNDING * (1 + np.abs(y_NxK).max())
 
   def _by_slope(self, norm: str, k: int, margins_K, slopes_KxD) -> float:
-    """Margin over the dual norm of a bound on the slope of the margin.
+    """The margin over a bound on its slope in the dual norm.
 
-    Two bounds, the better for each rival: of the difference of the logits as one, and of
-    y_k by its tangent and y_j alone.
+    Two bounds, the better for each rival: on the slope of y_k - y_j as one function, and on the
+    slopes of y_k's tangent and of y_j separately.
     """
 
     def size(bound_KxD):
@@ -151,11 +153,11 @@ class Certifier:
     return float(np.delete(radii, k).min())
 
   def _by_vertices(self, x, k: int, y_K, margins_K, slopes_KxD) -> float:
-    """The largest e for which tangent of y_k - y_j > 0 at x + e v for all 2 D vertices v.
+    """The largest e with (tangent of y_k) - y_j > 0 at x + e v, for all 2 D vertices v.
 
-    Along a vertex's ray this is concave, and positive at 0: where it is not negative at e
-    it is positive before. So the slopes at 0 bound e from above, and rays that hold at one
-    e hold at any smaller: few are left after the first sweep.
+    Along a vertex's ray this is concave and positive at 0, so if it is positive at e, it is at
+    every smaller step. The slopes at 0 bound e from above, and a ray that holds at one e need not
+    be tried at a smaller one: few are left after the first sweep.
     """
     rivals = np.delete(np.arange(len(y_K)), k)
     steepness = np.abs(slopes_KxD[k] - slopes_KxD[rivals]).max(-1)
@@ -182,7 +184,7 @@ class Certifier:
     return low
 
   def _evaluate(self, x, rays, steps) -> np.ndarray:
-    """Logits at x + step e_ray, for many (ray, step)."""
+    """Logits at x + step e_ray for each (ray, step)."""
     out = []
     for start in range(0, len(rays), BATCH):
       part = slice(start, start + BATCH)
@@ -198,24 +200,15 @@ def _at_vertices(logits, x_HxWxC, rays_N, steps_N):
   return logits(moved_NxD.reshape(-1, *x_HxWxC.shape))
 
 
-def _bounds(logits: Value, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-  """(between (K, K, D), alone (K, D)): bounds on the slopes of y_k - y_j, and of y_j."""
-  try:
-    alone = slopes.sensitivities(logits, shape, alone=True)
-    return slopes.sensitivities(logits, shape), alone
-  except ValueError as error:
-    raise NotProved(f"its slopes have no bound: {error}") from error
-
-
 def one_sided_radius(
   logit: Callable[[jax.Array], jax.Array], x: jax.Array, norm: str
 ) -> tuple[float, float]:
-  """(y, radius): no d with |d| < radius makes a positive convex logit y(x + d) negative.
+  """(y, radius): no d with |d| < radius makes a positive convex logit y negative at x + d.
 
   radius = y(x) / |grad y(x)| in the dual norm: a convex function lies above its tangent
   (Pfrommer et al. 2023, "Asymmetric Certified Robustness via Feature-Convex Neural
-  Networks", theorem 2). In the units of x; 0 where y(x) <= 0, the side without a closed
-  form.
+  Networks", theorem 2). In the units of x; 0 where y(x) <= 0, a side
+  that has no closed form.
   """
   value, gradient = jax.value_and_grad(lambda x: jnp.squeeze(logit(x)))(x)
   size = float(np.linalg.norm(np.ravel(np.asarray(gradient, np.float64)), DUAL[norm]))

@@ -1,72 +1,57 @@
-"""How fast a network can change: bounds that its computation graph gives.
+"""Bounds on how fast a network can change, read off its computation graph.
 
 Convex networks with weights W_2, ..., W_L >= 0 and activations of slopes in [0, 1] obey
 
     |y(x + d) - y(x)| <= W_L ... W_2 |W_1| |d|      elementwise,
 
-which is a product of non-negative matrices, with no loss of signs in between. `magnitude`
-reads the same bound off any graph that `curvature.analyse` returns: every known weight by
-its magnitude, every scalar function by its steepest slope. It is linear in |d|, so that
-its transpose gives the bound of each entry of the input (`sensitivities`).
+a product of non-negative matrices in which no signs are lost between layers. `magnitude` reads
+the same bound off any graph that `interpreter.analyse` returns: a known weight counts by its
+magnitude, a scalar function by its steepest slope. The bound is linear in |d|, so its transpose
+bounds the effect of each entry of the input (`sensitivities`).
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from convex_jax.proof.rules import Known, Operation, Value
+from convex_jax.proof.values import Known, Operation, ScalarFunction, Value
 
-_MOVES = {
-  "broadcast_in_dim",
-  "concatenate",
-  "dynamic_slice",
-  "expand_dims",
-  "gather",
-  "pad",
-  "reduce_sum",
-  "reduce_window_sum",
-  "reshape",
-  "rev",
-  "slice",
-  "squeeze",
-  "stack",
-  "tile",
-  "transpose",
-  "cumsum",
-}
+# Primitives by how they pass changes on. The larger of two numbers changes by no more than the
+# sum of both changes, and log(e^a + e^b), a custom_jvp_call, likewise.
+_SUMS = {"add", "add_any", "sub", "max", "min", "custom_jvp_call"}
+_SAME_SIZE = {"neg", "abs"}
+_WEIGHTED = {"mul", "div", "dot_general", "conv_general_dilated"}
+_EXTREMES = {"reduce_max", "reduce_min"}
+_WINDOW_EXTREMES = {"reduce_window_max", "reduce_window_min"}
+_MOVES = {"broadcast_in_dim", "concatenate", "dynamic_slice", "gather", "pad", "reshape", "rev"}
+_MOVES |= {"slice", "squeeze", "stack", "tile", "transpose"}
+_MOVES |= {"reduce_sum", "reduce_window_sum", "cumsum"}  # Sums of non-negative changes.
 
 
-def steepest(shape: Any) -> np.ndarray:
-  """Largest |slope| of a convex or concave scalar function (`piecewise.Shape`).
+def steepest(f: ScalarFunction) -> np.ndarray:
+  """The largest |slope| of a monotone convex or concave scalar function.
 
   Raises:
-    ValueError: the slope has no bound that its two halves show.
+    ValueError: its two halves show no bound.
   """
-  left, right = shape.slopes
-  up = shape.convex & shape.rising & shape.right_affine
-  down = shape.concave & shape.rising & shape.left_affine
-  if np.all(up):
+  left, right = f.slopes
+  if np.all(f.convex & f.rising & f.right_affine):
     return np.asarray(right)
-  if np.all(down):
+  if np.all(f.concave & f.rising & f.left_affine):
     return np.asarray(left)
   raise ValueError("a scalar function without a bound on its slope")
 
 
 def magnitude(output: Value) -> Callable[[jax.Array], jax.Array]:
-  """The function |d| to a bound on |output(x + d) - output(x)|, for every x; linear.
+  """The linear function from |d| to a bound on |output(x + d) - output(x)| for every x.
 
   Raises:
     ValueError: an operation on the way has no bound.
   """
-
-  def bound(size: jax.Array) -> jax.Array:
-    return _Bound(size).of(output)
-
-  return bound
+  return lambda size: _Bound(size).of(output)
 
 
 class _Bound:
@@ -85,23 +70,20 @@ class _Bound:
   def _apply(self, op: Operation, shape) -> jax.Array:
     name, inputs = op.primitive, op.inputs
     if op.scalar is not None:
-      root, scalar = op.scalar
-      return jnp.broadcast_to(
-        jnp.asarray(steepest(scalar), self._size.dtype) * self.of(root), shape
-      )
-    if name in ("add", "add_any", "sub", "max", "min", "custom_jvp_call"):
-      # The larger of two changes by no more than the sum; log(e^a + e^b) likewise.
+      z, f = op.scalar
+      return jnp.broadcast_to(jnp.asarray(steepest(f), self._size.dtype) * self.of(z), shape)
+    if name in _SUMS:
       return jnp.broadcast_to(self.of(inputs[0]) + self.of(inputs[1]), shape)
-    if name in ("neg", "abs"):
+    if name in _SAME_SIZE:
       return self.of(inputs[0])
-    if name in ("mul", "div", "dot_general", "conv_general_dilated"):
+    if name in _WEIGHTED:
       return self._weighted(op, shape)
-    if name in ("reduce_max", "reduce_min"):
-      return self.of(inputs[0]).sum(op.eqn.params["axes"])
-    if name in ("reduce_window_max", "reduce_window_min"):
-      p = op.eqn.params
+    if name in _EXTREMES:
+      return self.of(inputs[0]).sum(op.params["axes"])
+    if name in _WINDOW_EXTREMES:
       keys = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
-      return lax.reduce_window(self.of(inputs[0]), 0.0, lax.add, *(p[k] for k in keys))
+      window = (op.params[k] for k in keys)
+      return lax.reduce_window(self.of(inputs[0]), 0.0, lax.add, *window)
     if name == "select_n" and isinstance(inputs[0], Known):
       return self._bind(op, [inputs[0].array, *map(self.of, inputs[1:])])
     if name in _MOVES:
@@ -113,7 +95,9 @@ class _Bound:
   def _weighted(self, op: Operation, shape) -> jax.Array:
     a, b = op.inputs
     if isinstance(a, Value) and isinstance(b, Value):
-      raise ValueError(f"a product of two values has no bound, in {op.place}")
+      raise ValueError(
+        f"a product of two values that depend on the input has no bound, in {op.place}"
+      )
     a, b = (
       self.of(x) if isinstance(x, Value) else jnp.abs(jnp.asarray(x.array, self._size.dtype))
       for x in (a, b)
@@ -125,14 +109,12 @@ class _Bound:
     return self._bind(op, [a, b], preferred_element_type=self._size.dtype)
 
   def _bind(self, op: Operation, arrays, **changed) -> jax.Array:
-    params = {**op.eqn.params, **changed}
-    if "fill_value" in params:
-      params["fill_value"] = 0.0
-    return op.eqn.primitive.bind(*map(jnp.asarray, arrays), **params)
+    fill = {"fill_value": 0.0} if "fill_value" in op.params else {}
+    return op.bind(*arrays, **fill, **changed)
 
 
 def linear_end(output: Value) -> tuple[Value, np.ndarray] | None:
-  """(h, W) where the output is h W + b over the last axis, W and b known; None elsewhere."""
+  """(h, W) where the output is h W + b over the last axis, with known W and b; else None."""
   op = output.made_by
   while op is not None and op.primitive in ("add", "sub", "reshape"):
     values = [x for x in op.inputs if isinstance(x, Value)]
@@ -142,22 +124,23 @@ def linear_end(output: Value) -> tuple[Value, np.ndarray] | None:
   if op is None or op.primitive != "dot_general":
     return None
   h, weights = op.inputs
-  dims = op.eqn.params["dimension_numbers"]
-  plain = ((h.shape and len(h.shape) - 1,), (0,))
-  if not isinstance(h, Value) or not isinstance(weights, Known) or dims[1] != ((), ()):
+  if not isinstance(h, Value) or not isinstance(weights, Known) or weights.array.ndim != 2:
     return None
-  if tuple(map(tuple, dims[0])) != plain or weights.array.ndim != 2:
-    return None
-  return h, weights.array
+  contracted, batched = op.params["dimension_numbers"]
+  plain = [tuple(axes) for axes in contracted] == [(len(h.shape) - 1,), (0,)]
+  return (h, weights.array) if plain and batched == ((), ()) else None
 
 
 def sensitivities(output: Value, shape: tuple[int, ...], alone: bool = False) -> np.ndarray:
   """Bounds b (K, K, D): |(y_k - y_j)(x + d) - (y_k - y_j)(x)| <= b[k, j] . |d| for all x, d.
 
-  With `alone`, (K, D): of each y_k itself.
+  With `alone`, bounds (K, D) of each y_k itself.
 
-  `output` holds the K logits of one example, `shape` is the input's, of D entries. Where
-  the logits end in a matrix W, it is the columns' difference |w_k - w_j| that counts.
+  `output` holds the K logits of one example; `shape` is that of the input, with D entries. Where
+  the logits end in a matrix W, the difference of its columns, |w_k - w_j|, is what counts.
+
+  Raises:
+    ValueError: an operation on the way has no bound.
   """
   end = linear_end(output)
   value, weights = (output, np.eye(int(np.prod(output.shape)))) if end is None else end

@@ -1,42 +1,30 @@
-"""Where in the source an operation of a jaxpr was written."""
+"""Where in the source code an operation of a jaxpr was written."""
 
 import dataclasses
 import os
+import sys
 import sysconfig
+from collections.abc import Iterable
 
-import flax
-import jax
+# Files of layers that models call. The caller's line says more than theirs, so that an operation
+# is attributed to a line in one of these only if there is no other. Any package may add its own.
+PLUMBING: set[str] = set()
 
 _STDLIB = sysconfig.get_paths()["stdlib"]
-_JAX, _FLAX = (os.path.dirname(os.path.abspath(str(m.__file__))) for m in (jax, flax))
-_NAMED = (os.path.join(_JAX, "_src", "nn"), os.path.join(_FLAX, "linen"))
-_PLUMBING = ("module.py", "transforms.py", "summary.py")
-# Ours, that a model calls: its line says more than theirs.
-_LAYERS = tuple(os.path.join("convex_jax", name) for name in ("layers.py", "linear.py"))
-
-
-def _is_own(path: str) -> bool:
-  """Whether a file is the user's: not jax, flax or Python's."""
-  if path.startswith((_JAX, _FLAX)) or path.startswith("<"):
-    return False
-  return not path.startswith(_STDLIB) or "site-packages" in path
+_LIBRARIES = (("jax",), ("flax",))
+# Folders whose functions (gelu, LayerNorm) name what was computed, but for Flax's machinery.
+_NAMED = (("jax", "_src", "nn"), ("flax", "linen"))
+_MACHINERY = ("module.py", "transforms.py", "summary.py")
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Module path, the function that wrote it (gelu, LayerNorm), and the caller's line."""
+  """The module's path, the function that computes (gelu, LayerNorm), and the caller's line."""
 
   module: str = ""
   function: str = ""
   file: str = ""
   line: int = 0
-
-  def within(self, eqn) -> "Place":
-    """The place of an equation in a jaxpr that was called from here.
-
-    A compiled function is traced once and called from many lines: the line is the call's.
-    """
-    return place_of(eqn, self)
 
   def __str__(self) -> str:
     line = f"{os.path.basename(self.file)}:{self.line}" if self.file else ""
@@ -47,14 +35,18 @@ class Place:
 
 
 def place_of(eqn, outer: Place) -> Place:
-  """Where an equation stands; `outer`: where the call to its jaxpr stands."""
+  """Where an equation was written, in a jaxpr that was called from `outer`.
+
+  A compiled function is traced once and called from many lines: the line is that of the call.
+  """
   info = eqn.source_info
   module = "/".join(part for part in (outer.module, str(info.name_stack)) if part)
   frames = info.traceback.frames if info.traceback else []
   owns = [f for f in frames if _is_own(f.file_name)]
-  own = next((f for f in owns if not f.file_name.endswith(_LAYERS)), next(iter(owns), None))
+  own = next((f for f in owns if f.file_name not in PLUMBING), next(iter(owns), None))
+  folders = _folders(_NAMED)
   library = [
-    f for f in frames if f.file_name.startswith(_NAMED) and not f.file_name.endswith(_PLUMBING)
+    f for f in frames if f.file_name.startswith(folders) and not f.file_name.endswith(_MACHINERY)
   ]
   named = next((f for f in library if f.function_name.endswith("__call__")), None)
   named = named or next(iter(library), None)
@@ -64,3 +56,16 @@ def place_of(eqn, outer: Place) -> Place:
   if outer.file:
     return Place(module, function or outer.function, outer.file, outer.line)
   return Place(module, function, own.file_name if own else "", own.line_num if own else 0)
+
+
+def _is_own(path: str) -> bool:
+  """Whether a file is the user's: not jax, Flax or Python's."""
+  if path.startswith((*_folders(_LIBRARIES), "<")):
+    return False
+  return not path.startswith(_STDLIB) or "site-packages" in path
+
+
+def _folders(places: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+  """Folders of libraries, of those that are loaded: code can come from no other."""
+  loaded = [(sys.modules[name], path) for name, *path in places if name in sys.modules]
+  return tuple(os.path.join(os.path.dirname(str(m.__file__)), *path, "") for m, path in loaded)

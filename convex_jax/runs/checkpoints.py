@@ -1,9 +1,9 @@
 """Checkpoints: the only module that touches Orbax.
 
-A step is a folder `STEP/` with the items `weights` ({"params", "stats"}), `ema` (the same,
-where weights are averaged) and `training` (step, optimizer state, the losses' running moments).
-Orbax writes into a temporary folder and renames it; then, last, comes the manifest, by which a
-restored checkpoint is verified.
+A checkpoint is a folder `STEP/` of items, trees of arrays: `weights` ({"params", "stats"}),
+`ema` (the same, where weights are averaged) and `training` (all else that a run needs to
+resume). Orbax writes into a temporary folder and renames it; then, last, comes the manifest,
+by which a checkpoint is verified before it is used.
 """
 
 import contextlib
@@ -21,43 +21,66 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from convex_jax.errors import Unsaved, UserError
 from convex_jax.runs import manifest
-from convex_jax.errors import UserError, Unsaved
-from convex_jax.training.step import State
 
 _policies = ocp.training.preservation_policies
 
 
 def quieten_orbax() -> None:
-  """A save that fails is told once, by us: not with a trace of each of Orbax's threads."""
+  """Leaves it to us to report a failed save: once, not with a trace of each Orbax thread."""
   logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
   show = sys.unraisablehook
 
   def unraisablehook(unraisable):
-    if str(unraisable.exc_value) != "Event loop is closed":  # Writes beside the one that failed.
+    if str(unraisable.exc_value) != "Event loop is closed":  # Writes next to the one that failed.
       show(unraisable)
 
   sys.unraisablehook = unraisablehook
-
-
-def _items(state: State) -> dict[str, Any]:
-  items = {
-    "weights": {"params": state.params, "stats": state.stats},
-    "training": {"step": state.step, "opt_state": state.opt_state, "losses": state.losses},
-  }
-  return items if state.ema is None else {**items, "ema": state.ema}
 
 
 def _accuracy(metrics: Any) -> float:
   return metrics["accuracy"]
 
 
+class _Save:
+  """A checkpoint that is being written, by `write`, in a thread of its own.
+
+  After `patience` seconds it is late: nothing waits for it any longer, though it may still be
+  completed.
+  """
+
+  def __init__(self, step: int, write: Callable[[], None], patience: float):
+    self.step, self._write, self._patience = step, write, patience
+    self.error: Exception | None = None
+    self._deadline = time.monotonic() + patience
+    self._thread = threading.Thread(target=self._run, daemon=True)
+    self._thread.start()
+
+  def _run(self) -> None:
+    try:
+      self._write()
+    except Exception as error:  # Orbax raises what the storage makes it meet.
+      self.error = error
+
+  def wait(self) -> bool:
+    """Waits until it is written or has failed; False where it is late instead."""
+    self._thread.join(max(0.0, self._deadline - time.monotonic()))
+    return not self._thread.is_alive()
+
+  def failure(self) -> str | None:
+    """Why there is no such checkpoint, as far as is known now."""
+    if self._thread.is_alive():
+      late = time.monotonic() > self._deadline
+      return f"it is not written after {self._patience:g} s" if late else None
+    return str(self.error) if self.error is not None else None
+
+
 class Checkpoints:
   """The checkpoints of a run: the latest `keep` and the best are kept.
 
-  What cannot be written is told by `tell`, once; then `check` raises, unless `go_on`, which is
-  of one process alone. A save that takes more than `patience` seconds is told as well, and
-  nothing waits for it any longer.
+  A checkpoint that cannot be written, or not within `patience` seconds, makes `check` raise
+  `Unsaved`; with `go_on`, in a run of one process, it is only reported, by `report`.
   """
 
   def __init__(
@@ -65,7 +88,7 @@ class Checkpoints:
     folder: str,
     keep: int,
     *,
-    tell: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
     go_on: bool = False,
     patience: float = 600.0,
   ):
@@ -73,13 +96,12 @@ class Checkpoints:
     self._policy = _policies.AnyPreservationPolicy([_policies.LatestN(keep), best])
     self._folder = os.path.abspath(folder)
     self._checkpointer = self._open()
-    go_on &= jax.process_count() == 1  # Others would wait for the one that failed.
-    self._tell, self._go_on, self._patience = tell, go_on, patience
-    self._saved: int | None = self.latest_step()
-    self._failure: str | None = None
-    self._writing: threading.Thread | None = None
-    self._settled = threading.Event()  # The last save is done, has failed, or is late.
-    self._late = self._abandoned = False
+    self._go_on = go_on and jax.process_count() == 1  # Others would wait for the one that failed.
+    self._report, self._patience = report, patience
+    self._newest = self.latest_step()  # Which was saved, or was to be.
+    self._save: _Save | None = None
+    self._failure: str | None = None  # Why the newest is missing.
+    self._abandoned = False
 
   def _open(self) -> ocp.training.Checkpointer:
     return ocp.training.Checkpointer(
@@ -93,74 +115,50 @@ class Checkpoints:
     latest = self._checkpointer.latest
     return None if latest is None else latest.step
 
-  def save(self, state: State, accuracy: float | None) -> None:
-    """Starts to write a checkpoint, unless this step has one; training goes on meanwhile.
+  def save(self, step: int, items: dict[str, Any], accuracy: float | None) -> None:
+    """Starts to write a checkpoint, unless this step has one; training continues meanwhile.
 
     `accuracy`, where the step was evaluated, decides which checkpoint is the best.
     """
-    step = int(state.step)
-    if step == self._saved:
+    if step == self._newest:
       return
     on_time = self.wait()
     self.check()
+    self._newest = step
     if not on_time:
       self._fail(step, "an older one is still being written")
       return
-    if self._failure is not None:  # Of which Orbax would tell again, each time.
+    if self._failure is not None:  # Orbax would raise that failure again, at each save.
       with contextlib.suppress(Exception):
         self._checkpointer.close()
-      self._checkpointer = self._open()
-    self._saved, self._failure = step, None
-    self._settled.clear()
+      self._checkpointer, self._failure = self._open(), None
     try:
-      response = self._checkpointer.save_checkpointables_async(
-        step,
-        _items(state),
-        force=True,
-        metrics=None if accuracy is None else {"accuracy": accuracy},
+      response: Any = self._checkpointer.save_checkpointables_async(
+        step, items, force=True, metrics=None if accuracy is None else {"accuracy": accuracy}
       )
     except Exception as error:
       self._clear(step)
       self._fail(step, str(error))
       return
-    self._writing = threading.Thread(
-      target=self._finish, args=(step, accuracy, response), daemon=True
-    )
-    self._writing.start()
 
-  def _finish(self, step: int, accuracy: float | None, response: Any) -> None:
-    """Waits for Orbax, then seals: in a thread of its own."""
-    try:
+    def write():
       try:
-        response.result(self._patience)
-      except TimeoutError:
-        self._is_late(step)
-        failure = self._failure
         response.result()
-        if self._failure is failure:  # Not a later checkpoint's.
-          self._failure = None
-        self._tell(f"the checkpoint of step {step} is written at last")
-      if jax.process_index() == 0:
-        manifest.seal(os.path.join(self._folder, str(step)), step, accuracy)
-    except Exception as error:  # Orbax raises what the storage makes it meet.
-      self._clear(step)
-      self._fail(step, str(error))
-    finally:
-      self._late = False
-      self._settled.set()
+        if jax.process_index() == 0:
+          manifest.seal(os.path.join(self._folder, str(step)), step, accuracy)
+      except Exception:
+        self._clear(step)
+        raise
 
-  def _is_late(self, step: int) -> None:
-    self._late = True
-    self._fail(step, f"it is not written after {self._patience:g} s")
+    self._save = _Save(step, write, self._patience)
 
   def _fail(self, step: int, reason: str) -> None:
     self._failure = (
-      f"the checkpoint of step {step} could not be written: {(reason.splitlines() or ['?'])[0]}\n"
-      f"  the older ones in {self._folder} are as they were"
+      f"The checkpoint of step {step} could not be written: {(reason.splitlines() or ['?'])[0]}\n"
+      f"  The older ones in {self._folder} are unchanged."
     )
     if self._go_on:
-      self._tell(self._failure)
-    self._settled.set()
+      self._report(self._failure)
 
   def _clear(self, step: int) -> None:
     """Removes what there is of a failed checkpoint, so that the disk is as full as before."""
@@ -170,7 +168,7 @@ class Checkpoints:
     if not manifest.is_sealed(whole):
       shutil.rmtree(whole, ignore_errors=True)
     pattern = os.path.join(glob.escape(self._folder), f"{step}.*tmp*")
-    for _ in range(40):  # Orbax's other threads may still write beside the one that failed.
+    for _ in range(40):  # Other threads of Orbax may still write next to the one that failed.
       for path in glob.glob(pattern):
         shutil.rmtree(path, ignore_errors=True)
       time.sleep(0.05)
@@ -178,36 +176,30 @@ class Checkpoints:
         break
 
   def check(self) -> None:
-    """Raises `Unsaved` where a save failed, unless the run is to go on."""
+    """Raises `Unsaved` where a save failed or is late; with `go_on` reports it, once."""
+    if self._save is not None and self._save.step == self._newest:
+      reason = self._save.failure()
+      if reason is not None and self._failure is None:
+        self._fail(self._save.step, reason)
+      elif reason is None and self._failure is not None:
+        self._failure = None
+        self._report(f"The checkpoint of step {self._save.step} was written after the timeout.")
     if self._failure is not None and not self._go_on:
       raise Unsaved(self._failure)
 
   def wait(self) -> bool:
     """Waits for the last save; False where it is late and still being written."""
-    if self._writing is not None:
-      if not self._settled.wait(self._patience + 1):  # The manifest is what hangs.
-        self._is_late(self._saved or 0)
-      if not self._late:
-        self._writing.join()
-    return not self._late
+    return self._save is None or self._save.wait()
 
-  def restore(self, like: State) -> State:
-    """The newest checkpoint, as a state of the shapes and the layout of `like`."""
+  def restore(self, like: dict[str, Any]) -> dict[str, Any]:
+    """The items of the newest checkpoint, in the shapes and the layout of `like`."""
     abstract = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _items(like)
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like
     )
-    items = self._checkpointer.load_checkpointables(self.latest_step(), abstract)
-    return State(
-      step=items["training"]["step"],
-      params=items["weights"]["params"],
-      stats=items["weights"]["stats"],
-      opt_state=items["training"]["opt_state"],
-      losses=items["training"]["losses"],
-      ema=items.get("ema"),
-    )
+    return self._checkpointer.load_checkpointables(self.latest_step(), abstract)
 
   def abandon(self) -> None:
-    """Makes `close` wait for nothing: others, with whom it would be written, are gone."""
+    """Makes `close` wait for nothing: other processes, which would take part, are gone."""
     self._abandoned = True
 
   def close(self) -> None:
@@ -215,19 +207,22 @@ class Checkpoints:
     if self._abandoned:
       return
     on_time = self.wait()
-    if self._failure is not None:  # Orbax, closed, would tell of it again, or wait.
+    with contextlib.suppress(Unsaved):
+      self.check()
+    if self._failure is not None:  # Orbax, closed, would raise it again, or wait.
       if on_time:
-        self._clear(self._saved or 0)
+        self._clear(self._newest or 0)
       raise Unsaved(self._failure)
     if on_time:
       self._checkpointer.close()
 
 
 def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[str, Any]]:
-  """(step, {"params", "stats"}) as numpy arrays, on any machine, without the run's code.
+  """(step, {"params", "stats"}) as numpy arrays, on any machine.
 
-  `step` is a number, "latest" or "best"; `which` is "ema", "raw", or "auto": averages
-  where there are any. Raises `UserError` when there is no such checkpoint, or it is damaged.
+  `step` is a number, "latest" or "best"; `which` is "ema", "raw", or "auto": averaged weights
+  if the run averaged them. Raises `UserError` when there is no such checkpoint, or it is
+  damaged.
   """
   found = manifest.saved_steps(folder)
   chosen = step
@@ -237,14 +232,18 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
     chosen = max(found, key=lambda s: (found[s] if found[s] is not None else -1.0, s))
   if chosen not in found:
     names = ", ".join(map(str, found)) or "none"
-    raise UserError(f"no checkpoint {step!r} in {folder}; there: {names}, 'latest', 'best'")
+    raise UserError(
+      f"There is no checkpoint {step!r} in {folder}; expected one of {names}, 'latest', 'best'"
+    )
   path = os.path.join(os.path.abspath(folder), str(chosen))
   if reason := manifest.fault(path, int(chosen)):
-    sound = [s for s, fault in manifest.faults(folder).items() if fault is None]
-    raise UserError(f"checkpoint {chosen} in {folder}: {reason}; sound ones: {sound or 'none'}")
+    intact = [s for s, fault in manifest.faults(folder).items() if fault is None]
+    raise UserError(f"checkpoint {chosen} in {folder}: {reason}; intact ones: {intact or 'none'}")
   has_ema = os.path.isdir(os.path.join(path, "ema"))
   if which == "ema" and not has_ema:
-    raise UserError(f"checkpoint {chosen} in {folder} has no averaged weights; allowed: raw, auto")
+    raise UserError(
+      f"checkpoint {chosen} in {folder} has no averaged weights; expected raw or auto"
+    )
   item = "ema" if has_ema and which != "raw" else "weights"
   shapes = ocp.metadata(path, checkpointable_name=item).metadata
   target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), shapes)

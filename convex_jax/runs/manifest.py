@@ -1,8 +1,9 @@
-"""Which checkpoints are sound: each has a digest of each of its files, written last.
+"""Which checkpoints are intact: each has a manifest of its files, written last.
 
-`manifest.json` in a checkpoint's folder: format, step, accuracy where it was evaluated,
-versions of the libraries, and for each file its size in bytes and its SHA-256. A folder without one was not finished. No path of a
-manifest is ever opened: the folder's own files are compared with it.
+`manifest.json` in a checkpoint's folder holds its format and step, the accuracy where it was
+evaluated, the versions of the libraries, and the size in bytes and the SHA-256 of each file. A
+folder without a manifest was not finished. No path in a manifest is ever opened: the folder's
+own files are compared with it.
 """
 
 import hashlib
@@ -39,7 +40,7 @@ def is_sealed(folder: str) -> bool:
 
 
 def accuracy(folder: str) -> float | None:
-  """Of a sealed checkpoint; None where it was not evaluated, or the manifest is damaged."""
+  """The accuracy in a manifest; None where it was not evaluated, or the manifest is damaged."""
   try:
     found = files.read_json(os.path.join(folder, NAME)).get("accuracy")
   except (files.Damaged, OSError):
@@ -48,7 +49,7 @@ def accuracy(folder: str) -> float | None:
 
 
 def fault(folder: str, step: int) -> str | None:
-  """What is wrong with a checkpoint: which file, and how; None where nothing is.
+  """What is wrong with a checkpoint: which file, and how; None where it is intact.
 
   Raises `UserError` where a newer version wrote it.
   """
@@ -61,14 +62,14 @@ def fault(folder: str, step: int) -> str | None:
     return f"{NAME} is damaged: {error}"
   if version != FORMAT:
     raise UserError(
-      f"{folder} is of format {version}, written by convex_jax"
-      f" {content.get('versions', {}).get('convex_jax')}; allowed: {FORMAT}. Install that version"
+      f"{folder} has format {version}, written by convex_jax"
+      f" {content.get('versions', {}).get('convex_jax')}; expected {FORMAT}. Install that version"
     )
   listed = isinstance(wanted, dict) and all(
     type(v) is list and len(v) == 2 for v in wanted.values()
   )
   if not listed:
-    return f"{NAME} is damaged: it lists no files"
+    return f"{NAME} is damaged: it does not list files"
   if sealed_step != step:
     return f"it is the checkpoint of step {sealed_step}"
   there = dict(_files(folder))
@@ -76,34 +77,34 @@ def fault(folder: str, step: int) -> str | None:
     if name not in there:
       return f"{name} is missing"
     if name not in wanted:
-      return f"{name} is no file of it"
+      return f"unexpected file {name}"
     if not stat.S_ISREG(os.lstat(there[name]).st_mode):
-      return f"{name} is no regular file"
+      return f"{name} is not a regular file"
     size, digest = wanted[name]
     if os.path.getsize(there[name]) != size:
       return f"{name} has {os.path.getsize(there[name]):,} bytes instead of {size:,}"
     if _sha256(there[name]) != digest:
-      return f"{name} is damaged: its SHA-256 is another"
+      return f"{name} is damaged: its SHA-256 differs"
   return None
 
 
 def steps_in(folder: str) -> list[int]:
-  """The steps of which there is a checkpoint, sound or not, oldest first."""
+  """The steps that have a checkpoint, intact or not, oldest first."""
   names = os.listdir(folder) if os.path.isdir(folder) else []
   return sorted(int(name) for name in names if name.isdigit())
 
 
 def faults(folder: str) -> dict[int, str | None]:
-  """What is wrong with each checkpoint in a folder; None where nothing is."""
+  """What is wrong with each checkpoint in a folder; None where it is intact."""
   return {step: fault(os.path.join(folder, str(step)), step) for step in steps_in(folder)}
 
 
 def quarantine_damaged(folder: str) -> list[str]:
-  """Leaves a folder whose checkpoints are all sound; returns what is to be told.
+  """Moves damaged and unfinished checkpoints to `damaged/`, next to the folder; says which.
 
-  Those that are damaged or unfinished move to `damaged/` beside the folder. Called by every
-  process of a run; the first acts. Raises `UserError`, and moves nothing, where none is sound,
-  but for a single unfinished one: that run was killed while it wrote its first.
+  Called by every process of a run; the first acts. Raises `UserError`, and moves nothing, where
+  no checkpoint is intact; a single unfinished one is moved all the same, since that run was
+  killed while it wrote its first.
   """
   lines, refusal = [], ""
   if jax.process_index() == 0:
@@ -112,7 +113,7 @@ def quarantine_damaged(folder: str) -> list[str]:
     except UserError as error:
       refusal = str(error)
   if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.bool_(refusal)):
-    refusal = refusal or f"{folder} has no sound checkpoint; process 0 tells more"
+    refusal = refusal or f"{folder} has no intact checkpoint; see the message of process 0"
   if refusal:
     raise UserError(refusal)
   return lines
@@ -122,35 +123,37 @@ def _set_aside(folder: str) -> list[str]:
   found = faults(folder)
   wrong = {step: reason for step, reason in found.items() if reason is not None}
   if wrong and wrong == found and list(wrong.values()) != [UNFINISHED]:
-    raise UserError(_none_is_sound(folder, wrong))
+    raise UserError(_none_is_intact(folder, wrong))
   lines = []
   for step, reason in wrong.items():
     target = os.path.join(os.path.dirname(os.path.abspath(folder)), "damaged", str(step))
     shutil.rmtree(target, ignore_errors=True)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     os.rename(os.path.join(folder, str(step)), target)
-    lines.append(f"checkpoint {step} {reason}; it is now {target}")
+    lines.append(f"Checkpoint {step} {reason}; moved to {target}")
   return lines
 
 
-def _none_is_sound(folder: str, wrong: dict[int, str]) -> str:
+def _none_is_intact(folder: str, wrong: dict[int, str]) -> str:
   workdir = os.path.dirname(os.path.abspath(folder))
-  lines = [f"no checkpoint in {folder} is sound:"]
+  lines = [f"No checkpoint in {folder} is intact:"]
   lines += [f"  step {step}: {reason}" for step, reason in wrong.items()]
-  lines += [f"  begin anew: delete {workdir}, or give another --workdir"]
+  lines += ["  To start a new run, pass another --workdir."]
   if UNFINISHED in wrong.values():
-    lines += [f"  trust what has no manifest: python -m convex_jax.checkpoint seal {workdir}"]
+    lines += [
+      f"  To trust those without a manifest: python -m convex_jax checkpoint seal {workdir}"
+    ]
   return "\n".join(lines)
 
 
 def saved_steps(folder: str) -> dict[int, float | None]:
-  """The finished checkpoints in a folder: step to accuracy, None where not evaluated."""
+  """The finished checkpoints in a folder: step to accuracy, None where it was not evaluated."""
   paths = {step: os.path.join(folder, str(step)) for step in steps_in(folder)}
   return {s: accuracy(path) for s, path in paths.items() if is_sealed(path)}
 
 
 def _files(folder: str) -> Iterator[tuple[str, str]]:
-  """(name, path) of each file in a folder, at any depth, but for the manifest; no link is followed."""
+  """(name, path) of each file in a folder, at any depth, without the manifest; follows no link."""
   for root, folders, names in os.walk(folder):
     links = [name for name in folders if os.path.islink(os.path.join(root, name))]
     for name in names + links:

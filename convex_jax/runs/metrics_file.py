@@ -1,8 +1,8 @@
-"""The rows of a run: metrics.jsonl and, made from it, TensorBoard events.
+"""The figures of a run, as they are written: metrics.jsonl and TensorBoard events made from it.
 
-`metrics.jsonl` is the truth: one JSON object a row, `kind` "train" (means since the row
-before), "eval" (inference mode, images not augmented) or "final" (the same, on every
-example), `time` in seconds since 1970. After a resume both hold every step once.
+`metrics.jsonl` is the truth: one JSON object a row, `kind` "train" (means since the previous
+row), "eval" (inference mode, images not augmented) or "final" (the same, on every example),
+`time` in seconds since 1970. After a resume both files hold every step once.
 """
 
 import glob
@@ -14,6 +14,7 @@ from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from convex_jax import files
+from convex_jax.runs.workdir import Workdir, read_rows, saving
 
 # Made when they are imported: no type checker sees them.
 _Event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
@@ -21,20 +22,22 @@ _Summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssu
 _NO_SCALARS = ("step", "kind", "time")
 
 
-class Rows:
-  """The writer of a workdir's rows, of which those up to step `start` are kept.
+class MetricsFile:
+  """The writer of a run's rows, of which those up to step `start` are kept.
 
-  A full disk loses none: rows wait in memory for the next one.
+  A full disk loses none: rows that cannot be written wait in memory for the next one.
+  `damaged` counts the lines that were left out because they could not be read.
   """
 
-  def __init__(self, workdir: str, start: int):
-    self.path = os.path.join(workdir, "metrics.jsonl")
-    self._workdir, self._waiting, self._events = workdir, [], None
-    rows, self.torn = _read(self.path) if os.path.exists(self.path) else ([], 0)
+  def __init__(self, workdir: Workdir, start: int):
+    self.path = workdir.metrics_file
+    self._folder, self._waiting, self._events = workdir.path, [], None
+    rows, self.damaged = read_rows(self.path) if os.path.exists(self.path) else ([], 0)
     kept = [row for row in rows if row["step"] <= start and row["kind"] != "final"]
-    with files.atomic_write(self.path) as file:
-      file.writelines(json.dumps(row) + "\n" for row in kept)
-    self._renew_events()
+    with saving():
+      with files.atomic_write(self.path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in kept)
+      self._renew_events()
 
   def append(self, row: dict[str, Any]) -> str | None:
     """Writes a row, and those that wait; returns why not, where that was not possible."""
@@ -42,7 +45,7 @@ class Rows:
     return self.write()
 
   def write(self) -> str | None:
-    """Writes the rows that wait, and events that lack; returns why not, where it cannot."""
+    """Writes the rows that wait and the events that lack; returns why not, where it cannot."""
     if not self._waiting and self._events is not None:
       return None
     try:
@@ -63,16 +66,16 @@ class Rows:
     return None
 
   def sync(self) -> None:
-    """Returns when the disk has every row: a checkpoint is to be no newer than they."""
-    with open(self.path, "ab") as file:
+    """Returns when the disk has every row: no checkpoint is to be newer than they are."""
+    with saving(), open(self.path, "ab") as file:
       os.fsync(file.fileno())
 
   def _renew_events(self) -> None:
-    """One event file with all rows in the place of those of earlier starts."""
-    pattern = os.path.join(glob.escape(self._workdir), "events.out.tfevents.*")
+    """Writes one event file with all rows in place of those of earlier starts."""
+    pattern = os.path.join(glob.escape(self._folder), "events.out.tfevents.*")
     before = set(glob.glob(pattern))
-    writer = event_file_writer.EventsWriter(os.path.join(self._workdir, "events"))
-    _write_events(writer, read_metrics(self.path))
+    writer = event_file_writer.EventsWriter(os.path.join(self._folder, "events"))
+    _write_events(writer, read_rows(self.path)[0])
     self._events = writer
     after = set(glob.glob(pattern))
     for path in before if after - before else ():  # Else both have the same name.
@@ -93,23 +96,3 @@ def _write_events(writer: Any, rows: list[dict[str, Any]]) -> None:
     content = _Summary(value=values)
     writer.write_event(_Event(wall_time=row.get("time", 0.0), step=row["step"], summary=content))
   writer.flush()
-
-
-def read_metrics(path: str) -> list[dict[str, Any]]:
-  """The rows of a metrics.jsonl; a line that was cut short, by a kill, is left out."""
-  return _read(path)[0]
-
-
-def _read(path: str) -> tuple[list[dict[str, Any]], int]:
-  """Rows, and how many lines but for the last are none."""
-  rows, bad = [], 0
-  with open(path, encoding="utf-8", errors="replace") as file:
-    for line in file:
-      try:
-        row = json.loads(line)
-        if not (isinstance(row, dict) and type(row["step"]) is int and row["kind"]):
-          raise ValueError("no row")
-        rows.append(row)
-      except (ValueError, KeyError, RecursionError):
-        bad += line.endswith("\n")
-  return rows, bad

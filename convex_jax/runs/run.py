@@ -1,33 +1,34 @@
 """A finished run, anywhere: `run = convex_jax.load("runs/x")`.
 
-Needs neither the data, nor the devices it was trained on, nor the config's code: what it
-needs stands in the workdir's config.json.
+This needs neither the data, nor the devices it was trained on, nor the config's code: the
+workdir's config.json has everything.
 """
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from convex_jax.runs import workdir as describe
-from convex_jax import files
+from convex_jax.data.preprocess import preparation
 from convex_jax.models import catalog
-from convex_jax.runs import metrics_file
-from convex_jax.data.augment import preparation
-from convex_jax.runs.checkpoints import read_weights
-from convex_jax.errors import UserError
 from convex_jax.models.variables import apply
+from convex_jax.runs.checkpoints import read_weights
+from convex_jax.runs.workdir import Workdir
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-  """A run's config, weights and figures, and its network at inference."""
+  """A run's config, weights and figures, and its network at inference.
+
+  The arrays of `params` and `stats` are read-only: predictions use copies of them on the
+  device. To change weights, call `apply` with others.
+  """
 
   workdir: str
   config: Any  # A FrozenConfigDict.
@@ -38,6 +39,23 @@ class Run:
   image_shape: tuple[int, int, int]  # (H, W, C) of the images it takes, px.
   mean: tuple[float, ...]
   std: tuple[float, ...]
+
+  @classmethod
+  def described(cls, workdir: str, description: dict[str, Any], step: int, weights: Any) -> "Run":
+    """The run of a config.json's content, with the weights {"params", "stats"} of a step."""
+    about = description["data"]
+    weights = jax.tree.map(_read_only, weights)
+    return cls(
+      workdir=workdir,
+      config=FrozenConfigDict(ConfigDict(description["config"])),
+      step=step,
+      params=weights["params"],
+      stats=weights["stats"],
+      class_names=tuple(about["class_names"]),
+      image_shape=tuple(about["image_shape"]),
+      mean=tuple(about["mean"]),
+      std=tuple(about["std"]),
+    )
 
   @property
   def weights(self) -> dict[str, Any]:
@@ -68,7 +86,7 @@ class Run:
     images = np.asarray(images_BxHxWxC)
     if images.shape[1:] != self.image_shape or images.dtype != np.uint8:
       raise ValueError(
-        f"images are {images.dtype} of shape {images.shape}; allowed: uint8 of shape"
+        f"images are {images.dtype} of shape {images.shape}; expected uint8 of shape"
         f" (any, {', '.join(map(str, self.image_shape))}), pixels 0 to 255"
       )
     out = np.empty((len(images), len(self.class_names)), np.float32)
@@ -86,50 +104,40 @@ class Run:
 
   def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, all or of one `kind`: "train", "eval", "final"."""
-    every = metrics_file.read_metrics(os.path.join(self.workdir, "metrics.jsonl"))
-    return [row for row in every if kind in (None, row["kind"])]
+    return Workdir(self.workdir).rows(kind)
 
   @property
   def certificate(self) -> dict[str, Any] | None:
     """The content of certificate.json, or None where the run has none."""
-    path = os.path.join(self.workdir, "certificate.json")
-    if not os.path.exists(path):
-      return None
-    try:
-      return files.read_json(path, signed=False)
-    except files.Damaged as error:
-      raise UserError(
-        f"{path} is damaged: {error}\n  python -m convex_jax.certify --workdir={self.workdir}"
-        " writes it anew"
-      ) from error
+    return Workdir(self.workdir).certificate()
 
   def __repr__(self) -> str:
-    count = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
+    count = optax.tree.size(self.params)
     model = self.config.model
     return (
-      f"Run({self.workdir!r}: {model.name} {model.size}, parts {model.parts!r}, on"
+      f"Run({self.workdir!r}: {model.name} {model.size}, twin {model.parts!r}, on"
       f" {self.config.data.name}, {count:,} parameters, step {self.step})"
     )
 
 
 def load(workdir: str, step: int | str = "latest", weights: str = "auto") -> Run:
-  """The run in a workdir, at a checkpoint's `step`: a number, "latest" or "best".
+  """The run saved in a workdir.
 
-  `weights`: "ema", "raw", or "auto", averaged weights where the run averaged them.
-  Raises `UserError`, a `ValueError`, when there is no such run or checkpoint.
+  Args:
+    workdir: its folder.
+    step: the checkpoint: a step, "latest" or "best" (in accuracy).
+    weights: "ema", "raw", or "auto": averaged weights if the run averaged them.
+
+  Raises:
+    UserError: (a `ValueError`) there is no such run or checkpoint, or it is damaged.
   """
-  workdir = os.path.expanduser(workdir)
-  saved = describe.read(workdir)
-  chosen, tree = read_weights(os.path.join(workdir, "checkpoints"), step, weights)
-  about = saved["data"]
-  return Run(
-    workdir=workdir,
-    config=FrozenConfigDict(ConfigDict(saved["config"])),
-    step=chosen,
-    params=tree["params"],
-    stats=tree["stats"],
-    class_names=tuple(about["class_names"]),
-    image_shape=tuple(about["image_shape"]),
-    mean=tuple(about["mean"]),
-    std=tuple(about["std"]),
-  )
+  folder = Workdir(workdir)
+  saved = folder.description()
+  chosen, tree = read_weights(folder.checkpoints, step, weights)
+  return Run.described(folder.path, saved, chosen, tree)
+
+
+def _read_only(array: Any) -> np.ndarray:
+  array = np.asarray(array).view()
+  array.flags.writeable = False
+  return array

@@ -1,8 +1,4 @@
-"""A workdir's config.json: whose run it is, whether another command may go on with it.
-
-It holds the config and what `run.load` needs of the data, so that a run can be read without
-them; keys that are younger than a run get what that run meant.
-"""
+"""A run's folder: the name of every file in it, whose run it is, who may write to it."""
 
 import contextlib
 import hashlib
@@ -17,61 +13,275 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from convex_jax import files
+from convex_jax import config_files, files
 from convex_jax.config_files import flatten
-from convex_jax.runs import metrics_file
-from convex_jax.training.schema import mistakes
-from convex_jax.errors import UserError, Unsaved
+from convex_jax.errors import Unsaved, UserError
+from convex_jax.models import catalog
 
-FORMAT = 1  # Of a workdir; rises when an older `load` could not read it.
-ADDED = (  # Keys younger than some runs, and what those mean.
-  ("data", "classes", []),
-  ("", "fsdp", 1),
-  ("", "batch_norm", "global"),
-  ("", "mixup", 0.0),
-  ("", "cutmix", 0.0),
-  ("data", "whiten", False),
-  ("data", "jitter", 0.0),
-  ("data", "erasing", 0.0),
-  ("data", "randaugment", [0, 9.0]),
-  ("data", "repeats", 1),
-  ("data", "cache_size", 0),
-  ("data", "crop_area", [0.08, 1.0]),
-  ("data", "eval_share", 0.875),
-  ("data", "workers", -1),
-  ("data", "max_unreadable", 0.001),
-  ("model", "one_logit", False),
-  ("model", "log_normal_init", True),
-  ("model", "branch_scales", True),
-  ("model", "norm", "twin"),
-  ("", "max_skipped", 10),
-  ("", "skip_spikes", 0.0),
-  ("", "time_limit", 0.0),
-  ("checkpoint", "must_save", True),
-  ("checkpoint", "patience", 600.0),
+FORMAT = 1  # Of config.json; rises when an older version could not read it.
+
+# Two configs that differ in these alone describe the same run.
+FREE_SECTIONS = ("log.",)
+FREE_KEYS = (
+  "fsdp",
+  "max_skipped",
+  "time_limit",
+  "data.dir",
+  "data.workers",
+  "data.max_unreadable",
+  "checkpoint.keep",
+  "checkpoint.must_save",
+  "checkpoint.patience",
 )
-# Between two commands of one run.
-FREE_TO_CHANGE = ("log.", "fsdp", "data.dir", "data.workers", "data.max_unreadable", "max_skipped")
-FREE_TO_CHANGE += ("time_limit", "checkpoint.keep", "checkpoint.must_save", "checkpoint.patience")
+# The keys of the first release. A key that is younger and has its default value is left out of
+# what identifies a run, so that a result remains its config's when keys are added. This list
+# never changes.
+FIRST_KEYS = frozenset(
+  [
+    "seed",
+    "epochs",
+    "steps",
+    "batch_size",
+    "steps_per_call",
+    "dtype",
+    "label_smoothing",
+    "init_from",
+    "ema_decay",
+    "data.name",
+    "data.image_size",
+    "data.flip",
+    "data.crop_padding",
+    "data.label_noise",
+    "data.train_fraction",
+    "data.validation_fraction",
+    "data.loader",
+    "model.name",
+    "model.size",
+    "model.parts",
+    "model.constraint",
+    "model.passthrough",
+    "model.convex_from",
+    "model.head_depth",
+    "model.head_width",
+    "model.remat",
+    "optimizer.name",
+    "optimizer.learning_rate",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.decay_at",
+    "optimizer.decay_factor",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.momentum",
+    "optimizer.accumulate",
+    "eval.every_epochs",
+    "eval.train_examples",
+    "checkpoint.every_steps",
+  ]
+)
 
 
-def write(
-  config: Any,
-  workdir: str,
-  class_names: tuple[str, ...],
-  image_shape: tuple[int, ...],
-  statistics: tuple[tuple[float, ...], tuple[float, ...]],
-) -> None:
-  """Writes config.json: the config, and what `load` needs of the data; versions."""
-  mean, std = statistics
-  content = {
-    "format": FORMAT,
-    "config": json.loads(config.to_json_best_effort()),
-    "data": {"class_names": class_names, "image_shape": image_shape, "mean": mean, "std": std},
-    "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "optax")},
-    "hardware": f"{jax.device_count()} x {_device_kind()}",
+def essential(config: Any) -> dict[str, Any]:
+  """What identifies a run: the values of a config, by path, on which its result depends.
+
+  Without the keys that may change between two commands of one run, those left to the size of
+  the architecture (None), and those younger than the first release that have their default
+  value. Where small images are kept (`data.loader`) makes no difference to a run.
+  """
+  values, defaults = _flat(config), _defaults()
+  if values.get("data.loader") != "stream":
+    values["data.loader"] = "auto"
+  return {
+    key: value
+    for key, value in values.items()
+    if value is not None
+    and key not in FREE_KEYS
+    and not key.startswith(FREE_SECTIONS)
+    and (key in FIRST_KEYS or key not in defaults or value != defaults[key])
   }
-  files.write_json(os.path.join(workdir, "config.json"), content)
+
+
+def digest(config: Any) -> str:
+  """Twelve hexadecimal digits that two configs share when they describe the same run."""
+  text = json.dumps(essential(config), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _flat(config: Any) -> dict[str, Any]:
+  """The values of a config by path, as JSON has them: tuples are lists."""
+  content = config if isinstance(config, dict) else json.loads(config.to_json_best_effort())
+  return dict(flatten(content))
+
+
+def _defaults() -> dict[str, Any]:
+  return json.loads(json.dumps(config_files.defaults()))
+
+
+class Workdir:
+  """The folder of a run.
+
+  `config.json` holds the config and what `runs.run.load` needs to know of the data, so that a
+  run can be read without them; `metrics.jsonl` the figures (and TensorBoard events, made from
+  it); `checkpoints/` the weights; `certificate.json` the proof, with `counterexample.npz`
+  where convexity is refuted; `radii.csv` and `radii.png` certified radii; `profile/` a trace;
+  `damaged/` checkpoints that were set aside; `log.txt` the output of a run of a sweep.
+  """
+
+  def __init__(self, path: str):
+    self.path = os.path.expanduser(path)
+    self.config_file = self._of("config.json")
+    self.metrics_file = self._of("metrics.jsonl")
+    self.checkpoints = self._of("checkpoints")
+    self.certificate_file = self._of("certificate.json")
+    self.counterexample_file = self._of("counterexample.npz")
+    self.radii_table = self._of("radii.csv")
+    self.radii_figure = self._of("radii.png")
+    self.profile = self._of("profile")
+    self.log_file = self._of("log.txt")
+    self._lock = self._of(".lock")
+
+  def _of(self, name: str) -> str:
+    return os.path.join(self.path, name)
+
+  def exists(self) -> bool:
+    """Whether the folder holds a run."""
+    return os.path.exists(self.config_file)
+
+  def describe(
+    self,
+    config: Any,
+    class_names: tuple[str, ...],
+    image_shape: tuple[int, ...],
+    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    parameters: int,
+  ) -> None:
+    """Writes config.json; raises `Unsaved` where the storage does not take it."""
+    mean, std = statistics
+    libraries = ("convex_jax", "jax", "flax", "optax")
+    content = {
+      "format": FORMAT,
+      "config": json.loads(config.to_json_best_effort()),
+      "data": {"class_names": class_names, "image_shape": image_shape, "mean": mean, "std": std},
+      "parameters": parameters,
+      "versions": {name: metadata.version(name) for name in libraries},
+      "hardware": f"{jax.device_count()} x {_device_kind()}",
+    }
+    with saving():
+      files.write_json(self.config_file, content)
+
+  def description(self) -> dict[str, Any]:
+    """The content of config.json; keys of the config that are younger have their defaults.
+
+    Raises `UserError` where there is no such file, or it is not as it was written.
+    """
+    if not self.exists():
+      raise UserError(f"{self.path} does not contain a run: there is no {self.config_file}")
+    try:
+      content = files.read_json(self.config_file)
+      if content["format"] > FORMAT:
+        raise UserError(
+          f"{self.config_file} has format {content['format']}, written by convex_jax"
+          f" {content['versions']['convex_jax']}; expected at most {FORMAT}. Install that version"
+        )
+      _complete(content["config"])
+      _check_data(content["data"])
+    except UserError:
+      raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+      raise UserError(
+        f"{self.config_file} is damaged: {error}\n  To write it again, move it away and run the"
+        " command that trained the run."
+      ) from error
+    return content
+
+  def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, all or of one `kind` ("train", "eval", "final"); [] if none.
+
+    A line that was cut short, by a kill, is left out.
+    """
+    if not os.path.exists(self.metrics_file):
+      return []
+    found, _ = read_rows(self.metrics_file)
+    return [row for row in found if kind in (None, row["kind"])]
+
+  def certificate(self) -> dict[str, Any] | None:
+    """The content of certificate.json, None where there is none; `UserError` where damaged."""
+    if not os.path.exists(self.certificate_file):
+      return None
+    try:
+      return files.read_json(self.certificate_file)
+    except files.Damaged as error:
+      raise UserError(
+        f"{self.certificate_file} is damaged: {error}\n"
+        f"  To write it again: python -m convex_jax certify --workdir={self.path}"
+      ) from error
+
+  @contextlib.contextmanager
+  def claim(self, config: Any) -> Iterator[None]:
+    """Within, the folder is this run's alone, on one host.
+
+    Raises `UserError` where it holds another run, cannot be written, or is in use.
+    """
+    self._check_writable()
+    if self.exists():
+      self._check_same_run(config)
+    is_new, lead = not os.path.exists(self.path), jax.process_index() == 0
+    with saving():
+      os.makedirs(self.path, exist_ok=True)
+    words = f"{self.path} is in use by another run"
+    with files.exclusive_lock(self._lock, words) if lead else contextlib.nullcontext():
+      try:
+        yield
+      finally:
+        if lead and is_new and os.listdir(self.path) == [os.path.basename(self._lock)]:
+          shutil.rmtree(self.path)  # Refused before it began.
+
+  def _check_writable(self) -> None:
+    files.refuse_url("--workdir", self.path)
+    there = os.path.abspath(self.path)
+    while not os.path.exists(there):
+      there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK):
+      raise UserError(f"--workdir={self.path}: {there} is not writable; pass another --workdir")
+
+  def _check_same_run(self, config: Any) -> None:
+    saved = self.description()["config"]
+    before, now = essential(saved), essential(config)
+    if before == now:
+      return
+    stored, given = _flat(saved), _flat(config)
+    differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    lines = [f"  config.{k}: {stored.get(k)!r} there, {given.get(k)!r} now" for k in differ]
+    raise UserError(
+      "\n".join([f"{self.path} contains a run with a different config:", *lines])
+      + "\n  To resume that run, pass the same config; to start a new one, pass another --workdir."
+    )
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+  """Within, an OSError (a full disk, say) is raised as `Unsaved`."""
+  try:
+    yield
+  except OSError as error:
+    raise Unsaved(f"{error.filename or 'the workdir'}: {error.strerror or error}") from error
+
+
+def read_rows(path: str) -> tuple[list[dict[str, Any]], int]:
+  """The rows of a metrics.jsonl, and how many of its lines, but for the last, are damaged."""
+  rows, damaged = [], 0
+  with open(path, encoding="utf-8", errors="replace") as file:
+    for line in file:
+      try:
+        row = json.loads(line)
+        if not (isinstance(row, dict) and type(row["step"]) is int and row["kind"]):
+          raise ValueError("not a row")
+        rows.append(row)
+      except (ValueError, KeyError, RecursionError):
+        damaged += line.endswith("\n")
+  return rows, damaged
 
 
 def _device_kind() -> str:
@@ -82,165 +292,32 @@ def _device_kind() -> str:
   return f"{platform.machine()} CPU, {cores} core{'s' if cores != 1 else ''}"
 
 
-def essential(config: Any) -> dict[str, Any]:
-  """The keys of a config that decide what is trained, by path ("data.name").
-
-  Keys that are free to change are left out, and so is a key younger than some runs where it
-  means what those runs meant: a result stays its config's when keys are added.
-  """
-  content = config if isinstance(config, dict) else json.loads(config.to_json_best_effort())
-  values = dict(flatten(content))
-  for section, key, meant in ADDED:
-    path = f"{section}.{key}".lstrip(".")
-    if values.get(path) == meant:
-      del values[path]
-  if values.get("data.loader") != "stream":  # Where small images are stored does not matter.
-    values["data.loader"] = "auto"
-  return {
-    key: value
-    for key, value in values.items()
-    if value is not None and not key.startswith(FREE_TO_CHANGE)  # None: the size's own.
-  }
-
-
-def digest(config: Any) -> str:
-  """Twelve hex digits that two configs share when they describe the same run."""
-  text = json.dumps(essential(config), sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def claim(config: Any, workdir: str) -> Iterator[None]:
-  """Within, the workdir is this run's alone, on one host.
-
-  Raises `UserError` where it holds a run of another config, or cannot be written, or another
-  process is running in it.
-  """
-  _refuse_unfit(config, workdir)
-  path, is_new = os.path.join(workdir, ".lock"), not os.path.exists(workdir)
-  lead = jax.process_index() == 0
-  try:
-    os.makedirs(workdir, exist_ok=True)
-    words = f"{workdir} is in use by another run"
-    with files.exclusive_lock(path, words) if lead else contextlib.nullcontext():
-      try:
-        yield
-      finally:
-        if lead and is_new and os.listdir(workdir) == [".lock"]:  # Refused before it began.
-          shutil.rmtree(workdir)
-  except OSError as error:
-    inside = os.path.abspath(workdir) + os.sep
-    if not os.path.abspath(str(error.filename or "")).startswith(inside):
-      raise
-    raise Unsaved(f"{error.filename}: {error.strerror}") from error
-
-
-def _refuse_unfit(config: Any, workdir: str) -> None:
-  files.refuse_url("--workdir", workdir)
-  there = os.path.abspath(workdir)
-  while not os.path.exists(there):
-    there = os.path.dirname(there)
-  if not os.path.isdir(there) or not os.access(there, os.W_OK):
-    raise UserError(f"--workdir={workdir}: {there} cannot be written; give another --workdir")
-  if not os.path.exists(os.path.join(workdir, "config.json")):
-    return
-  before = dict(flatten(read(workdir)["config"]))
-  now = dict(flatten(json.loads(config.to_json_best_effort())))
-  lines = [
-    f"  config.{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-    for key in sorted(before.keys() | now.keys())
-    if before.get(key) != now.get(key)
-    and not key.startswith(FREE_TO_CHANGE)
-    # What is streamed shows other crops than a cache; where small images lie is the same to them.
-    and not (key == "data.loader" and "stream" not in (before.get(key), now.get(key)))
-  ]
-  if lines:
-    raise UserError(
-      f"{workdir} holds a run of another config:\n" + "\n".join(lines) + "\n"
-      "  go on with that run: give the same config; begin a new one: give another --workdir"
-    )
-
-
-def read(workdir: str) -> dict[str, Any]:
-  """What `write` wrote to config.json, and what keys that are younger mean.
-
-  Raises `UserError` where there is no such file, or it is not what we wrote.
-  """
-  path = os.path.join(workdir, "config.json")
-  if not os.path.exists(path):
-    raise UserError(f"{workdir} holds no run: there is no {path}")
-  try:
-    content = files.read_json(path, signed=False)
-    if "hardware" in content:  # Younger than the SHA-256: it has one, or damage took it.
-      content = files.read_json(path)
-    if content["format"] > FORMAT:
-      raise UserError(
-        f"{path} is of format {content['format']}, written by convex_jax"
-        f" {content['versions']['convex_jax']}; allowed: up to {FORMAT}. Install that version"
-      )
-    config, about = content["config"], content["data"]
-    for section, key, meant in ADDED:
-      (config[section] if section else config).setdefault(key, meant)
-    if lines := mistakes(FrozenConfigDict(ConfigDict(config))):  # Whose lists are tuples.
-      raise files.Damaged("; ".join(lines))
-    _check_data(about)
-  except UserError:
-    raise
-  except (ValueError, LookupError, TypeError, AttributeError) as error:
-    raise UserError(
-      f"{path} is damaged: {error}\n  delete it: the command that trained the run, given again,"
-      " writes it anew"
-    ) from error
-  return content
+def _complete(config: dict[str, Any]) -> None:
+  """Adds the keys that a saved config lacks; raises `Damaged` unless a run can be built of it."""
+  defaults = _defaults()
+  for path, default in defaults.items():
+    *sections, key = path.split(".")
+    section = config
+    for name in sections:
+      section = section[name]
+    value = section.setdefault(key, default)
+    if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+      raise files.Damaged(f"config.{path} is {value!r}")
+  model = config["model"]
+  if model["name"] not in catalog.names():
+    raise files.Damaged(f"config.model.name is {model['name']!r}")
+  own = {f"model.{name}" for name in catalog.fields(model["name"])}
+  if unknown := dict(flatten(config)).keys() - defaults.keys() - own:
+    raise files.Damaged(f"unknown key config.{min(unknown)}")
+  catalog.build(FrozenConfigDict(ConfigDict(config)).model, classes=2)  # Whose lists are tuples.
 
 
 def _check_data(about: dict[str, Any]) -> None:
-  """Raises `Damaged` unless what is said of the data has the form that `write` gives it."""
+  """Raises `Damaged` unless what is said of the data has the form that `describe` gives it."""
   names, shape, mean, std = (about[key] for key in ("class_names", "image_shape", "mean", "std"))
   fine = isinstance(names, list) and all(isinstance(name, str) for name in names)
   fine &= len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)
   for numbers in (mean, std):
     fine &= len(numbers) == shape[2] and all(isinstance(v, float | int) for v in numbers)
   if not fine:
-    raise files.Damaged("what it says of the data is not of its form")
-
-
-class Workdir:
-  """The folder of a run: where its files are, and what they say."""
-
-  def __init__(self, path: str):
-    self.path = path
-    self.config_file = os.path.join(path, "config.json")
-    self.metrics_file = os.path.join(path, "metrics.jsonl")
-    self.certificate_file = os.path.join(path, "certificate.json")
-    self.checkpoints = os.path.join(path, "checkpoints")
-    self.log_file = os.path.join(path, "log.txt")
-    self.radii_table = os.path.join(path, "radii.csv")
-    self.radii_figure = os.path.join(path, "radii.png")
-
-  def exists(self) -> bool:
-    """Whether there is a run: a config.json."""
-    return os.path.exists(self.config_file)
-
-  def description(self) -> dict[str, Any]:
-    """The content of config.json; raises `UserError` where it is missing or damaged."""
-    return read(self.path)
-
-  def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, all or of one kind; none where there is no such file."""
-    if not os.path.exists(self.metrics_file):
-      return []
-    every = metrics_file.read_metrics(self.metrics_file)
-    return [row for row in every if kind in (None, row["kind"])]
-
-  def certificate(self) -> dict[str, Any] | None:
-    """The content of certificate.json, if there is one; raises `UserError` where it is damaged."""
-    if not os.path.exists(self.certificate_file):
-      return None
-    try:
-      return files.read_json(self.certificate_file, signed=False)
-    except files.Damaged as error:
-      raise UserError(
-        f"{self.certificate_file} is damaged: {error}\n"
-        f"  To write it again: python -m convex_jax certify --workdir={self.path}"
-      ) from error
+    raise files.Damaged("its description of the data has another form")

@@ -94,7 +94,7 @@ def tasks_of(module: Any, schedule: str, folder: str) -> list[Task]:
     except Exception as error:  # Anything that a config's code or an ill-fitting value raises.
       lines.append(f"{path}: {shlex.join(job.arguments())}: {error}")
       continue
-    lines += [f"{path}: config.{line}" for line in mistakes(config)]
+    lines += [f"{path}: {line}" for line in mistakes(config)]
     total, unit = (config.steps, "step") if config.steps else (config.epochs, "epoch")
     tasks.append(Task(job, schedule, path, workdir.digest(config), total, unit))
   paths = [task.workdir for task in tasks]

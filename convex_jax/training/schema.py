@@ -1,4 +1,4 @@
-"""Every mistake in a config at once, one line each, before a device is touched."""
+"""What each key of a config may hold; everything that is wrong with one, reported together."""
 
 import dataclasses
 import difflib
@@ -12,13 +12,13 @@ from convex_jax.data.catalog import DATASETS
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.constraints import PROJECTIONS
-from convex_jax.models.layers import CONVEX_FROM, NORMS, PARTS
+from convex_jax.models.parts import CONVEX_FROM, NORMS, TWINS, Rate
 from convex_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """What a key may hold: its type, a test, and the words for both."""
+  """What a key may hold: its type, a test of the value, and both in words."""
 
   type: Any  # A type, or a union of them.
   expected: str
@@ -26,36 +26,37 @@ class Rule:
   names: tuple[str, ...] = ()
 
   def mistake(self, path: str, value: Any) -> str | None:
-    """One line, or None when the value is fine."""
+    """What is wrong with the value of config.`path`, in one line; None if nothing is."""
     right_type = isinstance(value, self.type)
-    if isinstance(value, bool) and self.type is not object:  # Python's is a whole number as well.
+    if isinstance(value, bool) and self.type is not object:  # Python's is an integer as well.
       right_type = bool in (self.type, *typing.get_args(self.type))
     if right_type and self.test(value):
       return None
-    return f"{path} is {value!r}; expected {self.expected}{nearest(value, self.names)}"
+    return f"config.{path} is {value!r}; expected {self.expected}{nearest(value, self.names)}"
 
 
 def nearest(value: Any, names: Collection[str]) -> str:
-  """A hint: the name that a mistyped one is closest to."""
+  """A hint: the name that is closest to a mistyped one; "" if none is close."""
   close = difflib.get_close_matches(str(value), list(names), n=1, cutoff=0.5)
   return f". Did you mean {close[0]!r}?" if close else ""
 
 
-def whole(low: int) -> Rule:
-  """Whole numbers from `low`."""
-  return Rule(int, f"whole numbers from {low}", lambda v: v >= low)
+def integer(low: int) -> Rule:
+  """An integer from `low`."""
+  return Rule(int, f"an integer from {low}", lambda v: v >= low)
 
 
 def number(low: float, high: float = float("inf"), closed: bool = True) -> Rule:
-  """Numbers from `low` (above it, unless `closed`) to `high`."""
-  words = f"numbers {'from' if closed else 'above'} {low:g}"
-  words += "" if high == float("inf") else f" to {high:g}"
+  """A number from `low` (above it, unless `closed`) to `high`."""
+  words = f"a number in {'[' if closed else '('}{low:g}, {high:g}]"
+  if high == float("inf"):
+    words = f"a number {'from' if closed else 'above'} {low:g}"
   return Rule(float, words, lambda v: (low <= v if closed else low < v) and v <= high)
 
 
 def below(low: float, high: float) -> Rule:
-  """Numbers from `low` to below `high`."""
-  return Rule(float, f"numbers from {low:g} to below {high:g}", lambda v: low <= v < high)
+  """A number from `low` to below `high`."""
+  return Rule(float, f"a number in [{low:g}, {high:g})", lambda v: low <= v < high)
 
 
 def one_of(names: Collection[str]) -> Rule:
@@ -63,7 +64,7 @@ def one_of(names: Collection[str]) -> Rule:
   return Rule(str, ", ".join(names), lambda v: v in names, tuple(names))
 
 
-def _rising_shares(value: tuple) -> bool:
+def _increasing(value: tuple) -> bool:
   rising = all(a < b for a, b in itertools.pairwise(value))
   return rising and all(isinstance(v, float) and 0 < v < 1 for v in value)
 
@@ -72,10 +73,10 @@ def _steps(value: tuple) -> bool:
   return len(value) == 2 and all(isinstance(v, int) for v in value) and 0 <= value[0] <= value[1]
 
 
-TEXT, SWITCH = Rule(str, "text"), Rule(bool, "true, false")
+TEXT, SWITCH = Rule(str, "text"), Rule(bool, "true or false")
 
 
-def _wholes(value: tuple) -> bool:
+def _integers(value: tuple) -> bool:
   return bool(value) and all(type(v) is int and v >= 1 for v in value)
 
 
@@ -101,26 +102,29 @@ def field_rule(field: dataclasses.Field) -> Rule:
   if typing.get_origin(kind) is typing.Literal:
     rule = one_of(typing.get_args(kind))
   elif typing.get_origin(kind) is tuple:
-    rule = Rule(tuple, "tuples of whole numbers from 1", _wholes)
+    rule = Rule(tuple, "a tuple of integers from 1", _integers)
   else:
-    share = field.name in ("dropout", "drop_path")
-    real = below(0, 1) if share else number(0, 100, closed=False)
-    rule = {bool: SWITCH, int: whole(0 if field.default == 0 else 1), float: real}[kind]
+    rule = {
+      bool: SWITCH,
+      int: integer(0 if field.default == 0 else 1),
+      float: number(0, 100, closed=False),
+      Rate: below(0, 1),
+    }[kind]
   return Rule(
     rule.type | None, f"{rule.expected}, or None", lambda v: v is None or rule.test(v), rule.names
   )
 
 
 RULES = {
-  "seed": whole(0),
-  "epochs": whole(1),
-  "steps": whole(0),
-  "batch_size": whole(1),
-  "steps_per_call": whole(1),
+  "seed": integer(0),
+  "epochs": integer(1),
+  "steps": integer(0),
+  "batch_size": integer(1),
+  "steps_per_call": integer(1),
   "dtype": one_of(("float32", "bfloat16")),
-  "fsdp": whole(1),
+  "fsdp": integer(1),
   "batch_norm": one_of(("global", "device")),
-  "max_skipped": whole(1),
+  "max_skipped": integer(1),
   "skip_spikes": number(0),
   "time_limit": number(0),
   "init_from": TEXT,
@@ -129,60 +133,60 @@ RULES = {
   "mixup": number(0, 100),
   "cutmix": number(0, 100),
   "data.name": one_of(DATASETS),
-  "data.classes": Rule(tuple, "(), or two or more different names, as ('cat', 'dog')", _names),
+  "data.classes": Rule(tuple, "(), or two or more different names such as ('cat', 'dog')", _names),
   "data.dir": TEXT,
-  "data.image_size": whole(1),
+  "data.image_size": integer(1),
   "data.flip": SWITCH,
-  "data.crop_padding": whole(0),
+  "data.crop_padding": integer(0),
   "data.jitter": number(0, 1),
   "data.randaugment": Rule(
-    tuple, "(operations, magnitude): a whole number from 0, a number from 0 to 10", _operations
+    tuple, "(operations, magnitude): an integer from 0 and a number in [0, 10]", _operations
   ),
-  "data.repeats": whole(1),
+  "data.repeats": integer(1),
   "data.whiten": SWITCH,
   "data.erasing": number(0, 1),
   "data.label_noise": number(0, 1),
   "data.train_fraction": number(0, 1, closed=False),
   "data.validation_fraction": below(0, 1),
   "data.loader": one_of(("auto", "resident", "host", "stream")),
-  "data.cache_size": whole(0),
-  "data.crop_area": Rule(tuple, "two rising shares, above 0 and up to 1", _area),
+  "data.cache_size": integer(0),
+  "data.crop_area": Rule(tuple, "two increasing numbers in (0, 1]", _area),
   "data.eval_share": number(0, 1, closed=False),
-  "data.workers": whole(-1),
+  "data.workers": integer(-1),
   "data.max_unreadable": number(0, 1),
   "model.name": one_of(catalog.names()),
   "model.size": TEXT,  # Depends on the name: see `_clashes`.
-  "model.parts": one_of(PARTS),
+  "model.parts": one_of(TWINS),
   "model.constraint": one_of([name for name in PROJECTIONS if name not in ("free", "shift")]),
   "model.passthrough": SWITCH,
   "model.log_normal_init": SWITCH,
   "model.branch_scales": SWITCH,
   "model.norm": one_of(NORMS),
   "model.convex_from": one_of(CONVEX_FROM),
-  "model.head_depth": whole(0),
-  "model.head_width": whole(1),
+  "model.head_depth": integer(0),
+  "model.head_width": integer(1),
   "model.one_logit": SWITCH,
   "model.remat": SWITCH,
   "optimizer.name": one_of(OPTIMIZERS),
   "optimizer.learning_rate": number(0, closed=False),
   "optimizer.schedule": one_of(SCHEDULES),
-  "optimizer.warmup_steps": whole(0),
-  "optimizer.decay_at": Rule(tuple, "rising shares between 0 and 1", _rising_shares),
+  "optimizer.warmup_steps": integer(0),
+  "optimizer.decay_at": Rule(tuple, "increasing numbers in (0, 1)", _increasing),
   "optimizer.decay_factor": number(0, 1, closed=False),
   "optimizer.weight_decay": number(0),
   "optimizer.clip_norm": number(0),
   "optimizer.b1": below(0, 1),
   "optimizer.b2": below(0, 1),
   "optimizer.momentum": below(0, 1),
-  "optimizer.accumulate": whole(1),
+  "optimizer.accumulate": integer(1),
   "eval.every_epochs": number(0, closed=False),
-  "eval.train_examples": whole(0),
-  "checkpoint.every_steps": whole(0),
-  "checkpoint.keep": whole(2),
+  "eval.train_examples": integer(0),
+  "checkpoint.every_steps": integer(0),
+  "checkpoint.keep": integer(2),
   "checkpoint.must_save": SWITCH,
   "checkpoint.patience": number(0, closed=False),
-  "log.every_steps": whole(1),
-  "log.profile_steps": Rule(tuple, "(0, 0), or first and last step", _steps),
+  "log.every_steps": integer(1),
+  "log.profile_steps": Rule(tuple, "(0, 0), or the first and the last step", _steps),
 }
 
 
@@ -199,68 +203,78 @@ def _clashes_of_data(data: Any) -> Iterator[str]:
   natural = DATASETS[data.name].is_natural
   if natural and data.loader == "auto":
     yield (
-      f"data.loader is 'auto' and the images of {data.name!r} have sizes of their own; expected"
-      " stream, or resident and host, from a cache"
+      f"config.data.loader is 'auto', but the images of {data.name!r} vary in size; expected"
+      " stream, or resident or host (which need `data cache`)"
     )
   if not natural and data.loader == "stream":
     yield (
-      f"data.loader is 'stream' and the images of {data.name!r} are decoded at once; expected"
-      " auto, resident, host"
+      f"config.data.loader is 'stream', but {data.name!r} is decoded when the run starts; expected"
+      " auto, resident or host"
     )
   if data.loader == "stream":
     for key in ("classes", "label_noise"):
       if data[key]:
-        yield f"data.{key} is {data[key]!r} and data.loader 'stream', where it must be none"
+        yield (
+          f"config.data.{key} is {data[key]!r}, which config.data.loader='stream' does not support"
+        )
   if data.cache_size and not natural and not DATASETS[data.name].synthetic:
-    yield f"data.cache_size is {data.cache_size} and {data.name!r} has no cache; expected 0"
+    yield f"config.data.cache_size is {data.cache_size}, but {data.name!r} has no cache; expected 0"
   elif data.cache_size and data.cache_size < data.image_size:
     yield (
-      f"data.cache_size is {data.cache_size} and data.image_size is {data.image_size}; expected 0,"
-      " or at least as large"
+      f"config.data.cache_size is {data.cache_size}; expected 0, or at least config.data.image_size"
+      f" ({data.image_size} px)"
     )
 
 
 def _clashes(config: Any) -> Iterator[str]:
-  """Values that are fine alone and wrong together."""
+  """Values that are valid alone and invalid together."""
   module = catalog.module_of(config.model.name)
   if config.model.size not in module.SIZES:
     yield one_of(module.SIZES).mistake("model.size", config.model.size) or ""
   elif hasattr(module, "check"):
-    yield from module.check(catalog.fields_of(config.model), config.data.image_size)
+    lines = module.check(catalog.fields_of(config.model), config.data.image_size)
+    yield from (f"config.{line}" for line in lines)
   if config.model.convex_from == "head" and not config.model.head_depth:
     yield (
-      "model.head_depth is 0 and model.convex_from is 'head': a linear head is convex in its"
-      " features whatever its weights; expected whole numbers from 1"
+      "config.model.head_depth is 0, but config.model.convex_from is 'head': a linear head is convex"
+      " in its features whatever its weights; expected an integer from 1"
     )
   if config.batch_norm == "device" and config.fsdp > 1:
-    yield f"batch_norm is 'device' and fsdp is {config.fsdp}; expected 1, or batch_norm='global'"
+    yield (
+      f"config.fsdp is {config.fsdp}, but config.batch_norm is 'device'; expected 1, or"
+      " config.batch_norm='global'"
+    )
   yield from _clashes_of_data(config.data)
   classes = len(config.data.classes) or DATASETS[config.data.name].classes
   if config.model.one_logit and classes != 2:
     yield (
-      f"model.one_logit is True with {classes} classes; expected two, as by"
-      " data.classes=('cat', 'dog')"
+      f"config.model.one_logit is True, but there are {classes} classes; expected two, for example"
+      " config.data.classes=('cat', 'dog')"
     )
   if config.optimizer.name == "adam" and config.optimizer.weight_decay:
     yield (
-      f"optimizer.weight_decay is {config.optimizer.weight_decay:g} and optimizer.name is 'adam',"
-      " which has none; expected 0. Did you mean optimizer.name='adamw'?"
+      f"config.optimizer.weight_decay is {config.optimizer.weight_decay:g}, but 'adam' has no weight"
+      " decay; expected 0. Did you mean config.optimizer.name='adamw'?"
     )
   if config.steps and config.optimizer.warmup_steps >= config.steps:
     yield (
-      f"optimizer.warmup_steps is {config.optimizer.warmup_steps} of {config.steps} steps;"
-      " expected below steps"
+      f"config.optimizer.warmup_steps is {config.optimizer.warmup_steps}; expected less than"
+      f" config.steps ({config.steps})"
     )
 
 
 def mistakes(config: Any) -> list[str]:
-  """All that is wrong with a config: path, value, what is allowed, the nearest name."""
+  """Everything that is wrong with a config, one line each: path, value, what is expected."""
   values = dict(flatten(config))
   rules = _rules(values)
   lines = [
-    f"{path} is no key{nearest(path, rules)}" for path in sorted(values) if path not in rules
+    f"Unknown key config.{path}{nearest(path, rules)}"
+    for path in sorted(values)
+    if path not in rules
   ]
-  lines += [f"{path} is missing; configs/base.py has it" for path in RULES if path not in values]
+  lines += [
+    f"config.{path} is missing; configs/base.py has it" for path in RULES if path not in values
+  ]
   lines += filter(None, (rules[p].mistake(p, v) for p, v in values.items() if p in rules))
   return lines or list(_clashes(config))
 
@@ -268,4 +282,4 @@ def mistakes(config: Any) -> list[str]:
 def check(config: Any) -> None:
   """Raises `UserError` with every line of `mistakes`, if there are any."""
   if lines := mistakes(config):
-    raise UserError("\n".join(f"config.{line}" for line in lines))
+    raise UserError("\n".join(lines))

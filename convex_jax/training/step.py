@@ -2,7 +2,7 @@
 
 Under `jax.jit` over a mesh the batch is one global array, so that a mean runs over
 every device and BatchNorm sees the global batch: no collective is written here. Under
-`jax.pmap` or `jax.shard_map` give the mapped axis as `axis_name`, and to `layers.Parts` for
+`jax.pmap` or `jax.shard_map` give the mapped axis as `axis_name`, and to `parts.Numerics` for
 the same update; without the latter BatchNorm sees each device's part of the batch.
 """
 
@@ -38,6 +38,19 @@ class State(struct.PyTreeNode):
   def weights(self) -> dict[str, Any]:
     """What evaluation, a checkpoint's reader and a certificate use."""
     return self.ema if self.ema is not None else {"params": self.params, "stats": self.stats}
+
+  def items(self) -> dict[str, Any]:
+    """The items of a checkpoint, see `runs.checkpoints`."""
+    items = {
+      "weights": {"params": self.params, "stats": self.stats},
+      "training": {"step": self.step, "opt_state": self.opt_state, "losses": self.losses},
+    }
+    return items if self.ema is None else {**items, "ema": self.ema}
+
+  @classmethod
+  def of(cls, items: dict[str, Any]) -> "State":
+    """The state whose `items` these are."""
+    return cls(**items["weights"], **items["training"], ema=items.get("ema"))
 
 
 def init_state(

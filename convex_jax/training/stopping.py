@@ -1,4 +1,4 @@
-"""How a run is asked to stop: by a signal, or by the clock."""
+"""What ends a run early: a signal, the clock, or updates that cannot be made."""
 
 import os
 import signal
@@ -6,13 +6,16 @@ import threading
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
+
+from convex_jax.errors import Diverged
 
 
 class Stopping:
-  """Within, SIGTERM, SIGINT and the end of `limit` seconds (0: none) ask for a stop.
+  """Within, SIGTERM, SIGINT and the end of `limit` seconds (0: no limit) request a stop.
 
-  No signal ends the program, nor what it is writing. Of several processes any may be asked:
+  No signal ends the program, nor what it is writing. Any of several processes may receive it:
   JAX's preemption service lets all of them see it at the same step.
   """
 
@@ -47,3 +50,28 @@ class Stopping:
       self._clock.cancel()
     for number, handler in self._before.items():
       signal.signal(number, handler)
+
+
+class SkippedUpdates:
+  """Counts updates that could not be made; raises `Diverged` after `limit` in a row."""
+
+  def __init__(self, limit: int):
+    self._limit, self._in_a_row = limit, 0
+
+  def count(self, step: int, metrics: dict[str, np.ndarray]) -> list[str]:
+    """Looks at the steps of one call, the last of which is `step`; describes the skipped ones."""
+    found = []
+    for i, skipped in enumerate(metrics["skipped"]):
+      self._in_a_row = self._in_a_row + 1 if skipped else 0
+      if not skipped:
+        continue
+      at = step - len(metrics["skipped"]) + 1 + i
+      loss, norm = (f"{metrics[name][i]:.4g}" for name in ("loss", "gradient_norm"))
+      found.append(f"Skipped the update of step {at}: loss {loss}, gradient norm {norm}")
+      if self._in_a_row == self._limit:
+        raise Diverged(
+          f"Stopped after {self._limit} consecutive skipped updates (last: step {at}, loss {loss},"
+          f" gradient norm {norm}). The last finite weights are saved. Try a smaller"
+          " config.optimizer.learning_rate, or config.optimizer.clip_norm=1."
+        )
+    return found

@@ -151,7 +151,7 @@ def main() -> None:
     config = config_of(args.data_dir, size, args.cores)
     records = datasets.load(config, 0, progress=False).train
     for workers, name in ((args.cores, "processes"), (0, "threads")):
-      feed = feeds.feed_of(records, mesh.make_mesh(), config_of(args.data_dir, size, workers))
+      feed = feeds.batches_of(records, mesh.make_mesh(), config_of(args.data_dir, size, workers))
       open_feeds.append(feed)
       ways[f"stream, {args.cores} {name}", size] = fed(feed)
     if importlib.util.find_spec("tensorflow"):

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from convex_jax.data import augment, datasets
+from convex_jax.data import augment, preprocess
+from convex_jax.data.catalog import IMAGENET
 from convex_jax.models import catalog, constraints
 from convex_jax.training import optimizer, step
 
@@ -79,7 +80,7 @@ def compiled(config, batch_size: int):
   tx = optimizer.make_optimizer(config.optimizer, 1000, tags)
   average = config.ema_decay > 0
   state = jax.eval_shape(lambda: step.init_state(model, tx, key, shape, average))
-  prepare = augment.make_prepare(size, *datasets.IMAGENET, crop=True)
+  prepare = preprocess.make_prepare(size, *IMAGENET, crop=True)
   stored = max(size, config.data.cache_size)
   update = functools.partial(
     step.train_step,

@@ -7,7 +7,6 @@ Writes results.csv and propagation.png next to this file; README.md says what is
 
 import argparse
 import csv
-import dataclasses
 import pathlib
 
 import flax.linen as nn
@@ -17,8 +16,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configs import base
-from convex_jax.data import augment, datasets
+from convex_jax.data import datasets, preprocess
 from convex_jax.models import catalog, layers
+from convex_jax.models.parts import Parts, ioc
 
 HERE = pathlib.Path(__file__).parent
 CASES = {  # Title: (name, size, px, fields)
@@ -30,10 +30,9 @@ CASES = {  # Title: (name, size, px, fields)
   "All-CNN-C": ("all_cnn", "c", 32, {}),
   "EfficientNet-B0": ("efficientnet", "B0", 32, {"stem_stride": 1, "variant": "torch"}),
 }
-OURS = layers.make_parts("ioc", constraint="clamp", passthrough=True)
 WIRINGS = {
-  "naive": dataclasses.replace(OURS, principled=False, branch_scales=False, passthrough=False),
-  "ours": OURS,
+  "naive": Parts(ioc(principled=False, branch_scales=False, passthrough=False)),
+  "ours": Parts(ioc()),
 }
 SAMPLES = 4096  # Pairs of image and position.
 
@@ -78,7 +77,7 @@ def rows(data_dir: str, seed: int = 0) -> list[dict]:
   split = datasets.load(config.data, seed).test
   out = []
   for title, (name, size, px, fields) in CASES.items():
-    prepare = augment.make_prepare(px, *split.statistics())
+    prepare = preprocess.make_prepare(px, *split.statistics())
     images = prepare(jnp.asarray(split.images[:128]))
     module = catalog.module_of(name)
     for wiring, parts in WIRINGS.items():

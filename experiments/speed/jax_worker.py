@@ -4,7 +4,6 @@ The program is that of a run (`program.Program`): uint8 images resident on the d
 normalisation, forward, backward, Adam, projection, and the metrics that a log line shows.
 """
 
-import dataclasses
 import sys
 import time
 
@@ -16,28 +15,25 @@ from jax import lax
 
 from convex_jax import mesh
 from convex_jax.data import datasets
-from convex_jax.models import catalog, layers
-from convex_jax.training import loop, runtime, step
+from convex_jax.models import catalog
+from convex_jax.models.parts import make_parts
+from convex_jax.training import program, runtime, step
 from experiments.speed import worker
 from experiments.speed.cases import CASES, Case, config_of
 
 
 def with_norm(norm: str):
-  """`layers.make_parts` with the same norm in every twin, to measure the constraint alone."""
-
-  def make_parts(*args, **fields):
-    return dataclasses.replace(layers.make_parts(*args, **fields), norm_kind=norm)
-
-  return make_parts
+  """`make_parts` with one norm in every twin: the cost of the constraint alone."""
+  return lambda *args, **fields: make_parts(*args, **fields | {"norm": norm})
 
 
-def job_of(case: Case, parts: str, classes: int) -> loop.Job:
+def job_of(case: Case, parts: str, classes: int) -> program.Program:
   """The job of a run on random images."""
   rng, count = np.random.default_rng(0), worker.BATCHES * case.batch
   images = rng.integers(0, 256, (count, case.px, case.px, 3), np.uint8)
   split = datasets.Split(images, rng.integers(0, classes, count).astype(np.int32))
   names = tuple(str(i) for i in range(classes))
-  return loop.Job(
+  return program.Program(
     config_of(case, parts), datasets.Data(split, None, split, names), mesh.make_mesh()
   )
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from convex_jax.data import augment
+from convex_jax.data import augment, preprocess
 from convex_jax.training import runtime, step
 from experiments.speed.cases import CASES, Case
 from experiments.speed.jax_worker import Ours
@@ -43,7 +43,7 @@ class Stacked:
 
   def __init__(self, case: Case, runs: int):
     one, config = Ours(case, "ioc"), Ours(case, "ioc").job.config
-    prepare = augment.make_prepare(config.data.image_size, *one.job.examples.statistics)
+    prepare = preprocess.make_prepare(config.data.image_size, *one.job.examples.statistics)
     update = functools.partial(
       step.train_step,
       model=one.job.model,

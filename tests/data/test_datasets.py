@@ -1,4 +1,4 @@
-"""Order, splits, noise, feeds; preparing without TensorFlow; data that is missing."""
+"""Order, splits, noise, batches; preparing without TensorFlow; missing data."""
 
 import dataclasses
 import gzip
@@ -15,10 +15,10 @@ import pytest
 
 from configs import base
 from convex_jax import mesh
-from convex_jax.data import batches as feed
-from convex_jax.data import datasets, prepare, sampling, splits
+from convex_jax.data import batches, datasets, prepare, sampling, splits
+from convex_jax.data.in_memory import InMemory, is_resident
 from convex_jax.errors import UserError
-from convex_jax.training import loop
+from convex_jax.training import program
 from tests.support import ROOT, SHARED_DATA, of
 
 
@@ -26,14 +26,14 @@ from tests.support import ROOT, SHARED_DATA, of
 def test_every_example_comes_once_an_epoch(batch_size):
   n = 100
   position = np.arange(3 * n)
-  batches = [
+  parts = [
     sampling.examples_at(position[i : i + batch_size], seed=5, n=n)
     for i in range(0, 3 * n, batch_size)
   ]
-  sequence = np.concatenate(batches)
+  sequence = np.concatenate(parts)
   for epoch in range(3):
     assert sorted(sequence[epoch * n : (epoch + 1) * n]) == list(range(n))
-  assert (sequence[:n] != sequence[n : 2 * n]).any()  # Shuffled anew.
+  assert (sequence[:n] != sequence[n : 2 * n]).any()  # Shuffled again.
   np.testing.assert_array_equal(sequence, sampling.examples_at(position, seed=5, n=n))
   assert (sequence != sampling.examples_at(position, seed=6, n=n)).any()
 
@@ -73,7 +73,7 @@ def config_of(data_dir, **changes):
   return of(config, **changes)
 
 
-def test_held_out_and_kept_shares_are_disjoint_and_fixed_by_the_seed(data_dir, digits):
+def test_held_out_and_kept_fractions_are_disjoint_and_fixed_by_the_seed(data_dir, digits):
   config = config_of(data_dir, validation_fraction=0.2, train_fraction=0.5)
   first, again, other = (datasets.load(config, seed, progress=False) for seed in (1, 1, 2))
   assert first.valid is not None
@@ -96,45 +96,45 @@ def test_a_few_classes_are_kept_in_the_order_of_their_names(data_dir, digits):
     assert np.mean(ours.labels != right) == pytest.approx(0.25 * (ours is pair.train), abs=0.06)
 
 
-def test_a_class_that_there_is_not_is_told(data_dir):
+def test_an_unknown_class_is_refused(data_dir):
   with pytest.raises(
-    UserError, match=r"data\.classes has 'cat', no class of 'digits'; allowed: 0, 1"
+    UserError, match=r"data\.classes has 'cat', unknown in 'digits'; expected names among 0, 1"
   ):
     datasets.load(config_of(data_dir, classes=("cat", "3")), 0, progress=False)
 
 
 @pytest.mark.parametrize("key", ["validation_fraction", "train_fraction"])
-def test_a_share_that_holds_no_example_is_told(data_dir, key):
-  with pytest.raises(UserError, match=f"data.{key} is 1e-06"):
+def test_a_fraction_that_selects_no_example_is_refused(data_dir, key):
+  with pytest.raises(UserError, match=f"data.{key} is 1e-06, which selects none"):
     datasets.load(config_of(data_dir, **{key: 1e-6}), 0, progress=False)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_label_noise_draws_that_share_anew_and_never_test_labels(data_dir, digits, share):
-  noisy = datasets.load(config_of(data_dir, label_noise=share), seed=0, progress=False)
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
+def test_label_noise_redraws_that_fraction_of_training_labels_only(data_dir, digits, fraction):
+  noisy = datasets.load(config_of(data_dir, label_noise=fraction), seed=0, progress=False)
   changed = np.mean(noisy.train.labels != digits.train.labels)
-  assert changed == pytest.approx(0.9 * share, abs=0.04)  # A tenth draws its own class again.
+  assert changed == pytest.approx(0.9 * fraction, abs=0.04)  # A tenth draws its own class again.
   np.testing.assert_array_equal(noisy.test.labels, digits.test.labels)
   np.testing.assert_array_equal(noisy.train.images, digits.train.images)
-  again = datasets.load(config_of(data_dir, label_noise=share), seed=0, progress=False)
+  again = datasets.load(config_of(data_dir, label_noise=fraction), seed=0, progress=False)
   np.testing.assert_array_equal(noisy.train.labels, again.train.labels)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_resident_and_sent_batches_are_the_same_on_any_number_of_devices(digits, devices):
   over = mesh.make_mesh(jax.devices()[:devices])
-  batches = []
+  made = []
   for resident in (True, False):
-    fed = feed.Feed(digits.train, over, resident)
+    fed = InMemory(digits.train, over, resident)
     plan = fed.train_plan(range(88, 91), 16, seed=3)  # Across the end of an epoch.
-    batch_of = jax.jit(lambda a, p: jax.lax.map(lambda step: feed.batch_of(a, step, over), p))
-    batches.append(batch_of(fed.arrays, plan))
+    batch_of = jax.jit(lambda a, p: jax.lax.map(lambda step: batches.batch_of(a, step, over), p))
+    made.append(batch_of(fed.arrays, plan))
     if resident:  # A part on each device, filled up to parts of one size.
       shards = fed.arrays["image"].addressable_shards
       assert {len(shard.data) for shard in shards} == {-(-len(digits.train) // devices)}
-    assert batches[-1]["image"].shape == (3, 16, 8, 8, 1)
+    assert made[-1]["image"].shape == (3, 16, 8, 8, 1)
   index = sampling.examples_at(np.arange(88 * 16, 91 * 16), 3, len(digits.train)).reshape(3, 16)
-  for batch in batches:
+  for batch in made:
     np.testing.assert_array_equal(batch["image"], digits.train.images[index])
     np.testing.assert_array_equal(batch["label"], digits.train.labels[index])
     np.testing.assert_array_equal(batch["position"].ravel(), np.arange(88 * 16, 91 * 16))
@@ -142,23 +142,23 @@ def test_resident_and_sent_batches_are_the_same_on_any_number_of_devices(digits,
 
 @pytest.mark.parametrize("limit,want", [(0, 50), (20, 20), (500, 50)])
 def test_evaluation_reads_each_example_once(few_digits, limit, want):
-  fed = feed.Feed(few_digits.test, mesh.make_mesh(), resident=False)
+  fed = InMemory(few_digits.test, mesh.make_mesh(), resident=False)
   seen = [np.asarray(plan["image"])[np.asarray(plan["mask"])] for plan in fed.eval_plans(16, limit)]
   np.testing.assert_array_equal(np.concatenate(seen), few_digits.test.images[:want])
 
 
 def test_what_fits_is_resident():
   split = splits.Split(np.zeros((2, 8, 8, 1), np.uint8), np.zeros(2, np.int32))
-  assert feed.is_resident("auto", split) and feed.is_resident("resident", split)
-  assert not feed.is_resident("host", split)
+  assert is_resident("auto", split) and is_resident("resident", split)
+  assert not is_resident("host", split)
   labels = np.broadcast_to(np.int32(0), 2**45)  # Never allocated: a broadcast of one number.
   huge = splits.Split(split.images, labels, labels)
-  assert not feed.is_resident("auto", huge)
+  assert not is_resident("auto", huge)
 
 
 def run_data(*args):
   return subprocess.run(
-    [sys.executable, "-m", "convex_jax.data", *args],
+    [sys.executable, "-m", "convex_jax", "data", *args],
     capture_output=True,
     text=True,
     cwd=ROOT,
@@ -166,20 +166,20 @@ def run_data(*args):
   )
 
 
-def test_missing_data_is_told_at_once_with_folder_and_cure(tmp_path):
+def test_missing_data_is_refused_immediately_with_folder_and_remedy(tmp_path):
   config = config_of(str(tmp_path), name="cifar100")
   start = time.monotonic()
   with pytest.raises(UserError) as caught:
     datasets.load(config, 0, progress=False)
   assert time.monotonic() - start < 5  # TFDS alone would try for minutes.
-  for words in (str(tmp_path), "convex_jax.data prepare cifar100", ":digits", "data.dir"):
+  for words in (str(tmp_path), "convex_jax data prepare cifar100", ":digits", "data.dir"):
     assert words in str(caught.value)
   assert os.listdir(tmp_path) == []  # Nothing half-built.
 
 
 def test_the_command_lists_prepares_and_checks(tmp_path):
   folder = f"--data_dir={tmp_path}"
-  assert "on first use" in run_data("list", folder).stdout
+  assert "at first use" in run_data("list", folder).stdout
   assert run_data("prepare", "digits", folder).returncode == 0
   checked = run_data("check", "digits", folder)
   assert checked.returncode == 0 and "1,437 images (8, 8, 1)" in checked.stdout
@@ -282,7 +282,7 @@ def test_synthetic_images_train_at_any_size_without_any_data(tiny_config, loader
   assert (len(examples.train), len(examples.test)) == (128, 50_000)
   assert examples.train.image_shape == (12, 12, 3) and len(examples.class_names) == 1000
   examples = dataclasses.replace(examples, test=examples.test.first(20))
-  job = loop.Job(config, examples, mesh.make_mesh())
+  job = program.Program(config, examples, mesh.make_mesh())
   state, measured = job.train_call(job.init(), job.batches(range(1)))
   assert np.isfinite(measured["loss"])
   assert np.isfinite(job.evaluate(state, final=False)["test_loss"])

@@ -8,7 +8,8 @@ import optax
 import pytest
 
 from configs import base
-from convex_jax.models import catalog, constraints, layers
+from convex_jax.models import catalog, constraints
+from convex_jax.models.variables import init_variables
 from convex_jax.training import optimizer, step
 
 
@@ -42,7 +43,7 @@ def test_keep_agrees_with_optax_bitwise_where_optax_has_the_link(dtype):
 
 
 @pytest.mark.parametrize("name", ["clamp", "exponentiate", "shift"])
-def test_every_link_leaves_what_its_projection_says(name):
+def test_every_link_applies_its_projection(name):
   p, u = adversarial_pairs(9_000)
   p, u = p.reshape(-1, 10), u.reshape(-1, 10)
   link = constraints.LINKS[name]
@@ -55,7 +56,7 @@ def test_every_link_leaves_what_its_projection_says(name):
 
 @pytest.fixture
 def optimized():
-  """The compiler as users have it, not as tests do."""
+  """The compiler as users have it, with the optimisations that tests turn off."""
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", True)
@@ -63,7 +64,7 @@ def optimized():
 
 @pytest.mark.parametrize("name", ["clamp", "exponentiate", "shift"])
 def test_a_link_holds_in_the_program_that_the_compiler_makes_of_a_whole_step(name, optimized):
-  """Optimised, with Adam's products fused in: a head once ended a run at -1.5e-11."""
+  """With Adam's products fused in: a head once ended a run at -1.5e-11."""
   tx = optax.chain(
     optax.scale_by_adam(), optax.scale_by_learning_rate(1e-3), constraints.LINKS[name]
   )
@@ -122,19 +123,17 @@ def test_a_tag_follows_the_weight_and_not_its_name():
   assert (nn.meta.unbox(boxed)["any_name_at_all"] >= 0).all()  # Feasible from the start.
 
 
-def test_a_link_without_parameters_says_so():
+def test_a_link_without_parameters_is_refused():
   link = constraints.keep(constraints.shift)
   with pytest.raises(ValueError, match="needs `params`"):
     link.update(jnp.ones((2, 2)), link.init(jnp.ones((2, 2))))
 
 
-def make_run(config, parts, average=True, enforce=True):
+def make_run(config, constraint="clamp", dtype=jnp.float32, average=True, enforce=True):
   """A tiny Mixer's jitted train_step and its first state, with batches of noise."""
-  model = catalog.module_of("mixer").Model(
-    classes=3, parts=parts, **catalog.module_of("mixer").SIZES["tiny"]
-  )
+  model = catalog.create_model("mixer", "tiny", "ioc", 3, dtype, constraint=constraint)
   shape = (8, 8, 1)
-  boxed = jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0), shape))["params"]
+  boxed = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), shape))["params"]
   kinds = constraints.constraints_of(boxed)
   tx = optimizer.make_optimizer(
     config, 100, kinds if enforce else jax.tree.map(lambda _: "free", kinds)
@@ -174,8 +173,7 @@ def test_every_tagged_value_is_feasible_after_every_step(name, accumulate, dtype
   config = base.get_config().optimizer
   config.update(name=name, accumulate=accumulate, learning_rate=0.3)
   config.weight_decay = 0.0 if name == "adam" else 0.1
-  parts = layers.ioc(constraint, passthrough=True, dtype=jnp.dtype(dtype))
-  update, state, kinds = make_run(config, parts)
+  update, state, kinds = make_run(config, constraint, jnp.dtype(dtype))
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
   for i in range(6):
     state = update(state, jax.random.key(i))
@@ -188,14 +186,14 @@ def test_without_the_last_link_weights_turn_negative():
   """The control: the steps above are large enough for the constraint to matter."""
   config = base.get_config().optimizer
   config.learning_rate = 0.3
-  update, state, kinds = make_run(config, layers.ioc("clamp", passthrough=True), enforce=False)
+  update, state, kinds = make_run(config, enforce=False)
   for i in range(6):
     state = update(state, jax.random.key(i))
   assert min(leaf.min() for leaf in tagged(state.params, kinds)) < -0.1
 
 
 def test_a_projection_that_is_not_last_does_not_hold():
-  """Why `enforce` closes the chain: what follows can undo it."""
+  """Why `enforce` is the last link: one after it can undo it."""
   params = {"w": jnp.array([0.0, 0.2])}
   early = optax.chain(constraints.enforce({"w": "clamp"}), optax.scale(2.0))
   updates, _ = early.update({"w": jnp.array([-1.0, -1.0])}, early.init(params), params)

@@ -1,11 +1,18 @@
 """Layers in fast forms against plain ones; initial values against the literature."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convex_jax.models import initializers, layers
+from convex_jax.models import catalog, initializers, layers
+from convex_jax.models.constraints import constraints_of
+from convex_jax.models.parts import Parts, ioc, make_parts
+from convex_jax.models.variables import apply, init_variables
+from convex_jax.proof.certificate import certify
 
 
 def quadrature(g, correlation=0.5):
@@ -41,16 +48,16 @@ def test_log_normal_agrees_with_hoedt_and_klambauer_for_relu():
 
 def test_principled_layers_keep_variance_and_centre():
   """Pre-activations of mean 0 and variance 1 stay so through a non-negative layer."""
-  parts = layers.ioc("clamp", passthrough=False)
+  parts = Parts(ioc("clamp", passthrough=False))
   z = np.sqrt(0.5) * jax.random.normal(jax.random.key(1), (4000, 1))
   z = z + np.sqrt(0.5) * jax.random.normal(jax.random.key(2), (4000, 512))  # Correlation 1/2.
 
-  class Net(layers.nn.Module):
-    @layers.nn.compact
+  class Net(nn.Module):
+    @nn.compact
     def __call__(self, x):
       return parts.dense(x, 512, name="dense")
 
-  out, _ = Net().init_with_output(jax.random.key(0), layers.nn.elu(z))
+  out, _ = Net().init_with_output(jax.random.key(0), nn.elu(z))
   assert abs(float(out.mean())) < 0.1
   assert 0.5 < float(out.var()) < 1.5  # 1 on average; the weights' tail is heavy.
 
@@ -58,14 +65,12 @@ def test_principled_layers_keep_variance_and_centre():
 @pytest.mark.parametrize("principled,variance", [(True, 1.0), (False, 512 * 0.02**2)])
 def test_free_weights_of_ioc_start_for_a_variance_of_1(principled, variance):
   """Else they are the architecture's own: of 0.02 here, a fifth of that variance."""
-  parts = layers.make_parts("ioc", constraint="clamp", log_normal_init=principled)
+  parts = make_parts("ioc", "clamp", log_normal_init=principled)
 
-  class Net(layers.nn.Module):
-    @layers.nn.compact
+  class Net(nn.Module):
+    @nn.compact
     def __call__(self, x):
-      return parts.dense(
-        x, 512, free=True, own_init=layers.nn.initializers.normal(0.02), name="dense"
-      )
+      return parts.dense(x, 512, free=True, own_init=nn.initializers.normal(0.02), name="dense")
 
   x = jax.random.normal(jax.random.key(1), (1000, 512))
   out, _ = Net().init_with_output(jax.random.key(0), x)
@@ -74,8 +79,8 @@ def test_free_weights_of_ioc_start_for_a_variance_of_1(principled, variance):
 
 def test_naive_non_negative_layers_lose_variance():
   """The control: a clipped LeCun layer shifts its outputs far from 0."""
-  x = layers.nn.elu(jax.random.normal(jax.random.key(1), (1000, 512)))
-  kernel = jnp.maximum(layers.nn.initializers.lecun_normal()(jax.random.key(0), (512, 512)), 0)
+  x = nn.elu(jax.random.normal(jax.random.key(1), (1000, 512)))
+  kernel = jnp.maximum(nn.initializers.lecun_normal()(jax.random.key(0), (512, 512)), 0)
   assert float((x @ kernel).mean()) > 1
 
 
@@ -85,10 +90,10 @@ def test_a_dense_layer_and_its_gradients_are_those_of_einsum(axis, scale):
   with jax.enable_x64(True):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(3, 4, 5)))
-    kwargs = dict(kernel_init=layers.nn.initializers.normal(), dtype=jnp.float64)
-    layer = layers.Dense(6, bias_init=layers.nn.initializers.normal(), axis=axis, **kwargs)
+    kwargs = dict(kernel_init=nn.initializers.normal(), dtype=jnp.float64)
+    layer = layers.Dense(6, bias_init=nn.initializers.normal(), axis=axis, **kwargs)
     layer = layer.clone(initial_scale=scale)
-    params = layers.nn.meta.unbox(layer.init(jax.random.key(0), x))
+    params = nn.meta.unbox(layer.init(jax.random.key(0), x))
 
     def plain(params, x):
       p = params["params"]
@@ -114,20 +119,18 @@ def test_elu_and_its_slope_are_those_of_jax():
   np.testing.assert_allclose(slope, expected, rtol=1e-6)
 
 
-def test_an_unknown_set_of_parts_names_the_allowed():
-  with pytest.raises(ValueError, match="base, ioc, paper"):
-    layers.make_parts("convex", "clamp", True)
+def test_an_unknown_twin_is_refused():
+  with pytest.raises(ValueError, match="Unknown twin 'convex'; expected one of base, ioc, paper"):
+    make_parts("convex", "clamp")
 
 
 def test_one_logit_is_clamped_since_it_cannot_be_shifted():
-  from convex_jax.models.constraints import constraints_of
-
-  class Head(layers.nn.Module):
+  class Head(nn.Module):
     classes: int
 
-    @layers.nn.compact
+    @nn.compact
     def __call__(self, x):
-      return layers.ioc("clamp", passthrough=False).linear_head(x, self.classes, name="head")
+      return Parts(ioc("clamp", passthrough=False)).linear_head(x, self.classes, name="head")
 
   for classes, want in ((1, "clamp"), (2, "shift")):
     boxed = Head(classes).init(jax.random.key(0), jnp.ones((1, 4)))["params"]
@@ -151,19 +154,14 @@ def test_dense_layers_have_forward_derivatives(shape, axis):
   np.testing.assert_allclose(hessian_v, jnp.moveaxis(moved, -1, axis), rtol=1e-4, atol=1e-5)
 
 
-def mixer_of(**choices):
-  """A tiny `ioc` Mixer of 8 px with some of its remedies left out, and its weights."""
-  from configs import base
-  from convex_jax.models import catalog
-  from convex_jax.training import step
+IMAGE = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
 
-  model = base.get_config().model
-  model.name, model.size, model.parts = "mixer", "tiny", "ioc"
-  model.update(choices)
-  model.patch = 4
-  network = catalog.build(model, classes=3)
-  boxed = step.init_variables(network, jax.random.key(0), (8, 8, 3))
-  return network, layers.nn.meta.unbox(boxed)
+
+def mixer_of(**choices):
+  """A tiny `ioc` Mixer of 8 px with some of its choices changed, and its weights."""
+  network = catalog.create_model("mixer", "tiny", "ioc", classes=3, **choices)
+  boxed = jax.jit(lambda key: init_variables(network, key, (8, 8, 3)))(jax.random.key(0))
+  return network, nn.meta.unbox(boxed)
 
 
 @pytest.mark.parametrize(
@@ -177,23 +175,15 @@ def mixer_of(**choices):
     {"norm": "affine", "log_normal_init": False, "branch_scales": False, "passthrough": False},
   ],
 )
-def test_without_its_remedies_a_convex_twin_is_convex(choices):
-  from convex_jax.proof.certificate import certify
-  from convex_jax.training import step
-
+def test_a_convex_twin_is_convex_whatever_else_is_chosen(choices):
   network, variables = mixer_of(**choices)
-  image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
-  assert certify(lambda w, x: step.apply(network, w, x), image, variables)
+  assert certify(functools.partial(apply, network), variables, IMAGE)
 
 
 @pytest.mark.parametrize("norm", ["own", "layer"])
 def test_with_layer_norm_it_is_not(norm):
-  from convex_jax.proof.certificate import certify
-  from convex_jax.training import step
-
   network, variables = mixer_of(norm=norm)
-  image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
-  certificate = certify(lambda w, x: step.apply(network, w, x), image, variables, search_steps=0)
+  certificate = certify(functools.partial(apply, network), variables, IMAGE, search_steps=0)
   assert not certificate and "LayerNorm" in certificate.reason
 
 

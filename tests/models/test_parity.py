@@ -1,8 +1,8 @@
 """Every architecture against a public implementation, through public weight files.
 
-timm's and torchvision's networks; where neither has one, a literal torch text of the
-published structure. In float64: what differs is the architecture, not rounding. Needs the
-`parity` extra; `make parity` installs it.
+The networks of timm and torchvision; where neither has one, a literal torch version of the
+published structure. In float64, so that a difference is one of the architecture and not of
+rounding. Needs the `parity` extra, which `make parity` installs.
 """
 
 import functools
@@ -19,7 +19,8 @@ from safetensors.numpy import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 from convex_jax.models import catalog  # noqa: E402
-from convex_jax.models.public import importer as weights  # noqa: E402
+from convex_jax.models.public.importer import load_public  # noqa: E402
+from convex_jax.models.variables import apply  # noqa: E402
 from convex_jax.training import step  # noqa: E402
 from tests.support import peers  # noqa: E402
 
@@ -109,13 +110,13 @@ def build_ours(fields, parts="base", classes=CLASSES):
 def as_ours(model, arrays, path, px):
   """A torch state through a file and the importer, in float64."""
   save_file({k: v.detach().float().numpy().copy() for k, v in arrays.items()}, path)
-  public = weights.load_public(model, path, (px, px, 3))
+  public = load_public(model, path, (px, px, 3))
   assert not public.fresh and not public.unused
   return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), public.weights)
 
 
 def assert_close(got, want, tolerance=1e-5):
-  """Within a share of the scale, leaf by leaf."""
+  """Within `tolerance` of the scale, leaf by leaf."""
   for (path, a), b in zip(
     jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(want), strict=True
   ):
@@ -159,7 +160,7 @@ def test_logits_gradients_and_statistics_agree(make_net, fields, px, tmp_path):
   ours = as_ours(model, net.state_dict(), path, px)
   x = jnp.asarray(images.numpy().transpose(0, 2, 3, 1))
   want = net(images).detach().numpy()
-  got = jax.jit(functools.partial(step.apply, model))(ours, x)
+  got = jax.jit(functools.partial(apply, model))(ours, x)
   assert_close(got, want)
   assert want.std() > 1e-3
 
@@ -200,9 +201,9 @@ def test_the_official_npz_has_tanh_gelu(tmp_path):
   x = jnp.asarray(images.numpy().transpose(0, 2, 3, 1))
   path = str(tmp_path / "official.npz")
   mixers = {g: build_ours(dict(name="mixer", size="seed", gelu=g)) for g in ("tanh", "erf")}
-  public, errors = weights.load_public(mixers["tanh"], path, (72, 72, 3)).weights, {}
+  public, errors = load_public(mixers["tanh"], path, (72, 72, 3)).weights, {}
   for gelu, model in mixers.items():
-    errors[gelu] = np.abs(step.apply(model, public, x) - want).max() / np.abs(want).max()
+    errors[gelu] = np.abs(apply(model, public, x) - want).max() / np.abs(want).max()
   assert errors["tanh"] < 1e-7 < 1e-5 < errors["erf"], errors
 
 
@@ -213,15 +214,15 @@ def test_a_torch_file_is_read_and_its_pickles_are_not(tmp_path):
 
   net, model = randomise(peers.CycleMLP(CLASSES)), build_ours(dict(name="cycle_mlp", size="B1"))
   torch.save({"model": net.state_dict()}, tmp_path / "weights.pth")
-  public = weights.load_public(model, str(tmp_path / "weights.pth"), (32, 32, 3))
+  public = load_public(model, str(tmp_path / "weights.pth"), (32, 32, 3))
   np.testing.assert_array_equal(
     public.weights["params"]["head"]["kernel"], net.head.weight.detach().T
   )
   torch.save({"model": net.state_dict(), "args": argparse.Namespace()}, tmp_path / "training.pth")
   with pytest.raises(UserError, match="nothing in it was executed"):
-    weights.load_public(model, str(tmp_path / "training.pth"), (32, 32, 3))
+    load_public(model, str(tmp_path / "training.pth"), (32, 32, 3))
   state = net.state_dict()
   state["network.0.0.attn.sfc_h.offset"] = -state["network.0.0.attn.sfc_h.offset"]
   torch.save(state, tmp_path / "other.pth")
-  with pytest.raises(UserError, match="otherwise than CycleFC"):
-    weights.load_public(model, str(tmp_path / "other.pth"), (32, 32, 3))
+  with pytest.raises(UserError, match="those of another architecture"):
+    load_public(model, str(tmp_path / "other.pth"), (32, 32, 3))

@@ -1,13 +1,11 @@
-"""Public weight files: what is mapped, what is refused, and by which name."""
+"""Public weight files: where their arrays go, and which files are refused."""
 
-import contextlib
-
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from convex_jax.data import datasets
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.public import files as public_files
@@ -75,17 +73,17 @@ def test_the_older_naming_and_its_unit_axes(save):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_a_convex_twin_is_feasible_and_tells_what_is_its_own(save):
+def test_a_convex_twin_is_feasible_and_reports_what_is_its_own(save):
   public = importer.load_public(build("ioc"), save(official()), SHAPE)
   block = public.weights["params"]["block_1"]
   theirs = official()["MixerBlock_1/channel_mixing/Dense_0/kernel"]
   np.testing.assert_array_equal(block["channel_mixing"]["dense_0"]["kernel"], np.maximum(theirs, 0))
   assert "params/block_1/token_mixing/passthrough/scale" in public.fresh
   assert all("passthrough" in k or "scale" in k or k.startswith("stats/") for k in public.fresh)
-  assert "initialised anew" in str(public)
+  assert "re-initialised" in str(public)
 
 
-def test_another_head_is_initialised_anew_and_told(save):
+def test_another_head_is_reinitialised_and_reported(save):
   public = importer.load_public(build(classes=3), save(official()), SHAPE)
   assert public.fresh == ("params/head/bias", "params/head/kernel")
   assert public.weights["params"]["head"]["kernel"].shape == (6, 3)
@@ -97,7 +95,7 @@ def test_another_head_is_initialised_anew_and_told(save):
     (lambda a: a.update({"extra/kernel": np.ones((2, 2), np.float32)}), "extra/kernel"),
     (lambda a: a.pop("MixerBlock_1/LayerNorm_0/bias"), "params/block_1/norm_0/bias"),
     (lambda a: a.update({"stem/bias": np.ones(3, np.float32)}), r"stem/bias \(3,\)"),
-    (lambda a: a.update({"stem/bias": np.full(6, np.nan, np.float32)}), "no finite"),
+    (lambda a: a.update({"stem/bias": np.full(6, np.nan, np.float32)}), "not finite"),
     (lambda a: a.update({"stem/bias": np.arange(6)}), "int64"),
   ],
 )
@@ -122,91 +120,111 @@ def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path):
   """128 MB of zeros in 130 kB; a smaller file of zeros is read."""
   path = str(tmp_path / "bomb.npz")
   np.savez_compressed(path, kernel=np.zeros(2**25, np.float32))
-  with pytest.raises(UserError, match=r"would unpack to 134,\d+,\d+; allowed: 20 times"):
+  with pytest.raises(UserError, match=r"would unpack to 134,\d+,\d+; expected at most 20 times"):
     public_files.read(path)
   np.savez_compressed(path, kernel=np.zeros(2**20, np.float32))
   assert public_files.read(path)["kernel"].shape == (2**20,)
 
 
-def test_damaged_and_hostile_files_end_in_a_mistake(tmp_path):
-  """Cut, swapped and lying files: an error with a cure, never a traceback of a reader's."""
+def test_damaged_and_hostile_files_are_refused(tmp_path):
+  """Cut, swapped and lying files: an error of ours, never one of a reader's."""
   np.savez(tmp_path / "good.npz", **official())
   save_file(official(), tmp_path / "good.safetensors")
-  rng = np.random.default_rng(0)
+  rng, model = np.random.default_rng(0), build(gelu="tanh")
   for name in ("good.npz", "good.safetensors"):
+    refused = 0
     whole = (tmp_path / name).read_bytes()
     for i in range(60):
       bad = bytearray(whole[: rng.integers(1, len(whole))] if i % 2 else whole)
       for at in rng.integers(0, min(len(bad), 400), 3):
         bad[at] = rng.integers(0, 256)
       (tmp_path / f"bad{name[4:]}").write_bytes(bad)
-      with contextlib.suppress(UserError):
-        importer.load_public(build(), str(tmp_path / f"bad{name[4:]}"), SHAPE)
+      try:
+        importer.load_public(model, str(tmp_path / f"bad{name[4:]}"), SHAPE)
+      except UserError:
+        refused += 1
+    assert refused > 30  # Every cut file; a changed byte may be one of a weight.
   np.save(tmp_path / "array.npy", np.ones(3))
   (tmp_path / "array.npy").rename(tmp_path / "array.npz")
   with pytest.raises(UserError, match=r"array.npz"):
     importer.load_public(build(), str(tmp_path / "array.npz"), SHAPE)
 
 
-@pytest.mark.parametrize(
-  "name,key,shape,leaf",
-  [
-    (
-      "mixer",
-      "blocks.3.mlp_tokens.fc2.weight",
-      (4, 4),
-      "params/block_3/token_mixing/dense_1/kernel",
-    ),
-    (
-      "mixer",
-      "mixer_blocks.1.channel_mix.1.net.2.bias",
-      (4,),
-      "params/block_1/channel_mixing/dense_1/bias",
-    ),
-    ("mixer", "mixer_blocks.1.token_mix.0.weight", (4,), "params/block_1/norm_0/scale"),
-    (
-      "densenet",
-      "features.denseblock2.denselayer7.norm.1.running_var",
-      (4,),
-      "stats/block_1_layer_6/norm_0/var",
-    ),
-    ("densenet", "features.transition1.conv.weight", (4, 4, 1, 1), "params/transition_1/kernel"),
-    ("efficientnet", "blocks.0.0.bn2.weight", (4,), "params/stage_0_block_0/project/norm/scale"),
-    (
-      "efficientnet",
-      "blocks.2.1.conv_pwl.weight",
-      (4, 4, 1, 1),
-      "params/stage_2_block_1/project/conv/kernel",
-    ),
-    (
-      "efficientnet",
-      "features.3.1.block.3.0.weight",
-      (4, 4, 1, 1),
-      "params/stage_2_block_1/project/conv/kernel",
-    ),
-    (
-      "efficientnet",
-      "features.1.0.block.2.1.bias",
-      (4,),
-      "params/stage_0_block_0/project/norm/bias",
-    ),
-    ("efficientnet", "blocks.0.0.conv_pwl.weight", (4, 4, 1, 1), None),
-    ("efficientnet", "features.1.0.block.5.0.weight", (4, 4, 1, 1), None),
-    ("cycle_mlp", "network.5.proj.weight", (4, 4, 3, 3), "params/down_3/kernel"),
-    (
-      "cycle_mlp",
-      "network.4.2.attn.sfc_w.weight",
-      (4, 4, 1, 1),
-      "params/stage_2_block_2/mix/along_height/kernel",
-    ),
-    ("all_cnn", "class_conv.bias", (4,), "params/head/bias"),
-  ],
-)
-def test_public_names_and_ours(name, key, shape, leaf):
-  assert importer._our_leaf(name, key, np.zeros(shape)) == leaf
+PUBLIC_NAMES = {  # (network, {key: (rank, our leaf, or None where there is none)})
+  "mixer": (
+    dict(depth=4, gelu="erf"),
+    {
+      "blocks.3.mlp_tokens.fc2.weight": (2, "params/block_3/token_mixing/dense_1/kernel"),
+      "mixer_blocks.1.channel_mix.1.net.2.bias": (1, "params/block_1/channel_mixing/dense_1/bias"),
+      "mixer_blocks.1.token_mix.0.weight": (1, "params/block_1/norm_0/scale"),
+    },
+  ),
+  "densenet": (
+    dict(blocks=(1, 7), bottleneck=True),
+    {
+      "features.denseblock2.denselayer7.norm.1.running_var": (
+        1,
+        "stats/block_1_layer_6/norm_0/var",
+      ),
+      "features.transition1.conv.weight": (4, "params/transition_1/kernel"),
+    },
+  ),
+  "efficientnet": (
+    dict(depth=1.0, variant="torch"),
+    {
+      "blocks.0.0.bn2.weight": (1, "params/stage_0_block_0/project/norm/scale"),
+      "blocks.2.1.conv_pwl.weight": (4, "params/stage_2_block_1/project/conv/kernel"),
+      "features.3.0.block.3.0.weight": (4, "params/stage_2_block_0/project/conv/kernel"),
+      "features.1.0.block.2.1.bias": (1, "params/stage_0_block_0/project/norm/bias"),
+      "blocks.0.0.conv_pwl.weight": (4, None),
+      "features.1.0.block.5.0.weight": (4, None),
+    },
+  ),
+  "cycle_mlp": (
+    dict(depths=(1, 1, 3, 1), widths=(4, 4, 4, 4), ratios=(1, 1, 1, 1)),
+    {
+      "network.5.proj.weight": (4, "params/down_3/kernel"),
+      "network.4.2.attn.sfc_w.weight": (4, "params/stage_2_block_2/mix/along_height/kernel"),
+    },
+  ),
+  "all_cnn": ({}, {"class_conv.weight": (4, "params/head/kernel")}),
+}
 
 
-def test_what_a_file_tells_of_the_network_is_checked(save):
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_public_names_and_ours(name, save):
+  """Arrays of a wrong shape: the error says for which of our weights each was read."""
+  fields, keys = PUBLIC_NAMES[name]
+  arrays = {key: np.ones((97,) * rank, np.float32) for key, (rank, _) in keys.items() if rank < 4}
+  arrays |= {key: np.ones((97, 97, 1, 1), np.float32) for key in keys.keys() - arrays.keys()}
+  model, path = catalog.create_model(name, "tiny", **fields), save(arrays, "public.safetensors")
+  with pytest.raises(UserError) as refused:
+    importer.load_public(model, path, SHAPE)
+  lines = {line.split()[0]: line for line in str(refused.value).splitlines()}
+  for key, (_, leaf) in keys.items():
+    assert lines[key].endswith(f", for {leaf}" if leaf else ": unknown key"), lines[key]
+
+
+def test_a_users_own_network_has_no_public_names(save):
+  class Small(nn.Module):
+    pass
+
+  with pytest.raises(ValueError, match="Small is not an architecture of convex_jax"):
+    importer.load_public(Small(), save(official()), SHAPE)
+
+
+def test_the_shifts_in_a_cycle_mlps_file_are_checked(save):
+  """What its formula gives is no weight; other shifts would be another network."""
+  model = catalog.create_model("cycle_mlp", "tiny")
+  shifts = np.zeros((1, 8, 1, 1), np.float32)  # Pairs (dy, dx) of 4 channels.
+  shifts[0, 1::2, 0, 0] = [0, 1, -1, 0]
+  for sign, words in ((1, r"stem/kernel .*: missing"), (-1, "sfc_h.offset are those of another")):
+    path = save({"network.0.0.attn.sfc_h.offset": sign * shifts}, "cycle.safetensors")
+    with pytest.raises(UserError, match=words):
+      importer.load_public(model, path, SHAPE)
+
+
+def test_fields_that_a_file_implies_are_checked(save):
   timm = {"blocks.0.norm1.weight": np.ones(6, np.float32)}
   with pytest.raises(UserError, match=r"--config.model.gelu=erf"):
     importer.load_public(build(), save(timm, "timm.safetensors"), SHAPE)
@@ -222,7 +240,7 @@ def test_half_a_head_and_negative_variances_are_refused(save):
   with pytest.raises(UserError, match=r"head/kernel \(5, 10\)"):
     importer.load_public(build(), save(arrays), SHAPE)
   negative = {"model.2.running_var": -np.ones(4, np.float32)}
-  with pytest.raises(UserError, match="below 0"):
+  with pytest.raises(UserError, match="negative variances"):
     importer.load_public(build(), save(negative, "mlp.safetensors"), SHAPE)
 
 
@@ -249,20 +267,19 @@ def test_an_mlps_first_layer_is_permuted(save):
 def test_a_run_starts_from_public_weights(
   tiny_config, few_digits, save, tmp_path, monkeypatch, capsys
 ):
-  monkeypatch.setattr(datasets, "load", lambda *a, **k: few_digits)
   config = of(tiny_config, model__parts="base", init_from=save(official()), steps=1)
   config.model.update(ALIKE)
   config.optimizer.learning_rate = 1e-9
   workdir = str(tmp_path / "run")
-  loop.run(config, workdir)
+  loop.run(config, workdir, few_digits)
   assert "weights from" in capsys.readouterr().out
   got = run.load(workdir).params["block_0"]["token_mixing"]["dense_0"]["kernel"]
   np.testing.assert_allclose(got, official()["MixerBlock_0/token_mixing/Dense_0/kernel"], atol=1e-6)
   # A file that does not fit leaves nothing behind that the corrected command would meet.
   wrong = of(config, init_from="nowhere.npz")
   with pytest.raises(UserError, match=r"nowhere.npz does not exist"):
-    loop.run(wrong, str(tmp_path / "other"))
+    loop.run(wrong, str(tmp_path / "other"), few_digits)
   assert not (tmp_path / "other" / "config.json").exists()
   # Once there are checkpoints, the public file may go.
   (tmp_path / "public.npz").unlink()
-  loop.run(config, workdir)
+  loop.run(config, workdir, few_digits)

@@ -4,24 +4,22 @@ import os
 import shutil
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.support import of
 
 import convex_jax
-from convex_jax.runs import checkpoints
-from convex_jax.data import datasets
-from convex_jax.runs import manifest
 from convex_jax import mesh
-from convex_jax.training import step
-from convex_jax.training import loop
+from convex_jax.errors import Diverged, Unsaved, UserError
+from convex_jax.runs import checkpoint_command, manifest
 from convex_jax.runs.checkpoints import Checkpoints
-from convex_jax.errors import Diverged, UserError, Unsaved
-from tests.support import bad_input, injections
+from convex_jax.runs.workdir import FORMAT
+from convex_jax.training import loop, program, step
+from tests.support import bad_input, injections, of
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +90,13 @@ def test_a_process_that_loses_another_says_so(data_dir, tmp_path):
   assert injections.lost_process(data_dir, tmp_path, 2).all_survived
 
 
-def test_time_runs_out(tiny_config, few_digits, tmp_path, monkeypatch):
+def test_time_runs_out(tiny_config, few_digits, tmp_path):
   """A limit in minutes stops like a signal."""
   from convex_jax.errors import Stopped
 
-  monkeypatch.setattr(datasets, "load", lambda *_, **__: few_digits)
   config = of(tiny_config, steps=100_000, time_limit=1e-4, eval__every_epochs=1e4)
-  with pytest.raises(Stopped, match="stopped at step") as caught:
-    loop.run(config, str(tmp_path / "run"))
+  with pytest.raises(Stopped, match="Stopped at step") as caught:
+    loop.run(config, str(tmp_path / "run"), few_digits)
   assert caught.value.code == 75 and convex_jax.load(str(tmp_path / "run")).step < 100_000
 
 
@@ -125,15 +122,14 @@ def test_the_projection_alone_does_not_stop_a_nan():
 def test_skipped_updates_are_counted_and_told(
   tiny_config, few_digits, tmp_path, monkeypatch, capsys
 ):
-  monkeypatch.setattr(datasets, "load", lambda *_, **__: few_digits)
   config = of(tiny_config, steps=12, max_skipped=3, log__every_steps=4, eval__every_epochs=5.0)
   with bad_input.poisoned(config, [1, 2, 6, 9], np.nan):
-    loop.run(config, str(tmp_path / "run"))
+    loop.run(config, str(tmp_path / "run"), few_digits)
   run = convex_jax.load(str(tmp_path / "run"))
   assert sum(row["skipped"] for row in run.metrics("train")) == 4
   assert all(np.isfinite(row.get("loss", 0.0)) for row in run.metrics("train"))
   out = capsys.readouterr().out
-  assert "step 2 made no update: loss nan, gradient norm nan (and 1 more" in out
+  assert "Skipped the update of step 2: loss nan, gradient norm nan (and 1 more" in out
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.params))
 
 
@@ -160,8 +156,7 @@ def test_moments_of_losses_are_those_of_numpy():
 
 def test_a_state_that_overflowed_is_not_saved(tiny_config, few_digits, tmp_path, monkeypatch):
   """Weights that are infinite although each update was finite."""
-  monkeypatch.setattr(datasets, "load", lambda *_, **__: few_digits)
-  real = loop.Job.train_call
+  real = program.Program.train_call
 
   def overflows(job, state, plan):
     state, measured = real(job, state, plan)
@@ -169,9 +164,9 @@ def test_a_state_that_overflowed_is_not_saved(tiny_config, few_digits, tmp_path,
       state = state.replace(params=jax.tree.map(lambda p: p + jnp.inf, state.params))
     return state, measured
 
-  monkeypatch.setattr(loop.Job, "train_call", overflows)
-  with pytest.raises(Diverged, match="after step 5 some weights are no finite numbers"):
-    loop.run(of(tiny_config, checkpoint__every_steps=5), str(tmp_path / "run"))
+  monkeypatch.setattr(program.Program, "train_call", overflows)
+  with pytest.raises(Diverged, match="Non-finite weights after step 5"):
+    loop.run(of(tiny_config, checkpoint__every_steps=5), str(tmp_path / "run"), few_digits)
   assert manifest.steps_in(str(tmp_path / "run" / "checkpoints")) == [3, 4]
 
 
@@ -179,10 +174,10 @@ def test_a_state_that_overflowed_is_not_saved(tiny_config, few_digits, tmp_path,
 
 
 def saved(tiny_config, few_digits, folder, count=3, **options):
-  job = loop.Job(tiny_config, few_digits, mesh.make_mesh(jax.devices()[:1]))
+  job = program.Program(tiny_config, few_digits, mesh.make_mesh(jax.devices()[:1]))
   state, ours = job.init(), Checkpoints(str(folder), 2, **options)
   for i in range(count):
-    ours.save(state.replace(step=state.step + i + 1), accuracy=None)
+    ours.save(i + 1, state.items(), accuracy=None)
     ours.wait()
   return job, state, ours
 
@@ -200,7 +195,7 @@ def test_an_error_of_a_save_is_told_once_and_at_its_step(
 
   monkeypatch.setattr(manifest, "seal", full)
   told = []
-  _, _, ours = saved(tiny_config, few_digits, tmp_path, tell=told.append, go_on=True)
+  _, _, ours = saved(tiny_config, few_digits, tmp_path, report=told.append, go_on=True)
   ours.close()
   assert len(told) == 1 and "step 2 could not be written: [Errno 28] No space left" in told[0]
   assert manifest.faults(str(tmp_path)) == {1: None, 3: None}
@@ -225,15 +220,16 @@ def test_a_late_checkpoint_outlives_the_failure_of_a_later_one(
     seal(folder, at, accuracy)
 
   monkeypatch.setattr(manifest, "seal", slow)
-  _, state, ours = saved(tiny_config, few_digits, tmp_path, 1, tell=told.append, go_on=True)
+  _, state, ours = saved(tiny_config, few_digits, tmp_path, 1, report=told.append, go_on=True)
   ours._patience = 0.2
-  ours.save(state.replace(step=state.step + 2), accuracy=None)
-  ours.save(state.replace(step=state.step + 3), accuracy=None)
+  ours.save(2, state.items(), accuracy=None)
+  ours.save(3, state.items(), accuracy=None)
   assert "step 3 could not be written: an older one" in told[-1] and "step 2" in told[0]
   gate.set()
-  ours._writing.join()
   with pytest.raises(Unsaved, match="step 3"):
     ours.close()
+  while not manifest.is_sealed(str(tmp_path / "2")):
+    time.sleep(0.01)
   assert manifest.faults(str(tmp_path)) == {1: None, 2: None}
 
 
@@ -244,7 +240,7 @@ def test_a_run_killed_in_its_first_save_begins_anew_and_says_so(
   ours.close()
   os.remove(tmp_path / "checkpoints" / "1" / "manifest.json")
   lines = manifest.quarantine_damaged(str(tmp_path / "checkpoints"))
-  assert len(lines) == 1 and "checkpoint 1 has no manifest.json: it was not finished" in lines[0]
+  assert len(lines) == 1 and "Checkpoint 1 has no manifest.json: it was not finished" in lines[0]
   assert os.listdir(tmp_path / "checkpoints") == [] and os.listdir(tmp_path / "damaged") == ["1"]
 
 
@@ -252,20 +248,20 @@ def test_the_command_verifies_and_seals(tiny_config, few_digits, tmp_path, capsy
   _, _, ours = saved(tiny_config, few_digits, tmp_path / "checkpoints")
   ours.close()
   verify = ["verify", str(tmp_path)]
-  assert checkpoints.main(verify) == 0
-  assert capsys.readouterr().out == "step 2: sound\nstep 3: sound\n"
+  assert checkpoint_command.main(verify) == 0
+  assert capsys.readouterr().out == "step 2: intact\nstep 3: intact\n"
   (injections.files_of(tmp_path / "checkpoints" / "3")[0]).write_bytes(b"")
   for step_ in (2, 3):
     if step_ == 2:
       os.remove(tmp_path / "checkpoints" / "2" / "manifest.json")
-  assert checkpoints.main(verify) == 1
+  assert checkpoint_command.main(verify) == 2
   out = capsys.readouterr().out
   assert "step 2: has no manifest.json" in out and "step 3: " in out and "0 bytes" in out
-  with pytest.raises(UserError, match=r"python -m convex_jax\.checkpoint seal"):
+  with pytest.raises(UserError, match=r"python -m convex_jax checkpoint seal"):
     manifest.quarantine_damaged(str(tmp_path / "checkpoints"))
-  assert checkpoints.main(["seal", str(tmp_path)]) == 1  # 3 stays damaged.
-  assert capsys.readouterr().out.startswith("step 2: sound\nstep 3: ")
-  assert checkpoints.main(["verify", str(tmp_path / "nothing")]) == 2
+  assert checkpoint_command.main(["seal", str(tmp_path)]) == 2  # 3 stays damaged.
+  assert capsys.readouterr().out.startswith("step 2: intact\nstep 3: ")
+  assert checkpoint_command.main(["verify", str(tmp_path / "nothing")]) == 2
 
 
 def test_what_8_devices_saved_fewer_restore(data_dir, tmp_path):
@@ -288,11 +284,8 @@ def test_runs_of_every_format_load_and_go_on(fixture, tmp_path, data_dir):
 
 
 def test_there_is_a_fixture_of_the_present_format():
-  from convex_jax.runs import workdir as describe
-
   assert (
-    injections.ROOT.joinpath(f"tests/fixtures/run_{describe.FORMAT}_{manifest.FORMAT}")
-    in bad_input.FIXTURES
+    injections.ROOT.joinpath(f"tests/fixtures/run_{FORMAT}_{manifest.FORMAT}") in bad_input.FIXTURES
   )
 
 

@@ -8,6 +8,9 @@ from ml_collections import ConfigDict
 ROOT = pathlib.Path(__file__).parents[2]
 # A folder of prepared data sets, for tests that look at real photographs; skipped without.
 SHARED_DATA = pathlib.Path(os.environ.get("CONVEX_JAX_TEST_DATA", ROOT.parent / "shared" / "data"))
+# Seconds for what ends by itself within a few, on a machine many times as slow: no more than a
+# way to tell a hang.
+PATIENCE = 900
 
 
 def of(config: ConfigDict, **changes) -> ConfigDict:

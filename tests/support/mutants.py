@@ -39,7 +39,9 @@ def build(name):
 
 
 def infer(model, weights, x, dtype=jnp.float32):
-  return step.apply(model.clone(parts=dataclasses.replace(model.parts, dtype=dtype)), weights, x)
+  numerics = dataclasses.replace(model.parts.numerics, dtype=dtype)
+  parts = dataclasses.replace(model.parts, numerics=numerics)
+  return step.apply(model.clone(parts=parts), weights, x)
 
 
 def feasible(model, seed=0):
@@ -124,18 +126,23 @@ ACTIVATIONS = {  # name: (function, whether it is convex and non-decreasing)
 }
 
 
+def of_twin(model, **changes):
+  twin = dataclasses.replace(model.parts.twin, **changes)
+  return model.clone(parts=dataclasses.replace(model.parts, twin=twin))
+
+
 def of_parts(name) -> Iterator[Mutant]:
   """Another activation, LayerNorm for BatchNorm, the architecture's gates."""
   plain = build(name)
   for label, (activation, keeps) in ACTIVATIONS.items():
-    model = plain.clone(parts=dataclasses.replace(plain.parts, activation=activation))
+    model = of_twin(plain, activation=activation)
     weights, _ = feasible(model)
     yield Mutant(name, "activation", label, keeps, functools.partial(infer, model), weights)
   for label, fields in {
     "LayerNorm for BatchNorm": {"norm_kind": "layer"},
     "gates kept": {"gates": True},
   }.items():
-    model = plain.clone(parts=dataclasses.replace(plain.parts, **fields))
+    model = of_twin(plain, **fields)
     weights, _ = feasible(model)
     if paths(weights) != paths(feasible(plain)[0]):  # The architecture has some.
       yield Mutant(name, label, "everywhere", False, functools.partial(infer, model), weights)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from convex_jax import mesh
-from convex_jax.training import loop
-from tests.support import ROOT
+from convex_jax.training import program
+from tests.support import PATIENCE, ROOT
 
 
 def run_main(*args, env=None, **kwargs):
@@ -17,7 +17,7 @@ def run_main(*args, env=None, **kwargs):
     cwd=ROOT,
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=PATIENCE,
     env={**os.environ, **(env or {})},
     **kwargs,
   )
@@ -30,7 +30,7 @@ def leaves_close(got, want, atol):
 
 
 def run_steps(config, examples, devices, calls):
-  job = loop.Job(config, examples, mesh.make_mesh(jax.devices()[:devices]))
+  job = program.Program(config, examples, mesh.make_mesh(jax.devices()[:devices]))
   state, losses = job.init(), []
   for steps in calls:
     state, metrics = job.train_call(state, job.batches(steps))

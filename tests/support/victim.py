@@ -8,7 +8,7 @@ FAULTS, a JSON object in the environment, says which:
 | die, at | SIGKILL of itself at the n-th save: `begun`, `before_commit`, `after_commit`, `in_seal`, `after_seal` |
 | linger | seconds that the commit of a checkpoint takes |
 | hang | the commit of the checkpoint of this step never ends |
-| full | (first, last) step of a disk that takes no file above 1,000 bytes |
+| full | (first, last) step of a disk that takes no file above 1,000 bytes; a save that was begun before is completed first, one that was begun within fails |
 | ballast | a file that fills its disk during those steps instead |
 | log | a file to which the examples of each step are written |
 """
@@ -26,10 +26,11 @@ import numpy as np
 
 from convex_jax import files, main
 from convex_jax.runs import checkpoints, manifest
-from convex_jax.training import loop
+from convex_jax.training import program
 
 FAULTS = json.loads(os.environ.get("FAULTS", "{}"))
 saves = 0
+opened = []  # Checkpoints.
 
 
 def die(at: str) -> None:
@@ -66,6 +67,14 @@ def counted(save):
   return patched
 
 
+def kept(init):
+  def patched(ours, *args, **kwargs):
+    init(ours, *args, **kwargs)
+    opened.append(ours)
+
+  return patched
+
+
 def sealing(seal):
   def patched(folder, step, accuracy):
     if FAULTS.get("die") == "in_seal" and saves == FAULTS["at"]:
@@ -97,6 +106,9 @@ def stepping(call):
     time.sleep(FAULTS.get("sleep", 0))
     step = int(state.step)
     if "full" in FAULTS:
+      if step in FAULTS["full"]:  # On a slow machine, too, the same saves fail.
+        for ours in opened:
+          ours.wait()
       fill(False)
     if "log" in FAULTS:
       here = [np.asarray(shard.data).ravel() for shard in plan["index"].addressable_shards]
@@ -113,7 +125,8 @@ def stepping(call):
 if __name__ == "__main__":
   os.rename = committing(os.rename)
   manifest.seal = sealing(manifest.seal)
+  checkpoints.Checkpoints.__init__ = kept(checkpoints.Checkpoints.__init__)
   checkpointer = checkpoints.ocp.training.Checkpointer
   checkpointer.save_checkpointables_async = counted(checkpointer.save_checkpointables_async)
-  loop.Job.train_call = stepping(loop.Job.train_call)
+  program.Program.train_call = stepping(program.Program.train_call)
   sys.exit(main.main())

@@ -1,37 +1,46 @@
-"""What a run tells: rows, their truncation, the parameter table."""
+"""What a run records and shows: rows, their truncation, skipped updates, parameters."""
 
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import base
 from convex_jax.errors import Diverged
-from convex_jax.runs import metrics_file
-from convex_jax.training import console
+from convex_jax.runs.workdir import Workdir
+from convex_jax.training import console, recorder, stopping
 
 
-def make(tmp_path, start=0, active=True, every=2):
+def make(tmp_path, start=0, lead=True, every=2):
   config = base.get_config()
   config.log.every_steps = every
-  return console.Watch(str(tmp_path), start, 10, 1.0, config, active)
+  return recorder.Recorder(
+    Workdir(str(tmp_path)),
+    console.Console(lead),
+    config,
+    start=start,
+    total_steps=10,
+    epochs=1.0,
+    lead=lead,
+  )
 
 
 def of(loss, **more):
   """What a call of the compiled step measures."""
-  loss = jnp.asarray(loss)
-  zeros = jnp.zeros_like(loss)
+  loss = np.atleast_1d(np.float32(loss))
+  zeros = np.zeros_like(loss)
   return {"loss": loss, "accuracy": zeros, "gradient_norm": zeros, "skipped": zeros > 0} | more
 
 
 def rows(tmp_path):
-  return metrics_file.read_metrics(str(tmp_path / "metrics.jsonl"))
+  return Workdir(str(tmp_path)).rows()
 
 
 def test_rows_are_means_since_the_row_before(tmp_path):
   w = make(tmp_path)
   for step, loss in enumerate([4.0, 2.0, 1.0, 3.0, 7.0], 1):
-    w.train(step, of(loss))
+    w.train(step, of(loss), [])
   w.flush()
   w.flush()  # Nothing new: no row.
   w.close()
@@ -41,7 +50,7 @@ def test_rows_are_means_since_the_row_before(tmp_path):
 
 def test_stacked_steps_count_each(tmp_path):
   w = make(tmp_path, every=4)
-  w.train(4, of([1.0, 2.0, 3.0, 6.0]))
+  w.train(4, of([1.0, 2.0, 3.0, 6.0]), [])
   w.close()
   assert rows(tmp_path)[0]["loss"] == 3.0
 
@@ -57,33 +66,33 @@ def test_a_resumed_run_drops_rows_to_come_final_figures_and_a_torn_line(tmp_path
 
 def test_rows_leave_out_what_was_skipped_and_say_so(tmp_path, capsys):
   w = make(tmp_path, every=4)
-  w.train(4, of([1.0, jnp.nan, 3.0, jnp.inf], skipped=jnp.array([False, True, False, True])))
-  w.train(8, of([jnp.nan] * 4, skipped=jnp.ones(4, bool)))
+  counter = stopping.SkippedUpdates(limit=9)
+  for step, call in (
+    (4, of([1.0, np.nan, 3.0, np.inf], skipped=np.array([False, True, False, True]))),
+    (8, of([np.nan] * 4, skipped=np.ones(4, bool))),
+  ):
+    w.train(step, call, counter.count(step, call))
   w.close()
   first, second = rows(tmp_path)
   assert (first["loss"], first["skipped"]) == (2.0, 2)
   assert second["skipped"] == 4 and "loss" not in second
-  assert (
-    "step 2 made no update: loss nan, gradient norm 0 (and 1 more up" in capsys.readouterr().out
-  )
+  out = capsys.readouterr().out
+  assert "Skipped the update of step 2: loss nan, gradient norm 0 (and 1 more up to step 4)" in out
 
 
-def test_too_many_skipped_in_a_row_name_the_last(tmp_path):
-  w = make(tmp_path)
-  bad = jnp.ones(6, bool)
-  w.train(6, of([jnp.nan] * 6, skipped=bad))
-  w.train(7, of(1.0))
-  w.train(13, of([jnp.nan] * 6, skipped=bad))
-  with pytest.raises(Diverged, match=r"step 17 made no update: loss inf.* the 10\. in a row"):
-    w.train(18, of([jnp.inf] * 5, skipped=bad[:5]))
-  w.close()
+def test_too_many_skipped_in_a_row_name_the_last():
+  counter, bad = stopping.SkippedUpdates(limit=10), np.ones(6, bool)
+  counter.count(6, of([np.nan] * 6, skipped=bad))
+  counter.count(7, of(1.0))
+  counter.count(13, of([np.nan] * 6, skipped=bad))
+  with pytest.raises(Diverged, match=r"10 consecutive skipped updates \(last: step 17, loss inf"):
+    counter.count(18, of([np.inf] * 5, skipped=bad[:5]))
 
 
 def test_only_the_first_process_writes(tmp_path):
-  w = make(tmp_path, active=False)
-  w.train(2, of(1.0))
+  w = make(tmp_path, lead=False)
+  w.train(2, of(1.0), [])
   w.evaluated("eval", 2, {"test_accuracy": 1.0})
-  w.say("nothing")
   w.close()
   assert list(tmp_path.iterdir()) == []
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import convex_jax
-from tests.support import ROOT
+from tests.support import PATIENCE, ROOT
 from tests.support.injections import free_port, rows_without_clock
 from tests.support.running import run_main
 
@@ -70,7 +70,7 @@ def alone(photo_dir, tmp_path_factory):
 def test_processes_train_as_one(photo_dir, alone, tmp_path, devices, fsdp):
   """Photographs streamed, and weights of which a process holds a part."""
   processes = start(photo_dir, tmp_path / "run", devices, fsdp)
-  outputs = [process.communicate(timeout=500) for process in processes]
+  outputs = [process.communicate(timeout=PATIENCE) for process in processes]
   assert [process.returncode for process in processes] == [0] * len(devices), outputs
   one, several = (
     [row for row in rows_without_clock(workdir) if row["kind"] in ("eval", "final")]
@@ -89,6 +89,6 @@ def test_processes_train_as_one(photo_dir, alone, tmp_path, devices, fsdp):
 def test_processes_with_unlike_numbers_of_devices_are_told_so(photo_dir, tmp_path):
   processes = start(photo_dir, tmp_path / "run", (3, 1), fsdp=1)
   for process in processes:
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "process 0: 3, process 1: 1" in errors and "Traceback" not in errors

@@ -10,12 +10,12 @@ import pytest
 
 from configs import mixer_ioc, mlp
 from convex_jax import mesh
-from convex_jax.data import augment
-from convex_jax.data.batches import Feed
+from convex_jax.data import augment, preprocess
+from convex_jax.data.in_memory import InMemory
 from convex_jax.errors import UserError
 from convex_jax.models import catalog, constraints, fast_forms
-from convex_jax.runs import checkpoints as checkpoint
-from convex_jax.training import loop, optimizer, step
+from convex_jax.runs.checkpoints import Checkpoints
+from convex_jax.training import loop, optimizer, program, step
 from convex_jax.training.schema import mistakes
 from tests.support import of
 from tests.support.running import leaves_close, run_steps
@@ -60,7 +60,7 @@ def split_all(monkeypatch):
 
 
 def split_state(config, examples):
-  job = loop.Job(config, examples, mesh.make_mesh(jax.devices(), fsdp=4))
+  job = program.Program(config, examples, mesh.make_mesh(jax.devices(), fsdp=4))
   state = job.init()
   for steps in CALLS:
     state, _ = job.train_call(state, job.batches(steps))
@@ -87,14 +87,14 @@ def test_a_checkpoint_of_split_weights_is_restored_on_one_device_and_back(
   tiny_config, few_digits, tmp_path
 ):
   _, state = split_state(tiny_config, few_digits)
-  saved = checkpoint.Checkpoints(str(tmp_path), 2)
-  saved.save(state, 0.5)
+  saved = Checkpoints(str(tmp_path), 2)
+  saved.save(int(state.step), state.items(), 0.5)
   saved.close()
   for devices, fsdp in ((1, 1), (2, 2), (8, 2)):
     over = mesh.make_mesh(jax.devices()[:devices], fsdp)
-    job = loop.Job(tiny_config, few_digits, over)
-    again = checkpoint.Checkpoints(str(tmp_path), 2)
-    restored = again.restore(job.init())
+    job = program.Program(tiny_config, few_digits, over)
+    again = Checkpoints(str(tmp_path), 2)
+    restored = step.State.of(again.restore(job.init().items()))
     again.close()
     for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
       np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -116,7 +116,7 @@ def test_batch_norm_of_each_device_sees_its_part_of_the_batch(few_digits, tiny_c
   start = step.init_state(
     job.model, job.tx, jax.random.split(jax.random.key(0))[0], job.image_shape, average=False
   )
-  prepare = augment.make_prepare(8, *few_digits.train.statistics())
+  prepare = preprocess.make_prepare(8, *few_digits.train.statistics())
   update = functools.partial(
     step.train_step,
     model=job.model,
@@ -126,7 +126,7 @@ def test_batch_norm_of_each_device_sees_its_part_of_the_batch(few_digits, tiny_c
     label_smoothing=config.label_smoothing,
     ema_decay=0.0,
   )
-  plan = Feed(few_digits.train, mesh.make_mesh(jax.devices()[:1]), resident=False)
+  plan = InMemory(few_digits.train, mesh.make_mesh(jax.devices()[:1]), resident=False)
   batch = jax.tree.map(lambda a: a[0], plan.train_plan(CALLS[0], 16, config.seed))
   halves = [jax.tree.map(lambda a, at=at: a[at], batch) for at in (slice(8), slice(8, 16))]
   states, measured = zip(*(update(start, half) for half in halves), strict=True)
@@ -139,7 +139,9 @@ def test_batch_norm_of_each_device_sees_its_part_of_the_batch(few_digits, tiny_c
 
 
 def test_weights_that_cannot_be_split_evenly_are_refused(tiny_config, tmp_path):
-  with pytest.raises(UserError, match=r"config\.fsdp is 3 on 8 devices; allowed: 1, 2, 4, 8"):
+  with pytest.raises(
+    UserError, match=r"config\.fsdp is 3 on 8 devices; expected one of 1, 2, 4, 8"
+  ):
     loop.run(of(tiny_config, fsdp=3, batch_size=24), str(tmp_path))
   assert not (tmp_path / "checkpoints").exists()
   assert any(

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from convex_jax import mesh
-from convex_jax.data import augment
-from convex_jax.data.batches import Feed
+from convex_jax.data import augment, preprocess
+from convex_jax.data.in_memory import InMemory
 from convex_jax.models import catalog, constraints
-from convex_jax.training import loop, optimizer, step
+from convex_jax.training import optimizer, program, step
 from tests.support import of
 from tests.support.running import leaves_close, run_steps
 
@@ -77,7 +77,7 @@ def test_pmap_with_an_axis_name_gives_the_same_update(tiny_config, few_digits):
   tx = optimizer.make_optimizer(
     config.optimizer, job.total_steps, constraints.constraints_of(boxed["params"])
   )
-  prepare = augment.make_prepare(8, *few_digits.train.statistics())
+  prepare = preprocess.make_prepare(8, *few_digits.train.statistics())
   update = functools.partial(
     step.train_step,
     model=model,
@@ -91,7 +91,7 @@ def test_pmap_with_an_axis_name_gives_the_same_update(tiny_config, few_digits):
   devices = jax.devices()[:4]
   state = jax.tree.map(lambda a: jnp.stack([jnp.asarray(a)] * 4), jax.device_get(job.init()))
   pmapped = jax.pmap(update, axis_name="batch", devices=devices)
-  feed = Feed(few_digits.train, mesh.make_mesh(jax.devices()[:1]), resident=False)
+  feed = InMemory(few_digits.train, mesh.make_mesh(jax.devices()[:1]), resident=False)
   for i in range(2):
     plan = feed.train_plan(range(i, i + 1), 16, config.seed)
     batch = {
@@ -106,10 +106,10 @@ def test_evaluation_counts_every_example_once_whatever_the_batch(tiny_config, fe
   figures = []
   for batch_size, devices in ((16, 8), (50, 1), (8, 2)):
     config = of(tiny_config, batch_size=batch_size)
-    job = loop.Job(config, few_digits, mesh.make_mesh(jax.devices()[:devices]))
+    job = program.Program(config, few_digits, mesh.make_mesh(jax.devices()[:devices]))
     figures.append(job.evaluate(job.init(), final=True))
   state, model = job.init(), job.model
-  prepare = augment.make_prepare(8, *few_digits.train.statistics())
+  prepare = preprocess.make_prepare(8, *few_digits.train.statistics())
   logits = step.apply(model, state.weights(), prepare(jnp.asarray(few_digits.test.images)))
   accuracy = float(np.mean(np.asarray(logits).argmax(-1) == few_digits.test.labels))
   for row in figures:
@@ -120,7 +120,7 @@ def test_evaluation_counts_every_example_once_whatever_the_batch(tiny_config, fe
 
 def test_averaged_weights_follow_their_formula(tiny_config, few_digits):
   config = of(tiny_config, ema_decay=0.5)
-  job = loop.Job(config, few_digits, mesh.make_mesh(jax.devices()[:1]))
+  job = program.Program(config, few_digits, mesh.make_mesh(jax.devices()[:1]))
   state = job.init()
   average = jax.device_get(state.params)
   for i in range(3):

@@ -1,8 +1,8 @@
 """Photographs decoded once: the central square of each, at one size, in a memory-mapped file.
 
-An epoch of 1.28 million photographs of 72 px is 20 GB: read from memory it costs what a small
-network costs, where decoding costs a core half an hour. Written in parallel by the workers of
-`stream`, with a checksum a block; an interrupted command goes on where it was.
+An epoch of 1.28 million photographs of 72 px is 20 GB. Reading it from memory takes as long as
+training a small network on it; decoding it takes one core half an hour. The workers of `stream`
+write it in parallel, with a checksum per block; an interrupted command resumes where it stopped.
 """
 
 import concurrent.futures
@@ -18,17 +18,19 @@ from rich.progress import track
 
 from convex_jax import files
 from convex_jax.data.photos import worker
+from convex_jax.data.photos.decode import UNREADABLE
 from convex_jax.data.photos.records import Records
+from convex_jax.data.photos.stream import chunks
 from convex_jax.data.splits import Split
 from convex_jax.errors import UserError
 
 FORMAT = 1
-BLOCK = 256  # Images a checksum and a worker's chunk.
-SAVE_EVERY = 16  # Blocks.
+BLOCK = 256  # Images per checksum, and per chunk of a worker.
+SAVE_EVERY = 16  # Blocks between two saves.
 
 
 def path_of(folder: Any, split: str, size: int) -> str:
-  """The description of a finished cache, which is written last."""
+  """The path of a cache's description, which is written last."""
   return os.path.join(str(folder), f"convex_jax_{size}px", f"{split}.json")
 
 
@@ -38,22 +40,22 @@ def _arrays(path: str) -> tuple[str, str]:
 
 
 def write(name: str, folder: str, split: str, count: int, size: int, workers: int) -> str:
-  """Decodes `count` records of a prepared data set, or goes on doing so; returns what it tells.
+  """Decodes `count` records of a prepared data set, or resumes doing so; returns a message.
 
-  Raises `UserError` where there is no room.
+  Raises `UserError` where the disk lacks room, or another command writes the same cache.
   """
   path = path_of(folder, split, size)
   if os.path.exists(path):
-    return f"{name} {split}: {path} is there already"
+    return f"{name} {split}: {path} already exists"
   os.makedirs(os.path.dirname(path), exist_ok=True)
   with files.exclusive_lock(path + ".lock", f"{path} is being written by another command"):
-    return _write(name, folder, split, count, size, workers)
+    unreadable = _fill(path, name, folder, split, count, size, workers)
+  return f"{name} {split}: {count:,} images of {size} px in {path}, {unreadable} unreadable"
 
 
-def _write(name: str, folder: str, split: str, count: int, size: int, workers: int) -> str:
-  from convex_jax.data.photos.stream import chunks  # Grain: only whoever decodes need wait for it.
-
-  path = path_of(folder, split, size)
+def _fill(
+  path: str, name: str, folder: str, split: str, count: int, size: int, workers: int
+) -> int:
   images, labels, about = _begin(path, count, size)
   records = Records(folder, split, np.arange(count), size, crop_area=(1.0, 1.0), eval_share=1.0)
   rows = worker.Evaluation(records, np.arange(BLOCK), BLOCK, count, BLOCK)
@@ -66,7 +68,7 @@ def _write(name: str, folder: str, split: str, count: int, size: int, workers: i
       stop = min(start + BLOCK, count)
       images[start:stop], labels[start:stop] = (part[k][: stop - start] for k in ("image", "label"))
       about["crc32"].append(_checksum(images, labels, start))
-      unreadable = part["state"][: stop - start] == worker.UNREADABLE
+      unreadable = part["state"][: stop - start] == UNREADABLE
       about["replaced"] += (start + np.flatnonzero(unreadable)).tolist()
       if i % SAVE_EVERY == SAVE_EVERY - 1 or i == blocks - 1:
         images.flush()
@@ -75,17 +77,15 @@ def _write(name: str, folder: str, split: str, count: int, size: int, workers: i
   finally:
     made.close()
   os.replace(path + ".partial", path)
-  return (
-    f"{name} {split}: {count:,} images of {size} px in {path}, {len(about['replaced'])} unreadable"
-  )
+  return len(about["replaced"])
 
 
 def _begin(path: str, count: int, size: int) -> tuple[np.memmap, np.memmap, dict[str, Any]]:
-  """The arrays to fill, and what is known of those filled so far."""
+  """The arrays to fill, and the description of the blocks filled so far."""
   image_file, label_file = _arrays(path)
   if os.path.exists(path + ".partial"):
-    with contextlib.suppress(OSError, ValueError, KeyError):  # Not whole: begin again.
-      about = files.read_json(path + ".partial", signed=False)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # Incomplete: start again.
+      about = files.read_json(path + ".partial")
       if about["format"] == FORMAT and about["examples"] == count:
         images, labels = (np.lib.format.open_memmap(f, "r+") for f in (image_file, label_file))
         if (images.shape, labels.shape) == ((count, size, size, 3), (count,)):
@@ -93,12 +93,12 @@ def _begin(path: str, count: int, size: int) -> tuple[np.memmap, np.memmap, dict
   need, free = count * size * size * 3, shutil.disk_usage(os.path.dirname(path)).free
   if need > free:
     raise UserError(
-      f"{os.path.dirname(path)} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; make"
+      f"{os.path.dirname(path)} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f} GB free. Make"
       " room, or choose a smaller --image_size"
     )
   images = np.lib.format.open_memmap(image_file, "w+", np.uint8, (count, size, size, 3))
   labels = np.lib.format.open_memmap(label_file, "w+", np.int32, (count,))
-  if hasattr(os, "posix_fallocate"):  # A full disk is an error now, not a dead process later.
+  if hasattr(os, "posix_fallocate"):  # So that a full disk is an error, not a crash.
     with open(image_file, "r+b") as file:
       os.posix_fallocate(file.fileno(), 0, os.path.getsize(image_file))
   about = {"format": FORMAT, "examples": count, "image_size": size, "replaced": [], "crc32": []}
@@ -113,48 +113,49 @@ def _checksum(images: np.ndarray, labels: np.ndarray, start: int) -> int:
 def read(
   name: str, folder: Any, split: str, size: int, max_unreadable: float, progress: bool = True
 ) -> Split:
-  """The decoded split, mapped into memory, without what could not be read.
+  """The decoded split, memory-mapped, without the photographs that could not be read.
 
-  Raises `UserError` where it is absent or damaged, or too much of it could not be read.
+  Raises `UserError` where the cache is absent or damaged, or where a fraction of more than
+  `max_unreadable` could not be read.
   """
   path = path_of(folder, split, size)
-  cure = f"python -m convex_jax.data cache {name} --image_size={size}"
+  command = f"python -m convex_jax data cache {name} --image_size={size}"
   if not os.path.exists(path):
     raise UserError(
-      f"data set {name!r} is not decoded at {size} px: there is no {path}\n  decode it once: {cure}"
-      f" --data_dir=...\n  or decode as it is needed: --config.data.loader=stream"
+      f"Data set {name!r} is not decoded at {size} px: {path} does not exist.\n  To decode it once:"
+      f" {command} --data_dir=...\n  To decode it as needed: --config.data.loader=stream"
     )
   try:
-    about = files.read_json(path, signed=False)
+    about = files.read_json(path)
     images, labels = (np.load(f, mmap_mode="r") for f in _arrays(path))
     bad = _damaged(images, labels, about, size, f"checking {name} {split}", progress)
   except (OSError, ValueError, KeyError) as error:
-    raise UserError(f"{path} is damaged: {error}; delete the folder, then {cure}") from error
+    raise UserError(f"{path} is damaged: {error}. Delete the folder, then: {command}") from error
   if bad:
     raise UserError(
       f"{path}: images {bad[0] * BLOCK} to {bad[0] * BLOCK + BLOCK - 1} are damaged"
-      f" ({len(bad)} blocks of {len(about['crc32'])}); delete the folder, then {cure}"
+      f" ({len(bad)} of {len(about['crc32'])} blocks). Delete the folder, then: {command}"
     )
   replaced = about["replaced"]
   if len(replaced) > max_unreadable * len(labels):
     raise UserError(
-      f"{len(replaced)} of the {len(labels):,} images of {path} could not be read; allowed: a share"
-      f" of {max_unreadable:g}, config.data.max_unreadable. Prepare the data set again"
+      f"{len(replaced)} of the {len(labels):,} images of {path} could not be read; expected at most"
+      f" a fraction of {max_unreadable:g} (config.data.max_unreadable). Prepare the data set again"
     )
   whole = Split(images, np.array(labels))
   return whole.subset(np.delete(np.arange(len(labels)), replaced)) if replaced else whole
 
 
 def _damaged(images, labels, about, size, text: str, progress: bool) -> list[int]:
-  """Blocks whose checksums differ; raises `ValueError` for files of another kind."""
+  """Numbers of the blocks whose checksums differ; raises `ValueError` for other files."""
   if about.get("format") != FORMAT:
-    raise ValueError(f"its format is {about.get('format')}; allowed: {FORMAT}")
+    raise ValueError(f"its format is {about.get('format')}; expected {FORMAT}")
   shapes = (about["examples"], size, size, 3), (about["examples"],)
   if (images.shape, labels.shape) != shapes:
-    raise ValueError(f"arrays of {images.shape} and {labels.shape} instead of {shapes}")
+    raise ValueError(f"its arrays have shapes {images.shape} and {labels.shape}; expected {shapes}")
   starts, console = range(0, len(labels), BLOCK), Console(stderr=True)
   if len(about["crc32"]) != len(starts):
-    raise ValueError(f"{len(about['crc32'])} checksums for {len(starts)} blocks")
+    raise ValueError(f"it has {len(about['crc32'])} checksums for {len(starts)} blocks")
   with concurrent.futures.ThreadPoolExecutor() as pool:
     sums = pool.map(lambda start: _checksum(images, labels, start), starts)
     shown = track(sums, text, len(starts), transient=True, disable=not progress, console=console)

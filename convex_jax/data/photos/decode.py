@@ -1,11 +1,12 @@
 """JPEG bytes to uint8 crops, on the host; pure functions of the bytes and a generator.
 
-libjpeg-turbo decodes, in training at 1/2, 1/4 or 1/8 of the size where a crop is reduced by
-as much (it skips most of the inverse DCT then). OpenCV resizes a training crop, whose scale
-is random anyway; Pillow, antialiased and several times slower, what is evaluated or cached.
-Pillow also reads what is no ordinary JPEG.
+libjpeg-turbo decodes; in training at 1/2, 1/4 or 1/8 of the size where the crop is reduced by
+as much anyway, which skips most of the inverse DCT. OpenCV resizes training crops, whose scale
+is random; Pillow, which antialiases and is several times slower, resizes images for evaluation
+and caches, and reads images that are not ordinary JPEGs.
 """
 
+import contextlib
 import io
 from typing import Any
 
@@ -14,17 +15,17 @@ import numpy as np
 import PIL.Image
 import simplejpeg
 
-MAX_PIXELS = 2**27  # 400 MB decoded: no photograph of a data set, but an attack on memory.
+MAX_PIXELS = 2**27  # 400 MB decoded: larger than any real photograph.
 RATIO = (3 / 4, 4 / 3)  # Width over height of a crop, before it is resized.
-ATTEMPTS = 10  # To draw a crop that lies inside the image.
-# What the decoders raise about bytes; simplejpeg a KeyError where a header ends too soon.
+ATTEMPTS = 10  # At drawing a crop inside the image.
+# Raised by the decoders for bad bytes; simplejpeg raises KeyError for a truncated header.
 _ABOUT_BYTES = (ValueError, KeyError, OSError, SyntaxError, PIL.Image.DecompressionBombError)
-FORMATS = ("JPEG", "PNG")  # Of Pillow's many readers, of which one starts a program.
-FINE, DAMAGED, UNREADABLE = 0, 1, 2  # As announced; recovered in part; replaced by another.
+FORMATS = ("JPEG", "PNG")  # Pillow has many more readers, one of which starts a program.
+FINE, DAMAGED, UNREADABLE = 0, 1, 2  # Decoded; decoded in part; not at all.
 
 
 class Unreadable(ValueError):
-  """Bytes that are no image, or one of hostile size."""
+  """Bytes that are not an image, or an image of hostile size."""
 
 
 def inception_crop(
@@ -32,8 +33,8 @@ def inception_crop(
 ) -> tuple[int, int, int, int]:
   """(top, left, height, width) of a random crop (Szegedy et al. 2015, section 6).
 
-  A share of the image's area uniform in `area`, an aspect ratio log-uniform in 3/4 .. 4/3,
-  anywhere inside; the largest central crop of an allowed ratio if ten draws do not fit.
+  It covers a fraction of the area uniform in `area`, with an aspect ratio log-uniform in
+  [3/4, 4/3]. If ten draws do not fit, the largest central crop with a ratio in that range.
   """
   for _ in range(ATTEMPTS):
     size = rng.uniform(*area) * height * width
@@ -51,8 +52,7 @@ def random_crop(
 ) -> tuple[np.ndarray, int]:
   """An `inception_crop` resized to (size, size, 3), and its state; for training.
 
-  Raises:
-    Unreadable: no image can be made of the bytes.
+  Raises `Unreadable` if the bytes cannot be decoded.
   """
   height, width = shape_of(data)
   top, left, h, w = inception_crop(rng, height, width, area)
@@ -63,15 +63,16 @@ def random_crop(
   down, right = image.shape[0] / height, image.shape[1] / width
   y, x = int(top * down), int(left * right)
   part = image[y : max(y + 1, round((top + h) * down)), x : max(x + 1, round((left + w) * right))]
-  # Now mostly reduced by less than 2, where linear interpolation leaves out no pixel.
+  # Mostly reduced by less than 2 now, where linear interpolation skips no pixel.
   kind = cv2.INTER_LINEAR if min(part.shape[:2]) < 2 * size else cv2.INTER_AREA
   return cv2.resize(part, (size, size), interpolation=kind), state
 
 
 def central_crop(data: bytes, size: int, share: float = 1.0) -> tuple[np.ndarray, int]:
-  """The central square of `share` of the shorter side, resized; for evaluation and caches.
+  """The resized central square, and its state; for evaluation and caches.
 
-  With share 0.875 what resizing to 256 and cropping 224 px gives. Raises `Unreadable`.
+  Its side is a fraction `share` of the shorter side: 0.875 corresponds to resizing to 256 px
+  and cropping 224 px. Raises `Unreadable` if the bytes cannot be decoded.
   """
   height, width = shape_of(data)
   side = max(1, round(share * min(height, width)))
@@ -82,19 +83,19 @@ def central_crop(data: bytes, size: int, share: float = 1.0) -> tuple[np.ndarray
 
 
 def whole_image(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-  """The pixels of an image that must have `shape` (H, W, C); raises `Unreadable` where not."""
+  """The pixels of an image of `shape` (H, W, C); raises `Unreadable` for any other."""
   try:
     with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
       found = (image.height, image.width, len(image.getbands()))
       if found == shape:
         return np.asarray(image).reshape(shape)
   except _ABOUT_BYTES as error:
-    raise Unreadable(f"no image can be read: {error}") from error
-  raise Unreadable(f"an image of {found} (height, width, channels); allowed: {shape}")
+    raise Unreadable(f"not a readable image: {error}") from error
+  raise Unreadable(f"an image of {found} (height, width, channels); expected {shape}")
 
 
 def shape_of(data: bytes) -> tuple[int, int]:
-  """(height, width) from the header, which is all that is read; raises `Unreadable`."""
+  """(height, width) from the header, the only part read; raises `Unreadable`."""
   try:
     if data[:2] == b"\xff\xd8":
       height, width = map(int, simplejpeg.decode_jpeg_header(data, strict=False)[:2])
@@ -104,23 +105,22 @@ def shape_of(data: bytes) -> tuple[int, int]:
   except _ABOUT_BYTES as error:
     raise Unreadable(str(error)) from error
   if not 0 < height * width <= MAX_PIXELS:
-    raise Unreadable(f"{height} x {width} px; allowed: up to {MAX_PIXELS:,} in all")
+    raise Unreadable(f"{height} x {width} px; expected at most {MAX_PIXELS:,} pixels")
   return height, width
 
 
 def _decode(data: bytes, height: int, width: int, fast: bool) -> tuple[np.ndarray, int]:
-  """RGB pixels of at least this height and width."""
+  """RGB pixels of at least this height and width, and the state of the image."""
   want: dict[str, Any] = dict(min_height=height, min_width=width, fastdct=fast, fastupsample=fast)
-  try:
+  with contextlib.suppress(*_ABOUT_BYTES):
     return simplejpeg.decode_jpeg(data, **want), FINE
-  except _ABOUT_BYTES:  # CMYK, PNG under another name, or damaged.
-    pass
-  try:
-    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-      if image.format == "PNG" or image.mode == "CMYK":
-        return np.asarray(image.convert("RGB")), FINE
-  except _ABOUT_BYTES:
-    pass
+  # CMYK, a PNG named JPEG, or damaged.
+  with (
+    contextlib.suppress(*_ABOUT_BYTES),
+    PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image,
+  ):
+    if image.format == "PNG" or image.mode == "CMYK":
+      return np.asarray(image.convert("RGB")), FINE
   try:
     return simplejpeg.decode_jpeg(data, strict=False, **want), DAMAGED
   except _ABOUT_BYTES as error:

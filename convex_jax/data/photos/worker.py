@@ -1,38 +1,59 @@
-"""What a worker process does: rows of a run, from records to arrays. No device work."""
+"""The work of a worker process: rows of a run, from records to arrays. No device work."""
 
 import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
 from typing import Any
 
 import cv2
 import numpy as np
 
 from convex_jax.data.photos.decode import FINE, UNREADABLE, Unreadable, central_crop, random_crop
-from convex_jax.data.photos.records import Records, source_of
+from convex_jax.data.photos.records import Records
 from convex_jax.data.sampling import examples_at
 from convex_jax.errors import UserError
 
-__all__ = ["FINE", "UNREADABLE", "Evaluation", "Training", "source_of"]
-cv2.setNumThreads(0)  # Workers share the cores already; whoever only imports us keeps theirs.
-TRIES = 100  # Records in a row that may be unreadable.
+TRIES = 100  # Consecutive records that may be unreadable.
 
 
-@dataclasses.dataclass(frozen=True)
+def start(*_: int) -> None:
+  """Prepares a worker process: it ends with its trainer, and leaves signals to it.
+
+  Ctrl-C and schedulers signal every process of a group. The trainer must survive to save, and
+  so must the workers that it waits for.
+  """
+  cv2.setNumThreads(0)  # The workers use all cores already.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+
+  def follow():
+    assert parent is not None
+    parent.join()
+    os._exit(0)
+
+  threading.Thread(target=follow, daemon=True).start()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Rows:
-  """Maps the number of a chunk to its rows; step s has the rows of this process at s B."""
+  """The rows that one process feeds, in chunks; called with a chunk's number, returns its rows."""
 
   records: Records
   rows: np.ndarray
   batch_size: int
 
   def positions(self, number: int, chunk: int) -> np.ndarray:
-    """Positions in the run of the rows of a chunk."""
+    """Positions in the run of the rows of chunk `number`; step s starts at s * batch_size."""
     at = np.arange(number * chunk, (number + 1) * chunk)
     return at // len(self.rows) * self.batch_size + self.rows[at % len(self.rows)]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Training(_Rows):
-  """Random crops of examples in training order, a function of (seed, position)."""
+  """Random crops in training order, each a function of (seed, position)."""
 
   seed: int
   chunk: int
@@ -49,9 +70,9 @@ class Training(_Rows):
     return _read(self.records, examples, crop)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Evaluation(_Rows):
-  """Central crops in the order of the split; beyond the last of `n`, the last again."""
+  """Central crops of the first `n` examples in order, then of the last one repeatedly."""
 
   n: int
   chunk: int
@@ -66,7 +87,7 @@ class Evaluation(_Rows):
 
 
 def _read(records: Records, examples: np.ndarray, crop: Any) -> dict[str, np.ndarray]:
-  """image, label, and of which record and in what state; unreadable ones replaced."""
+  """Columns image, label, record and state; the next readable example replaces unreadable ones."""
   n = len(examples)
   out = {
     "image": np.empty((n, *records.image_shape), np.uint8),
@@ -75,7 +96,7 @@ def _read(records: Records, examples: np.ndarray, crop: Any) -> dict[str, np.nda
     "state": np.full(n, FINE, np.uint8),
   }
   for i, example in enumerate(examples):
-    for step in range(TRIES):  # The next that can be read takes its place, label and all.
+    for step in range(TRIES):  # The next readable record takes its place, with its label.
       try:
         found = records.read((int(example) + step) % len(records))
         out["image"][i], state = crop(i, found["image"])
@@ -87,7 +108,7 @@ def _read(records: Records, examples: np.ndarray, crop: Any) -> dict[str, np.nda
       break
     else:
       raise UserError(
-        f"{records.folder}: {TRIES} images in a row that cannot be read, from {int(example)} on;"
-        " prepare the data set again"
+        f"{records.folder}: {TRIES} consecutive images cannot be read, from example {int(example)}"
+        " on. Prepare the data set again"
       )
   return out

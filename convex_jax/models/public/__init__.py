@@ -1,1 +1,1 @@
-"""Public checkpoints into our trees."""
+"""Weights that others have published, imported into our trees."""

@@ -1,0 +1,55 @@
+"""MLP-Mixer: the official `.npz` files, old and new, timm's, and the report's own code."""
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from convex_jax.models.public.names import Names, Rule, fixed, minus_one
+
+RULES: list[Rule] = [
+  # The official .npz, with modules as Flax numbers them.
+  (r"MixerBlock_(\d+)\.LayerNorm_(\d)", lambda m: f"block_{m[1]}/norm_{m[2]}"),
+  (
+    r"MixerBlock_(\d+)\.(token|channel)_mixing\.Dense_(\d)",
+    lambda m: f"block_{m[1]}/{m[2]}_mixing/dense_{m[3]}",
+  ),
+  *fixed(stem="stem", norm="pre_head_layer_norm", head="head"),
+  # Its older naming; the importer turns "kernel1" into module "1" and leaf "kernel".
+  (r"Mixer\.encoderblock_(\d+)\.LayerNorm_(\d)", lambda m: f"block_{m[1]}/norm_{m[2]}"),
+  (
+    r"Mixer\.encoderblock_(\d+)\.(token|channel)_mixing_phase_0\.([12])",
+    lambda m: f"block_{m[1]}/{m[2]}_mixing/dense_{minus_one(m[3])}",
+  ),
+  *fixed(stem="embedding", norm="Mixer.encoder_norm"),
+  # timm.
+  (r"blocks\.(\d+)\.norm([12])", lambda m: f"block_{m[1]}/norm_{minus_one(m[2])}"),
+  (
+    r"blocks\.(\d+)\.mlp_(token|channel)s\.fc([12])",
+    lambda m: f"block_{m[1]}/{m[2]}_mixing/dense_{minus_one(m[3])}",
+  ),
+  *fixed(stem="stem.proj", norm="norm"),
+  # The report's own code.
+  (
+    r"mixer_blocks\.(\d+)\.(token|channel)_mix\.0",
+    lambda m: f"block_{m[1]}/norm_{int(m[2] == 'channel')}",
+  ),
+  (
+    r"mixer_blocks\.(\d+)\.(?:token_mix\.2|channel_mix\.1)\.net\.([02])",
+    lambda m: (
+      f"block_{m[1]}/{'token' if '.token_mix.' in m[0] else 'channel'}_mixing/dense_{int(m[2]) // 2}"
+    ),
+  ),
+  *fixed(stem="to_patch_embedding.0", norm="layer_norm", head="final_fc.0"),
+]
+
+
+def _fields(model: Any, path: str, keys: Collection[str]) -> dict[str, Any]:
+  """GELU has the tanh form in the official code and the erf form in torch code."""
+  del path
+  if model.parts.twin.activation is not None:
+    return {"parallel": False}
+  torch = any(re.match(r"(mixer_)?blocks\.", key) for key in keys)
+  return {"parallel": False, "gelu": "erf" if torch else "tanh"}
+
+
+NAMES = Names(RULES, fields=_fields)

@@ -1,0 +1,107 @@
+"""Why a value is not proved: the first operation that breaks it, in a sentence."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from convex_jax.proof.rules import RULES, is_defined
+from convex_jax.proof.values import Known, Operation, Value
+
+KINDS: dict[str, Callable[[Value], np.ndarray]] = {  # Where a value is not proved to be so.
+  "convex": lambda v: v.not_convex,
+  "concave": lambda v: v.not_concave,
+  "affine": lambda v: v.not_convex | v.not_concave,
+}
+
+
+def culprit(output: Value | Known, kind: str) -> Operation | None:
+  """The first operation that leaves `output` without the curvature `kind`.
+
+  That is the earliest operation on the way to `output` that makes a value neither convex nor
+  concave of values that were one of them. If its inputs already lack the curvature, or no
+  value is neither, it is the earliest operation that turned the curvature into another.
+  """
+
+  def lacks(value):
+    return bool(KINDS[kind](value).any())
+
+  lost = _earliest([output], lambda v: v.is_lost)
+  if lost is not None and lost.note:
+    return lost
+  turned = _earliest(lost.inputs if lost else [output], lacks)
+  return turned or lost
+
+
+def _earliest(outputs: Sequence[Any], is_bad: Callable[[Value], bool]) -> Operation | None:
+  """The earliest operation to make a bad value of good ones, on the bad paths to `outputs`."""
+  found, seen, todo = [], set(), list(outputs)
+  while todo:
+    value = todo.pop()
+    if not isinstance(value, Value) or not value.is_real or id(value) in seen or not is_bad(value):
+      continue
+    seen.add(id(value))
+    if value.made_by is None:
+      continue
+    above = [v for v in value.made_by.inputs if isinstance(v, Value) and v.is_real and is_bad(v)]
+    if above and not value.made_by.note:
+      todo += above
+    else:
+      found.append(value.made_by)
+  return min(found, key=lambda op: op.order, default=None)
+
+
+def explain(op: Operation | None, kind: str) -> str:
+  """Says what is wrong with a `culprit`, and where it is in the source code."""
+  if op is None:
+    return "an output that is not a finite real number"
+  return f"{_fault(op, kind)}, in {op.place}"
+
+
+def _fault(op: Operation, kind: str) -> str:
+  name, known = op.primitive, [x for x in op.inputs if isinstance(x, Known)]
+  values = [_curvature(x) for x in op.inputs if isinstance(x, Value)]
+  if op.note:
+    return f"an activation that is neither convex nor concave: {op.note}"
+  if not is_defined(name, op.inputs):
+    bad = next(x for x in known if not is_defined(name, [x]))
+    return f"{name}: {_count(bad, lambda a: ~np.isfinite(a))} not finite"
+  if name in ("dot_general", "conv_general_dilated", "mul", "div"):
+    if len(values) == 2:
+      verb = "quotient" if name == "div" else "product"
+      return f"{name}: a {verb} of two values that both depend on the input"
+    if isinstance(op.inputs[-1], Value) and name == "div":
+      return "div: a quotient by a value that depends on the input"
+    return f"{name}: {_count(known[0], lambda a: a < 0)} negative and multiply a value not affine"
+  if name == "add":
+    return f"add: the sum of {_list(values)}"
+  if name == "sub":
+    return f"sub: the difference of {_list(values)}"
+  if name not in RULES:
+    return f"{name} of a value that depends on the input, for which there is no rule"
+  return f"{name} of {_list(values)}, which is not {kind}"
+
+
+def _curvature(value: Value) -> str:
+  """An adjective."""
+  if value.is_affine:
+    return "affine"
+  if not value.not_convex.any():
+    return "convex"
+  return "mixed" if value.not_concave.any() else "concave"
+
+
+def _list(values: Sequence[str]) -> str:
+  """Values by their adjectives: two convex values; an affine and a mixed value."""
+  if len(values) == 2 and values[0] == values[1]:
+    return f"two {values[0]} values"
+  return " and ".join(f"{'an' if v == 'affine' else 'a'} {v}" for v in values) + " value"
+
+
+def _count(known: Known, is_bad: Callable[[np.ndarray], np.ndarray]) -> str:
+  """How many entries of which weights are bad, ending in a verb."""
+  for name, array in known.origins.items():
+    if is_bad(array).any():
+      return f"{is_bad(array).sum():,} of {array.size:,} entries of {name} are"
+  made = f" made of {' and '.join(known.origins)}" if known.origins else ""
+  return f"{is_bad(known.array).sum():,} of {known.array.size:,} entries of a constant{made} are"

@@ -1,0 +1,168 @@
+"""What is known of each number of a computation: the currency of the proof.
+
+A number that does not depend on the input is `Known`. One that does is a `Value`: two boolean
+masks of its own shape say of which elements convexity, and concavity, is not proved. Affine
+elements are set in neither mask, elements of which nothing is proved in both.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from convex_jax.proof.source import Place
+
+Masks = tuple[np.ndarray, np.ndarray]  # Not proved convex, not proved concave.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Known:
+  """A number that does not depend on the input."""
+
+  array: np.ndarray
+  origins: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # Weights in it.
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.array.shape
+
+  @property
+  def masks(self) -> Masks:
+    no = uniform(False, self.shape)
+    return no, no
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScalarFunction:
+  """What is proved of a scalar function with one kink; every field may be an array."""
+
+  convex: Any
+  concave: Any
+  rising: Any
+  falling: Any
+  kink: Any
+  slopes: tuple[Any, Any]  # Below and above the kink.
+  continuous: Any
+  left_affine: Any
+  right_affine: Any
+
+  def __str__(self) -> str:
+    at, left, right = (f"{float(np.ravel(x)[0]):g}" for x in (self.kink, *self.slopes))
+    if not np.all(self.continuous):
+      return f"it jumps at {at}"
+    return f"its slope goes from {left} to {right} at {at}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operation:
+  """One step of the computation; `order` counts the steps from the input."""
+
+  primitive: str
+  eqn: Any  # A `jax.extend.core.JaxprEqn`, whose variables have no static type; None at the border of an unrolled loop.
+  inputs: tuple["Known | Value", ...]
+  place: Place
+  order: int
+  scalar: "tuple[Value, ScalarFunction] | None" = None  # (z, f) where the result is f(z).
+  note: str = ""  # Why `scalar` is neither convex nor concave.
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of its first output."""
+    return tuple(self.eqn.outvars[0].aval.shape)
+
+  @property
+  def params(self) -> dict[str, Any]:
+    """Of the primitive."""
+    return self.eqn.params if self.eqn else {}
+
+  def bind(self, *arrays: Any, **changed: Any) -> Any:
+    """Applies the primitive to other arrays, with some parameters changed."""
+    return self.eqn.primitive.bind(*map(jnp.asarray, arrays), **{**self.params, **changed})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+  """A number that depends on the input."""
+
+  not_convex: np.ndarray
+  not_concave: np.ndarray
+  made_by: Operation | None = None  # None: the input itself.
+  is_real: bool = True  # False: a condition, an index.
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.not_convex.shape
+
+  @property
+  def masks(self) -> Masks:
+    return self.not_convex, self.not_concave
+
+  @property
+  def is_affine(self) -> bool:
+    return not (self.not_convex.any() or self.not_concave.any())
+
+  @property
+  def is_lost(self) -> bool:
+    """Whether some element is proved neither convex nor concave."""
+    return bool((self.not_convex & self.not_concave).any())
+
+
+def swapped(masks: Masks) -> Masks:
+  """The masks of -x for those of x."""
+  return masks[1], masks[0]
+
+
+# Nearly all masks are the same everywhere. Stored with strides of 0, they take neither memory
+# nor time.
+
+
+def uniform(value: bool, shape: Sequence[int]) -> np.ndarray:
+  """A mask with one value everywhere."""
+  return np.broadcast_to(np.bool_(value), tuple(shape))
+
+
+def is_uniform(mask: np.ndarray) -> bool:
+  """Whether a mask is stored as `uniform` stores it."""
+  return not any(mask.strides)
+
+
+def tidy(mask: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+  """The mask, broadcast to a shape, and stored as `uniform` stores it where possible."""
+  mask = np.broadcast_to(mask, tuple(shape))
+  if is_uniform(mask):
+    return mask
+  if not mask.any():
+    return uniform(False, shape)
+  return uniform(True, shape) if mask.all() else mask
+
+
+def is_nowhere(mask: np.ndarray) -> bool:
+  """Whether a mask is stored as False everywhere."""
+  return is_uniform(mask) and not (mask.size and mask.flat[0])
+
+
+def either(*masks: np.ndarray) -> np.ndarray:
+  """The union of masks."""
+  masks = tuple(m for m in masks if not is_nowhere(m)) or masks[:1]
+  return functools.reduce(np.logical_or, masks)
+
+
+def composed(x: Value, convex: Any, concave: Any, rising: Any, falling: Any) -> Masks:
+  """Masks of g(x), where g is a scalar function with these properties (booleans or arrays).
+
+  A convex non-decreasing function of a convex value is convex, a convex non-increasing one of
+  a concave value too, and any convex function of an affine value.
+  """
+
+  def one(is_curved, same, turned):
+    if isinstance(is_curved, bool):  # By far cheaper than masks.
+      if not is_curved:
+        return uniform(True, x.shape)
+      return same if rising else turned if falling else either(same, turned)
+    mask = np.where(rising, same, np.where(falling, turned, either(same, turned)))
+    return np.where(is_curved, mask, True)
+
+  return one(convex, *x.masks), one(concave, *x.masks[::-1])

@@ -1,0 +1,189 @@
+"""A run's certificate, and what it buys: radii and least logits.
+
+What is certified is the run's network at inference, with its stored weights, as a function of
+the image's pixels, 0..255 (or, where only the head is meant to be convex, of the features
+before it).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convex_jax import files
+from convex_jax.errors import UserError
+from convex_jax.models import catalog
+from convex_jax.proof.certificate import Certificate, certify
+from convex_jax.proof.counterexample import in_float64
+from convex_jax.proof.minimum import Minimum, minimise
+from convex_jax.proof.radii import Certifier, NotProved, proved
+from convex_jax.runs.run import Run
+from convex_jax.runs.workdir import Workdir, saving
+
+FORMAT = 1  # Of certificate.json.
+PIXEL = 255.0  # The range of a pixel, in which radii are given.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+  """What of a run is certified: a function of an image, or of the features before its head."""
+
+  input_name: str
+  function: Callable[..., Any]
+  search_function: Callable[..., Any]
+  weights: Any
+  example: jax.ShapeDtypeStruct
+  box: tuple[float, float]
+
+
+def subject_of(run: Run) -> Subject:
+  """The run's network as a function of its pixels, or its head of its features."""
+  weights = run.weights
+  if run.config.model.convex_from == "image":
+    example = jax.ShapeDtypeStruct((1, *run.image_shape), jnp.float32)
+    return Subject("image", run.apply, _exact(run), weights, example, (0.0, 255.0))
+  head = {key: tree["head"] for key, tree in weights.items() if "head" in tree}
+  width = head["params"]["dense_0"]["kernel"].shape[0]
+  classes = len(run.class_names)
+
+  def apply(weights, features_BxD, dtype=jnp.float32):
+    model = catalog.build_head(run.config.model, classes, dtype=dtype)
+    variables = {"params": weights["params"], "batch_stats": weights.get("stats", {})}
+    return model.apply(variables, features_BxD)
+
+  example = jax.ShapeDtypeStruct((1, width), jnp.float32)
+  exact = functools.partial(apply, dtype=jnp.float64)
+  return Subject("features before the head", apply, exact, head, example, (-10.0, 10.0))
+
+
+def certify_run(run: Run, kind: str = "convex", search_steps: int = 200) -> Certificate:
+  """The certificate of a run's logits at inference."""
+  s = subject_of(run)
+  return certify(
+    s.function,
+    s.weights,
+    s.example,
+    kind=kind,
+    box=s.box,
+    search_function=s.search_function,
+    search_steps=search_steps,
+  )
+
+
+def digest(weights: Any) -> str:
+  """SHA-256 over names, dtypes, shapes and bytes of a tree of arrays."""
+  hashed = hashlib.sha256()
+  for path, leaf in sorted(
+    (jax.tree_util.keystr(p), np.asarray(a))
+    for p, a in jax.tree_util.tree_leaves_with_path(weights)
+  ):
+    hashed.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+    hashed.update(np.ascontiguousarray(leaf).tobytes())
+  return hashed.hexdigest()
+
+
+def certify_and_write(run: Run, kind: str = "convex", search_steps: int = 200) -> dict[str, Any]:
+  """Certifies a run, writes its certificate.json, whole or not at all; returns the content.
+
+  Raises `Unsaved` where the storage does not take it.
+  """
+  start = time.perf_counter()
+  certificate = certify_run(run, kind, search_steps)
+  seconds = time.perf_counter() - start
+  workdir, name = Workdir(run.workdir), subject_of(run).input_name
+  content: dict[str, Any] = {
+    "format": FORMAT,
+    "verdict": certificate.verdict,
+    "kind": certificate.kind,
+    "input": name,
+    "of": f"each logit as a function of the {name}, at inference, over the reals",
+    "logits": dict(zip(run.class_names, certificate.verdicts, strict=True)),
+    "reason": certificate.reason,
+    "counterexample": None,
+    "step": run.step,
+    "weights_sha256": digest(run.weights),
+    "seconds": round(seconds, 2),
+    "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "numpy")},
+  }
+  found = certificate.counterexample
+  with saving():
+    if found is not None:
+      content["counterexample"] = {
+        "file": os.path.basename(workdir.counterexample_file),
+        "logit": run.class_names[found.output],
+        "gap": found.gap,
+      }
+      with files.atomic_write(workdir.counterexample_file, "wb") as file:
+        np.savez(file, a=found.a, b=found.b)
+    files.write_json(workdir.certificate_file, content)
+  return content
+
+
+def summary(content: dict[str, Any]) -> str:
+  """What a certificate says, in one to three lines."""
+  total = len(content["logits"])
+  proved = sum(verdict == "PROVED" for verdict in content["logits"].values())
+  lines = [
+    f"{content['verdict']}: {proved} of {total} logits are {content['kind']} in the"
+    f" {content['input']}"
+  ]
+  if content["reason"]:
+    lines.append(f"first broken by {content['reason']}")
+  if found := content["counterexample"]:
+    lines.append(
+      f"refuted by two inputs: at their midpoint logit {found['logit']} violates the inequality by"
+      f" {found['gap']:.3g} ({found['file']})"
+    )
+  return "\n".join(lines)
+
+
+def certifier(run: Run) -> Certifier:
+  """Certified radii of a run's images, for pixels in 0..1.
+
+  Raises `UserError` where its logits are not proved convex in the image.
+  """
+  with _only_proved(run):
+    return Certifier(run.apply, run.weights, run.image_shape, _exact(run), scale=PIXEL)
+
+
+def minimise_logit(
+  run: Run, k: int, box: tuple[Any, Any] = (0.0, PIXEL), steps: int = 1000
+) -> Minimum:
+  """The image in a box (pixels 0..255) of the least logit k, with proof: see `minimise`.
+
+  Raises `UserError` where the run's logits are not proved convex in the image.
+  """
+  with _only_proved(run):
+    proved(run.apply, run.weights, jax.ShapeDtypeStruct((1, *run.image_shape), jnp.float32))
+  low, high = (np.broadcast_to(np.asarray(b, np.float64), run.image_shape) for b in box)
+  network = functools.partial(_exact(run), in_float64(run.weights))
+  return minimise(lambda x: network(x[None])[0, k], low, high, steps=steps)
+
+
+def _exact(run: Run) -> Callable[..., jax.Array]:
+  """`run.apply` in float64."""
+  return functools.partial(run.apply, dtype=jnp.float64)
+
+
+@contextlib.contextmanager
+def _only_proved(run: Run) -> Iterator[None]:
+  if run.config.model.convex_from != "image":
+    raise UserError(
+      f"{run.workdir}: radii need logits that are convex in the image; here only the head is convex"
+    )
+  try:
+    yield
+  except NotProved as error:
+    raise UserError(
+      f"{run.workdir}: radii and minima hold for proved networks only, and this one is not proved"
+      f" ({error}); train its twin with --config.model.parts=ioc"
+    ) from error

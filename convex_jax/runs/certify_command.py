@@ -1,0 +1,46 @@
+"""`python -m convex_jax certify`: prove that a trained network is convex."""
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from convex_jax import command_line
+from convex_jax.errors import NotProved
+from convex_jax.proof.certificate import KINDS
+from convex_jax.runs import certified
+from convex_jax.runs.run import load
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Certifies a run; returns 0 where everything is proved, 4 where not, 2 for invalid input."""
+  parser = command_line.parser(
+    "certify",
+    "Prove, logit by logit, that a trained network is convex in its input, or name the first\n"
+    "operation that breaks convexity. Writes certificate.json into the run's folder.\n"
+    "Exit code 0: everything is proved; 4: not proved; 2: invalid input.",
+    "python -m convex_jax certify --workdir=runs/mixer_ioc_digits",
+  )
+  parser.add_argument("--workdir", required=True, help="folder of the run")
+  parser.add_argument("--step", default="latest", help="checkpoint: a step, latest or best")
+  parser.add_argument("--kind", default="convex", choices=list(KINDS), help="what to prove")
+  parser.add_argument(
+    "--search_steps",
+    type=int,
+    default=200,
+    help="gradient steps of the search for a counterexample; 0: no search (default: 200)",
+  )
+  return command_line.exit_code(_certify, parser.parse_args(argv))
+
+
+def _certify(args: argparse.Namespace) -> int:
+  console = Console()
+  run = load(args.workdir, int(args.step) if args.step.isdigit() else args.step)
+  content = certified.certify_and_write(run, args.kind, args.search_steps)
+  table = Table("logit", f"{content['kind']}?")
+  for name, verdict in content["logits"].items():
+    colour = {"PROVED": "green", "REFUTED": "red"}.get(verdict, "yellow")
+    table.add_row(name, f"[{colour}]{verdict}[/]")
+  console.print(content["of"], table, sep="\n")
+  console.print(certified.summary(content), markup=False, highlight=False)
+  return 0 if content["verdict"] == "PROVED" else NotProved.code
