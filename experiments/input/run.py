@@ -26,8 +26,8 @@ import simplejpeg
 
 from configs import base
 from convex_jax import mesh
-from convex_jax.data import batches as feeds
 from convex_jax.data import datasets
+from convex_jax.data.batches import batches_of
 from convex_jax.data.in_memory import InMemory
 from convex_jax.data.photos.records import Records
 from convex_jax.data.splits import Split
@@ -76,14 +76,14 @@ def plain(records: Records, cores: int):
   return lambda _: sum(pool.map(decode_held, range(cores)))
 
 
-def fed(feed):
-  """Takes the batches of a feed onto the device, in training order."""
+def turns_of(batches):
+  """Takes batches onto the device, in training order."""
   state = {"step": 0}
 
   def take(images):
     for _ in range(images // BATCH):
       step = state["step"]
-      plan = feed.train_plan(range(step, step + 1), BATCH, seed=0)
+      plan = batches.train_plan(range(step, step + 1), BATCH, seed=0)
       jax.block_until_ready(plan)
       state["step"] = step + 1
     return images
@@ -104,7 +104,7 @@ def cached(size):
   images[:] = np.random.default_rng(0).integers(0, 256, shape[1:], np.uint8)
   images.flush()
   split = Split(np.load(path, mmap_mode="r"), np.zeros(RECORDS_OF_CACHE, np.int32))
-  return fed(InMemory(split, mesh.make_mesh(), resident=False))
+  return turns_of(InMemory(split, mesh.make_mesh(), resident=False))
 
 
 def tf_data(records: Records, size, cores):
@@ -147,14 +147,14 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--cores", type=int, default=os.cpu_count())
   args = parser.parse_args()
-  ways, open_feeds, records = {}, [], None
+  ways, opened, records = {}, [], None
   for size in (72, 224):
     config = config_of(args.data_dir, size, args.cores)
     records = datasets.load(config, 0, progress=False).train
     for workers, name in ((args.cores, "processes"), (0, "threads")):
-      feed = feeds.batches_of(records, mesh.make_mesh(), config_of(args.data_dir, size, workers))
-      open_feeds.append(feed)
-      ways[f"stream, {args.cores} {name}", size] = fed(feed)
+      batches = batches_of(records, mesh.make_mesh(), config_of(args.data_dir, size, workers))
+      opened.append(batches)
+      ways[f"stream, {args.cores} {name}", size] = turns_of(batches)
     if importlib.util.find_spec("tensorflow"):
       ways["tf.data", size] = tf_data(records, size, args.cores)
   ways["cache, host memory", 80] = cached(80)
@@ -176,8 +176,8 @@ def main() -> None:
     print(*rows[-1])
   with open(FOLDER / "results.csv", "w", newline="") as file:
     csv.writer(file).writerows(rows)
-  for feed in open_feeds:
-    feed.close()
+  for batches in opened:
+    batches.close()
 
 
 if __name__ == "__main__":

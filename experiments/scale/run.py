@@ -27,6 +27,7 @@ from rich.table import Table
 from convex_jax.data import augment, preprocess
 from convex_jax.data.catalog import IMAGENET
 from convex_jax.models import catalog, constraints
+from convex_jax.models.variables import init_variables
 from convex_jax.training import optimizer, step
 
 FOLDER = pathlib.Path(__file__).parent
@@ -75,7 +76,7 @@ def compiled(config, batch_size: int):
   size, dtype = config.data.image_size, jnp.dtype(config.dtype)
   model = catalog.build(config.model, classes=1000, dtype=dtype)
   shape, key = (size, size, 3), jax.random.key(0)
-  boxed = jax.eval_shape(lambda: step.init_variables(model, key, shape))
+  boxed = jax.eval_shape(lambda: init_variables(model, key, shape))
   tags = constraints.constraints_of(boxed["params"])
   tx = optimizer.make_optimizer(config.optimizer, 1000, tags)
   average = config.ema_decay > 0

@@ -15,7 +15,7 @@ from jax import lax
 
 from convex_jax import mesh
 from convex_jax.data import datasets
-from convex_jax.models import catalog
+from convex_jax.models import catalog, variables
 from convex_jax.models.parts import make_parts
 from convex_jax.training import program, runtime, step
 from experiments.speed import worker
@@ -27,8 +27,8 @@ def with_norm(norm: str):
   return lambda *args, **fields: make_parts(*args, **fields | {"norm": norm})
 
 
-def job_of(case: Case, parts: str, classes: int) -> program.Program:
-  """The job of a run on random images."""
+def program_of(case: Case, parts: str, classes: int) -> program.Program:
+  """The program of a run on random images."""
   rng, count = np.random.default_rng(0), worker.BATCHES * case.batch
   images = rng.integers(0, 256, (count, case.px, case.px, 3), np.uint8)
   split = datasets.Split(images, rng.integers(0, classes, count).astype(np.int32))
@@ -45,7 +45,7 @@ def model_flops(case: Case, parts: str, classes: int = worker.CLASSES) -> float:
   """
   model = catalog.build(config_of(case, parts).model, classes, convolve=lax.conv_general_dilated)
   shape = (case.px, case.px, 3)
-  variables = jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0), shape))
+  shapes = jax.eval_shape(lambda: variables.init_variables(model, jax.random.key(0), shape))
 
   def loss(params, stats, images):
     logits, _ = model.apply(
@@ -54,26 +54,28 @@ def model_flops(case: Case, parts: str, classes: int = worker.CLASSES) -> float:
     return step.cross_entropy(logits, jnp.zeros(len(images), int)).mean()
 
   images = jax.ShapeDtypeStruct((case.batch, *shape), jnp.float32)
-  weights = nn.meta.unbox(variables)
-  program = jax.jit(jax.grad(loss)).lower(weights["params"], weights["stats"], images)
-  return program.cost_analysis()["flops"] / case.batch
+  weights = nn.meta.unbox(shapes)
+  lowered = jax.jit(jax.grad(loss)).lower(weights["params"], weights["stats"], images)
+  return lowered.cost_analysis()["flops"] / case.batch
 
 
 class Ours:
   """A twin of a case."""
 
   def __init__(self, case: Case, parts: str, classes: int = worker.CLASSES):
-    self.case, self.parts, self.job = case, parts, job_of(case, parts, classes)
-    self.state, self.done = self.job.init(), 0
+    self.case, self.parts, self.program = case, parts, program_of(case, parts, classes)
+    self.state, self.done = self.program.init(), 0
     rng = np.random.default_rng(0)
     shape = (worker.BATCHES, case.batch, case.px, case.px, 3)
     self.images = [jnp.asarray(x) for x in rng.standard_normal(shape, np.float32)]
-    self.apply = jax.jit(lambda weights, x: step.apply(self.job.model, weights, x))
+    self.apply = jax.jit(lambda weights, x: variables.apply(self.program.model, weights, x))
 
   def train(self, steps):
     metrics = None
     for i in range(self.done, self.done + steps):
-      self.state, metrics = self.job.train_call(self.state, self.job.batches(range(i, i + 1)))
+      self.state, metrics = self.program.train_call(
+        self.state, self.program.batches(range(i, i + 1))
+      )
     self.done += steps
     jax.block_until_ready(metrics)
 

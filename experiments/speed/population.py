@@ -42,12 +42,12 @@ class Stacked:
   """Several runs as one program, under `vmap`."""
 
   def __init__(self, case: Case, runs: int):
-    one, config = Ours(case, "ioc"), Ours(case, "ioc").job.config
-    prepare = preprocess.make_prepare(config.data.image_size, *one.job.examples.statistics)
+    one, config = Ours(case, "ioc"), Ours(case, "ioc").program.config
+    prepare = preprocess.make_prepare(config.data.image_size, *one.program.examples.statistics)
     update = functools.partial(
       step.train_step,
-      model=one.job.model,
-      tx=one.job.tx,
+      model=one.program.model,
+      tx=one.program.tx,
       augment=augment.make_augment(config.data, prepare),
       key=jax.random.key(0),
       label_smoothing=0.0,

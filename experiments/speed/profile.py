@@ -42,8 +42,10 @@ def traced(net: Ours) -> collections.Counter:
 
 def sources(net: Ours) -> dict[str, str]:
   """{HLO operation: "forward" or "backward", its module, and the primitive it came from}."""
-  plan = net.job.batches(range(1))
-  program = net.job._train_call.lower(net.state, net.job.splits["train"].arrays, plan).compile()
+  plan = net.program.batches(range(1))
+  program = net.program._train_call.lower(
+    net.state, net.program.splits["train"].arrays, plan
+  ).compile()
   found = {}
   for line in program.as_text().splitlines():
     name = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)

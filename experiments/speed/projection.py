@@ -39,7 +39,7 @@ def projection_seconds(net: Ours) -> float:
   Applying alone already reads and writes every parameter, in the step of a base as well.
   """
   params = net.state.params
-  link = constraints.enforce(net.job.constraints)
+  link = constraints.enforce(net.program.constraints)
   updates = jax.tree.map(lambda p: -1e-3 * jnp.ones_like(p), params)
   opt_state = link.init(params)
 
