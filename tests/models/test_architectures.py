@@ -250,7 +250,8 @@ def test_dropout_is_off_in_evaluation(name):
     variables = {"params": weights["params"], "batch_stats": weights["stats"]}
     return model.apply(variables, x, rngs={"dropout": jax.random.key(0)})
 
-  np.testing.assert_array_equal(keyed(weights, images), network(model)(weights, images))
+  # Two programs: their sums may be rounded in another order.
+  np.testing.assert_allclose(keyed(weights, images), network(model)(weights, images), rtol=1e-5)
   train = jax.jit(lambda seed: training_pass(model, weights, images, seed))
   assert bool(jnp.any(train(0) != train(1))) == bool(fields)
 

@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 import convex_jax
+from convex_jax import files
 from convex_jax.errors import UserError
 from convex_jax.runs import workdir as workdirs
 from convex_jax.studies import figures, report, results, tables
@@ -28,15 +29,14 @@ def workdir_of(tmp_path, name, changes=(), evals=(), final=()):
   """A copy of the saved run, its config and its rows changed."""
   folder = tmp_path / name
   shutil.copytree(SAVED, folder)
-  content = json.loads((folder / "config.json").read_text())
-  content.pop("sha256", None)
+  content = files.read_json(str(folder / "config.json"))
   for key, value in dict(changes).items():
     *sections, last = key.split(".")
     where = content["config"]
     for section in sections:
       where = where[section]
     where[last] = value
-  (folder / "config.json").write_text(json.dumps(content))
+  files.write_json(str(folder / "config.json"), content)
   rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   train, evaluation, last_row = rows
   course = [{**evaluation, **dict(row)} for row in evals] or [evaluation]

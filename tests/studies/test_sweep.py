@@ -116,12 +116,11 @@ def run_with(monkeypatch, tmp_path, ends, parts="paper", at_once=1):
     if not certifies:
       shutil.copytree(SAVED, workdir, dirs_exist_ok=True)
       certificate.unlink()
-      content = json.loads((workdir / "config.json").read_text())
-      content.pop("sha256")
+      content = files.read_json(str(workdir / "config.json"))
       content["config"]["model"]["parts"], content["config"]["seed"] = parts, seed
-      (workdir / "config.json").write_text(json.dumps(content))
+      files.write_json(str(workdir / "config.json"), content)
     elif code == NotProved.code:
-      certificate.write_text(json.dumps({"verdict": "REFUTED", "reason": "LayerNorm"}))
+      files.write_json(str(certificate), {"verdict": "REFUTED", "reason": "LayerNorm"})
     return Ended(code)
 
   monkeypatch.setattr(sweep.subprocess, "Popen", popen)
