@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ class Counterexample:
 
 def search(
   f: Callable[..., Any],
-  *args: Any,
+  args: Sequence[Any],
   argnums: int,
   open_outputs: np.ndarray,
   kind: str,
