@@ -12,19 +12,15 @@ only if none has, or if they are well apart.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from convex_jax.proof.values import Known, ScalarFunction, Value
 
-COMPARISONS: dict[str, Callable[[int], bool]] = {  # By the sign of first - second.
-  "gt": lambda order: order > 0,
-  "ge": lambda order: order >= 0,
-  "lt": lambda order: order < 0,
-  "le": lambda order: order <= 0,
-}
+COMPARISONS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
 ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "max", "min", "abs", "exp", "expm1", "select_n"}
 APART = 1e-9  # Relative; more than rounding can change slopes in which nothing has cancelled.
 LIMIT = 40  # Operations that are searched for the kink of a value.
@@ -176,7 +172,7 @@ class _Half:
     op = test.made_by if isinstance(test, Value) else None
     if len(cases) != 2 or op is None or op.primitive not in COMPARISONS:
       raise _NoRuleError
-    return cases[COMPARISONS[op.primitive](self._order(*op.inputs))]
+    return cases[COMPARISONS[op.primitive](self._order(*op.inputs), 0)]
 
   def _product(self, name: str, a: Any, b: Any) -> Side:
     if name == "mul" and isinstance(a, Known):

@@ -101,16 +101,8 @@ def certify(
   operation = culprit(worst, kind)
   counterexample = None
   if search_steps:
-    counterexample = search(
-      search_function or f,
-      *args,
-      argnums=argnums,
-      open_outputs=~proved,
-      kind=kind,
-      box=box,
-      steps=search_steps,
-      seed=seed,
-    )
+    used = search_function or f
+    counterexample = search(used, args, argnums, ~proved, kind, box, search_steps, seed)
   return Certificate(kind, proved, explain(operation, kind), operation, counterexample)
 
 

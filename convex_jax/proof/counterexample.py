@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,22 +14,14 @@ ROUNDING = 1e4  # Machine epsilons of the values' size, more than a network's ro
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Counterexample:
-  """Two points between which an output breaks the inequality of its curvature.
-
-  Attributes:
-    a: the first point.
-    b: the second.
-    output: the position of the output among the flat outputs.
-    gap: f((a + b) / 2) - (f(a) + f(b)) / 2 > 0 for "convex"; its negative for "concave", its
-      magnitude for "affine".
-    beyond: the part of the gap that no rounding can explain, > 0.
-  """
+  """Two points between which an output breaks the inequality of its curvature."""
 
   a: np.ndarray
   b: np.ndarray
-  output: int
+  output: int  # Its position among the flat outputs.
+  # f((a + b) / 2) - (f(a) + f(b)) / 2 > 0 for "convex"; its negative, its magnitude for the others.
   gap: float
-  beyond: float
+  beyond: float  # The part of the gap that no rounding explains.
 
   def __str__(self) -> str:
     return (
@@ -39,7 +31,7 @@ class Counterexample:
 
 def search(
   f: Callable[..., Any],
-  *args: Any,
+  args: Sequence[Any],
   argnums: int,
   open_outputs: np.ndarray,
   kind: str,

@@ -156,7 +156,10 @@ class Walk:
   def _scan(self, params, inputs, place: Place) -> list[Value | Known] | None:
     """The outputs of a `scan`, unrolled; None where it is too long."""
     length, body = params["length"], params["jaxpr"]
-    fixed, carried = params["num_consts"], params["num_carry"]
+    if "ft_in" in params:  # jax 0.12.
+      fixed, carried, _ = map(len, params["ft_in"].unpack())
+    else:
+      fixed, carried = params["num_consts"], params["num_carry"]
     if not 0 < length <= LOOP_LIMIT:
       return None
     consts, carry = inputs[:fixed], inputs[fixed : fixed + carried]

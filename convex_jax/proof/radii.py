@@ -163,8 +163,7 @@ class Certifier:
     steepness = np.abs(slopes_KxD[k] - slopes_KxD[rivals]).max(-1)
     low, high = 0.0, float((margins_K[rivals] / np.maximum(steepness, 1e-300)).min())
     d = slopes_KxD.shape[1]
-    rays = np.concatenate([np.arange(d), np.arange(d)])
-    signs = np.concatenate([np.ones(d), -np.ones(d)])
+    rays, signs = np.tile(np.arange(d), 2), np.repeat([1.0, -1.0], d)
 
     def broken(e, rays, signs):
       slack = self._slack(x, rays, e * signs, k, y_K, slopes_KxD[k], rivals)

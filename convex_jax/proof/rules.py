@@ -266,10 +266,11 @@ def is_total(x: Any) -> bool:
       return False
     if op.primitive == "gather" and "FILL" in str(op.params["mode"]):
       return False
-    if op.primitive in _EXTREMES and op.eqn and _is_over_nothing(op, op.inputs[0]).any():
+    if op.primitive in _EXTREMES and _is_over_nothing(op, op.inputs[0]).any():
       return False
-    bounded = op.primitive in ("max", "min")  # An infinite bound does not bind.
-    if not bounded and not all(np.isfinite(k).all() for k in known if k.dtype == np.float64):
+    # Of a clamp both bounds must be finite here: between two equal infinities it is infinite.
+    bounds = op.primitive if op.primitive in ("max", "min") else ""
+    if not is_defined(bounds, op.inputs):
       return False
     todo += op.inputs
   return True

@@ -154,8 +154,8 @@ def test_the_refuter_climbs_where_random_pairs_miss():
 
   x = jax.ShapeDtypeStruct((50,), jnp.float32)
   options = dict(argnums=0, open_outputs=np.array([True]), kind="convex", box=(-1.0, 1.0))
-  assert counterexample.search(dented, x, **options, steps=0) is None  # Random pairs alone.
-  assert counterexample.search(dented, x, **options, steps=200).gap > 0
+  assert counterexample.search(dented, (x,), **options, steps=0) is None  # Random pairs alone.
+  assert counterexample.search(dented, (x,), **options, steps=200).gap > 0
 
 
 @pytest.mark.parametrize("kind", ["convex", "concave", "affine"])

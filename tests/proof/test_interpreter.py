@@ -47,6 +47,16 @@ def with_another_shift(x):
   return jnp.log(jnp.exp(x - top[:, None]).sum(1)) + top[::-1]
 
 
+def shifted_by(bounded):
+  """A log-sum-exp shifted by a function of a row's first entry."""
+
+  def function(x):
+    c = bounded(x[:, 0])
+    return jnp.log(jnp.exp(x - c[:, None]).sum(1)) + c
+
+  return function
+
+
 CURVATURES = [  # (name, function, curvature)
   ("identity", lambda x: x, "affine"),
   ("dense", lambda x: x @ MIXED + 1, "affine"),
@@ -150,6 +160,15 @@ CURVATURES = [  # (name, function, curvature)
   (
     "log-sum-exp by an undefined shift",
     lambda x: jnp.log(jnp.exp(x - jnp.log(x[:, :1])).sum(1)) + jnp.log(x[:, 0]),
+    "unknown",
+  ),
+  ("log-sum-exp by a bound", shifted_by(lambda c: jnp.maximum(c, -np.inf)), "convex"),
+  ("log-sum-exp by infinity", shifted_by(lambda c: jnp.maximum(c, np.inf)), "unknown"),
+  ("log-sum-exp by minus infinity", shifted_by(lambda c: jnp.minimum(c, -np.inf)), "unknown"),
+  ("log-sum-exp by NaN", shifted_by(lambda c: jnp.maximum(c, np.nan)), "unknown"),
+  (
+    "log-sum-exp clamped to infinity",
+    shifted_by(lambda c: jax.lax.clamp(jnp.inf, c, jnp.inf)),
     "unknown",
   ),
   (

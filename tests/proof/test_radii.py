@@ -154,7 +154,7 @@ def test_a_run_that_is_not_proved_is_refused():
     certified.certifier(make_run("mixer", "base"))
   with pytest.raises(UserError, match="proved networks only"):
     certified.minimise_logit(make_run("mlp", "base"), 0)
-  with pytest.raises(UserError, match="head alone"):
+  with pytest.raises(UserError, match="only the head is convex"):
     certified.certifier(make_run("mlp", convex_from="head", head_depth=1))
 
 
@@ -250,7 +250,7 @@ def test_a_logit_is_minimised_over_all_images():
 
 def test_norms_are_read_or_refused():
   assert radii_report.norms_of("l1,linf") == ("l1", "linf") and radii_report.norms_of("") == ()
-  with pytest.raises(UserError, match="allowed: some of l1,l2,linf"):
+  with pytest.raises(UserError, match="expected some of l1,l2,linf"):
     radii_report.norms_of("l3")
 
 
