@@ -73,7 +73,7 @@ class Console:
   def _line(self) -> str:
     last, words = self._last, []
     if "epoch" in last:
-      words.append(f"epoch {last['epoch']:.1f}/{self._epochs:g}")
+      words.append(f"epoch {last['epoch']:.1f}/{round(self._epochs, 1):g}")
     if "loss" in last:
       words.append(f"loss {last['loss']:.3f}")
     for split in ("train", "valid", "test"):
