@@ -20,9 +20,8 @@ line in the source code.
     print(certify(network, weights, x))  # PROVED, if second >= 0 and last >= 0.
 
 Convexity then pays: `radii` certifies how far an input may move before its class can change,
-`minimum` bounds a convex function's least value over a box.
-
-This package needs jax, numpy and scipy, and nothing else of convex_jax.
+`minimum` bounds a convex function's least value over a box. The package needs jax, numpy and
+scipy, and nothing else of convex_jax.
 """
 
 from convex_jax.proof.certificate import Certificate, certify

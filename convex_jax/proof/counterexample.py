@@ -24,9 +24,7 @@ class Counterexample:
   beyond: float  # The part of the gap that no rounding explains.
 
   def __str__(self) -> str:
-    return (
-      f"refuted by two points: at their midpoint, output {self.output} misses by {self.gap:.3g}"
-    )
+    return f"refuted by two points: output {self.output} misses by {self.gap:.3g} midway"
 
 
 def search(
@@ -52,20 +50,18 @@ def search(
     def call(x):
       return f(*known[:at], x, *known[at + 1 :])
 
-    gaps = jax.jit(functools.partial(_gaps, call, np.flatnonzero(open_outputs), kind))
+    chosen = np.flatnonzero(open_outputs)
+    gaps = jax.jit(functools.partial(_gaps, call, chosen, kind))
 
     def measure(pair) -> Counterexample:
-      gap, beyond = map(np.asarray, gaps(pair))
+      (a, b), (gap, beyond) = map(np.asarray, pair), map(np.asarray, gaps(pair))
       k = int(np.argmax(np.where(np.isfinite(beyond), beyond, -np.inf)))
-      found = int(np.flatnonzero(open_outputs)[k])
-      return Counterexample(
-        np.asarray(pair[0]), np.asarray(pair[1]), found, float(gap[k]), float(beyond[k])
-      )
+      return Counterexample(a, b, int(chosen[k]), float(gap[k]), float(beyond[k]))
 
     pairs = _pairs(np.random.default_rng(seed), args[at].shape, box, max(8, steps // 4))
     best = _best(map(measure, pairs))
     if not best.beyond > 0 and steps:
-      k = int(np.searchsorted(np.flatnonzero(open_outputs), best.output))
+      k = int(np.searchsorted(chosen, best.output))
       start = jnp.asarray(np.stack([best.a, best.b]))
       best = _best(map(measure, _climb(lambda pair: gaps(pair)[0][k], start, box, steps)))
   return best if best.beyond > 0 else None

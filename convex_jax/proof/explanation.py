@@ -68,15 +68,13 @@ def _fault(op: Operation, kind: str) -> str:
     return f"{name}: {_count(bad, lambda a: ~np.isfinite(a))} not finite"
   if name in ("dot_general", "conv_general_dilated", "mul", "div"):
     if len(values) == 2:
-      verb = "quotient" if name == "div" else "product"
-      return f"{name}: a {verb} of two values that both depend on the input"
+      noun = "quotient" if name == "div" else "product"
+      return f"{name}: a {noun} of two values that both depend on the input"
     if isinstance(op.inputs[-1], Value) and name == "div":
       return "div: a quotient by a value that depends on the input"
     return f"{name}: {_count(known[0], lambda a: a < 0)} negative and multiply a value not affine"
-  if name == "add":
-    return f"add: the sum of {_list(values)}"
-  if name == "sub":
-    return f"sub: the difference of {_list(values)}"
+  if name in ("add", "sub"):
+    return f"{name}: the {'sum' if name == 'add' else 'difference'} of {_list(values)}"
   if name not in RULES:
     return f"{name} of a value that depends on the input, for which there is no rule"
   if not values:

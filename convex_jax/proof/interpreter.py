@@ -178,17 +178,15 @@ class Walk:
 
 def _second_look(op: Operation, masks: Masks) -> tuple[Masks, Operation]:
   """Masks and operation, better where several operations together show a curvature."""
-  pattern, found = log_sum_exp.PATTERNS.get(op.primitive), None
-  if pattern is not None:
-    found = pattern(op, *op.inputs)
+  pattern = log_sum_exp.PATTERNS.get(op.primitive)
+  found = pattern(op, *op.inputs) if pattern else None
   if found is None and op.primitive in activations.ELEMENTWISE:
     seen = activations.as_scalar_function(Value(*masks, op))
     if seen is not None:
       z, f = seen
       found = composed(z, f.convex, f.concave, f.rising, f.falling)
-      op = dataclasses.replace(op, scalar=seen)
-      if not np.all(f.convex | f.concave) and op.primitive in ("select_n", "add"):
-        op = dataclasses.replace(op, note=str(f))
+      bent = not np.all(f.convex | f.concave) and op.primitive in ("select_n", "add")
+      op = dataclasses.replace(op, scalar=seen, note=str(f) if bent else "")
   if found is None:
     return masks, op
   return (tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)), op
@@ -233,8 +231,7 @@ def _is_real(x: Value | Known) -> bool:
 
 
 def _stays_real(eqn) -> bool:
-  both = (eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype)
-  return all(jnp.issubdtype(d, jnp.floating) for d in both)
+  return all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (*eqn.invars, *eqn.outvars))
 
 
 def _needed(jaxpr) -> Iterator[Any]:

@@ -61,7 +61,7 @@ class Operation:
   """One step of the computation; `order` counts the steps from the input."""
 
   primitive: str
-  eqn: Any  # A `jax.extend.core.JaxprEqn`, whose variables have no static type; None at the border of an unrolled loop.
+  eqn: Any  # A `jax.extend.core.JaxprEqn`; None at the border of an unrolled loop.
   inputs: tuple["Known | Value", ...]
   place: Place
   order: int
@@ -70,12 +70,10 @@ class Operation:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of its first output."""
     return tuple(self.eqn.outvars[0].aval.shape)
 
   @property
   def params(self) -> dict[str, Any]:
-    """Of the primitive."""
     return self.eqn.params if self.eqn else {}
 
   def bind(self, *arrays: Any, **changed: Any) -> Any:
