@@ -105,7 +105,7 @@ def _require(what: str, value: Any, known: Iterable[str], of: str = "") -> None:
 
 
 def model_config(name: str, size: str, twin: str = "base", **changes: Any) -> dict[str, Any]:
-  """A `config.model` with its defaults, but for `changes`; arguments and errors of `create_model`."""
+  """A `config.model` of the defaults and `changes`; arguments and errors as of `create_model`."""
   _require("architecture", name, ARCHITECTURES)
   _require("size", size, module_of(name).SIZES, f" of {name!r}")
   _require("twin", twin, TWINS)

@@ -54,12 +54,13 @@ def table() -> Table:
     caption="MACs (multiply-accumulates) of one image. 1000 classes from 200 px, otherwise 10."
     " Every ioc is convex in the image; a paper twin is, unless something breaks it.",
   )
-  for column in ("model", "size"):
+  for column in ("\n\nmodel", "\n\nsize"):
     out.add_column(column, no_wrap=True)
-  columns = ("px", "parameters\n(10^6)", "MACs\n(10^9)", "ioc param.\n(10^6)", "ioc MACs\n(10^9)")
+  columns = ("\n\npx", "base\nparams\n(10^6)", "base\nMACs\n(10^9)")
+  columns += ("ioc\nparams\n(10^6)", "ioc\nMACs\n(10^9)")
   for column in columns:
     out.add_column(column, justify="right", no_wrap=True)
-  out.add_column("paper twin\nbroken by", min_width=10)
+  out.add_column("\npaper twin\nbroken by", min_width=10)
   for name in catalog.names():
     module = catalog.module_of(name)
     for size in module.SIZES:

@@ -153,7 +153,7 @@ class Parts:
       shape = (len(y_BxHxWxE), i, j, y_BxHxWxE.shape[-1])
       y_BxIxJxE = jax.image.resize(y_BxHxWxE, shape, "linear", antialias=True)
     else:
-      # Not `nn.avg_pool`: with a wide window, its gradient is 100 times slower on XLA's CPU backend.
+      # Not `nn.avg_pool`: a wide window makes its gradient 100 times slower on XLA's CPU backend.
       y_BxIxJxE = y_BxHxWxE.reshape(-1, i, h // i, j, w // j, y_BxHxWxE.shape[-1]).mean((2, 4))
     return self.passthrough_dense(y_BxIxJxE, like_BxIxJxD.shape[-1], name=name)
 

@@ -12,6 +12,7 @@ from convex_jax.models import catalog, layers, overview
 from convex_jax.models.constraints import FREE, constraints_of
 from convex_jax.models.parts import TWINS, Parts
 from convex_jax.models.variables import apply, init_variables
+from tests.support.midpoints import midpoint_gaps
 
 EVERY_TWIN = [(name, twin) for name in catalog.names() for twin in TWINS]
 
@@ -52,15 +53,8 @@ def network(model):
 
 
 def worst_gap(f, weights, seed=0, pairs=200, shape=(8, 8, 1)):
-  """Least (f(a) + f(b)) / 2 - f((a + b) / 2) of pairs and logits, relative: >= 0 if convex."""
-  rng = np.random.default_rng(seed)
-  sizes = (pairs, *(1 for _ in shape))
-  a = rng.standard_normal((pairs, *shape)) * rng.choice([0.3, 3, 10], sizes)
-  b = a + rng.standard_normal(a.shape) * rng.choice([0.1, 1, 5], sizes)
-  logits = f(weights, jnp.asarray(np.concatenate([a, b, (a + b) / 2])))
-  assert logits.dtype == jnp.float64
-  fa, fb, middle = np.split(np.asarray(logits), 3)
-  return float((((fa + fb) / 2 - middle) / (1 + np.abs(fa) + np.abs(fb))).min())
+  """The largest midpoint gap over pairs and logits: <= 0 where convex."""
+  return midpoint_gaps(functools.partial(f, weights), shape, pairs=pairs, seed=seed).max()
 
 
 def training_pass(model, weights, images, seed):
@@ -304,8 +298,10 @@ def tiny64(name, twin="ioc", **changes):
 @pytest.mark.parametrize("name", catalog.names())
 def test_ioc_is_convex_whatever_the_free_weights(name, float64):
   model = tiny64(name)
+  logits = jax.eval_shape(network(model), feasible(model)[0], jnp.zeros((1, 8, 8, 1)))
+  assert logits.dtype == jnp.float64
   for seed in range(2):
-    assert worst_gap(network(model), feasible(model, seed)[0], seed) >= -1e-12
+    assert worst_gap(network(model), feasible(model, seed)[0], seed) <= 1e-12
 
 
 FORMS = [  # That the tiny sizes do not cover.
@@ -324,7 +320,7 @@ FORMS = [  # That the tiny sizes do not cover.
 @pytest.mark.parametrize("name,fields", FORMS, ids=str)
 def test_other_forms_are_convex_too(name, fields, float64):
   model = tiny64(name, **fields)
-  assert worst_gap(network(model), feasible(model)[0]) >= -1e-12
+  assert worst_gap(network(model), feasible(model)[0]) <= 1e-12
 
 
 NOT_CONVEX = [(name, "base") for name in catalog.names()]
@@ -335,7 +331,7 @@ NOT_CONVEX += [(name, "paper") for name in ("mixer", "cycle_mlp")]  # Sampling m
 def test_the_falsifier_sees_networks_that_are_not_convex(name, twin, float64):
   """The negative control: a norm or a gate made of features, or weights of either sign."""
   model = tiny64(name, twin)
-  assert worst_gap(network(model), feasible(model)[0]) < -1e-6
+  assert worst_gap(network(model), feasible(model)[0]) > 1e-6
   assert twin == "base" or catalog.module_of(name).PAPER_BREAKS
 
 
@@ -356,7 +352,7 @@ def test_the_falsifier_sees_tagged_weights_turned_negative(name, float64):
     wrong = [-leaf if j == i else leaf for j, leaf in enumerate(leaves)]
     mutant = {**weights, "params": jax.tree.unflatten(tree, wrong)}
     total += 1
-    found += worst_gap(network(model), mutant, pairs=pairs) < -1e-9
+    found += worst_gap(network(model), mutant, pairs=pairs) > 1e-9
   # MLP: the first BatchNorm acts on an affine map of the image, where a sign is free.
   missed = {"mlp": 1, "mixer": 0}.get(name, total // 2)
   assert found >= total - missed and total >= 4
@@ -374,17 +370,17 @@ def test_partly_convex_networks_are_convex_in_their_features(name, twin, float64
   head = catalog.build_head(config, 5, dtype=jnp.float64)
   params = {"params": weights["params"]["head"], "stats": weights["stats"]["head"]}
   width = weights["params"]["head"]["dense_0"]["kernel"].shape[0]
-  assert worst_gap(network(head), params, shape=(width,)) >= -1e-12
-  assert worst_gap(network(model), weights) < -1e-6
+  assert worst_gap(network(head), params, shape=(width,)) <= 1e-12
+  assert worst_gap(network(model), weights) > 1e-6
   # The control: the same head without the constraint.
   free = {**params, "params": jax.tree.map(lambda w: w - w.mean(), params["params"])}
-  assert worst_gap(network(head), free, shape=(width,)) < -1e-6
+  assert worst_gap(network(head), free, shape=(width,)) > 1e-6
 
 
 @pytest.mark.parametrize("name", catalog.names())
 def test_a_deeper_head_keeps_the_whole_convex(name, float64):
   model = tiny64(name, head_depth=1, head_width=7)
-  assert worst_gap(network(model), feasible(model)[0]) >= -1e-12
+  assert worst_gap(network(model), feasible(model)[0]) <= 1e-12
 
 
 @pytest.mark.parametrize("size,axis", [((5, 7), 1), ((4, 1), 2), ((6, 3), 2), ((1, 1), 1)])
