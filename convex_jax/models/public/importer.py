@@ -109,12 +109,8 @@ def load_public(
   initial = _flat(nn.meta.unbox(variables(model))) if fresh else {}
   taken |= {leaf: np.asarray(initial[leaf]) for leaf in fresh}
   tree = traverse_util.unflatten_dict({leaf: taken[leaf] for leaf in ours}, sep="/")
-  return Public(
-    weights={"params": tree["params"], "stats": tree.get("stats", {})},
-    mapped=mapped,
-    fresh=fresh,
-    unused=tuple(sorted(unused)),
-  )
+  weights = {"params": tree["params"], "stats": tree.get("stats", {})}
+  return Public(weights, mapped, fresh, tuple(sorted(unused)))
 
 
 def _flat(tree: Any) -> dict[str, Any]:
