@@ -138,7 +138,7 @@ class Walk:
     name = eqn.primitive.name
     op = Operation(name, eqn, tuple(inputs), place, self._order)
     reals = [jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.outvars]
-    if len(eqn.outvars) > 1 or not all(reals) or not all(_is_real(x) for x in inputs[1:]):
+    if len(eqn.outvars) > 1 or not all(reals) or not all(x.is_real for x in inputs[1:]):
       if name == "split":
         return _split(eqn, inputs[0], op)
       nothing = [uniform(True, v.aval.shape) for v in eqn.outvars]
@@ -178,9 +178,8 @@ class Walk:
 
 def _second_look(op: Operation, masks: Masks) -> tuple[Masks, Operation]:
   """Masks and operation, better where several operations together show a curvature."""
-  pattern, found = log_sum_exp.PATTERNS.get(op.primitive), None
-  if pattern is not None:
-    found = pattern(op, *op.inputs)
+  pattern = log_sum_exp.PATTERNS.get(op.primitive, lambda *_: None)
+  found = pattern(op, *op.inputs)
   if found is None and op.primitive in activations.ELEMENTWISE:
     seen = activations.as_scalar_function(Value(*masks, op))
     if seen is not None:
@@ -228,13 +227,8 @@ def _moved(inputs: Sequence[Any], not_convex, not_concave, place: Place) -> Valu
   return Value(tidy(not_convex, shape), tidy(not_concave, shape), op, is_real)
 
 
-def _is_real(x: Value | Known) -> bool:
-  return isinstance(x, Known) or x.is_real
-
-
 def _stays_real(eqn) -> bool:
-  both = (eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype)
-  return all(jnp.issubdtype(d, jnp.floating) for d in both)
+  return all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (*eqn.invars, *eqn.outvars))
 
 
 def _needed(jaxpr) -> Iterator[Any]:
