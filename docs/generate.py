@@ -186,7 +186,7 @@ def sizes() -> str:
   for name in catalog.names():
     module = catalog.module_of(name)
     named = [size for size in module.SIZES if size != "tiny"]
-    pixels = sorted({module.image_size(size) for size in named})
+    pixels = sorted({module.IMAGE_SIZE[size] for size in named})
     between = str(pixels[0]) if len(pixels) == 1 else f"{pixels[0]} to {pixels[-1]}"
     listed = " ".join(f"`{size}`" for size in named)
     rows.append([f"`{name}`", listed, between, module.PAPER_BREAKS or "nothing"])

@@ -13,14 +13,13 @@ import os
 from typing import Any
 
 import numpy as np
-import rich.progress
 import tensorflow_datasets as tfds
-from rich.console import Console
 
 from convex_jax.data import prepare
 from convex_jax.data.catalog import DATASETS, Dataset, Statistics
 from convex_jax.data.photos import cache, decode
 from convex_jax.data.photos.records import Records, source_of
+from convex_jax.data.progress import track
 from convex_jax.data.splits import Split
 from convex_jax.errors import UserError
 from convex_jax.files import refuse_url
@@ -40,8 +39,8 @@ class Data:
 
   def splits(self) -> dict[str, Examples]:
     """The splits that exist, by name."""
-    all_splits = {"train": self.train, "valid": self.valid, "test": self.test}
-    return {name: split for name, split in all_splits.items() if split is not None}
+    held_out = {} if self.valid is None else {"valid": self.valid}
+    return {"train": self.train, **held_out, "test": self.test}
 
   @functools.cached_property
   def statistics(self) -> Statistics:
@@ -127,15 +126,10 @@ def decode_split(builder: Any, split: str, progress: bool) -> Split:
           " Prepare it again"
         ) from error
 
-  text, total = f"decoding {builder.name} {split}", -(-len(source) // 1000)
-  console, hidden = Console(stderr=True), not progress
+  text, starts = f"decoding {builder.name} {split}", range(0, len(source), 1000)
   try:
     with concurrent.futures.ThreadPoolExecutor() as pool:
-      done = pool.map(read, range(0, len(source), 1000))
-      for _ in rich.progress.track(
-        done, text, total, transient=True, disable=hidden, console=console
-      ):
-        pass
+      list(track(pool.map(read, starts), text, len(starts), disable=not progress))
   except RuntimeError as error:  # From ArrayRecord, for a changed file.
     raise _damaged(builder.name, builder.data_dir, error) from error
   if not ((labels >= 0) & (labels < classes)).all():
@@ -197,21 +191,17 @@ def _examples(config: Any, builder: Any, split: str, progress: bool) -> Any:
     return decode_split(builder, split, progress)
   if config.loader == "stream":
     every, folder = np.arange(builder.info.splits[split].num_examples), str(builder.data_dir)
-    _check_count(config.name, folder, split, len(every))
+    try:
+      found = len(source_of(folder, split))
+    except Exception as error:  # From TFDS or ArrayRecord.
+      raise _damaged(config.name, folder, error) from error
+    if found != len(every):
+      reason = f"{found:,} records in {split} instead of {len(every):,}"
+      raise _damaged(config.name, folder, ValueError(reason))
     area, classes = tuple(config.crop_area), builder.info.features["label"].num_classes
     return Records(folder, split, every, config.image_size, area, config.eval_share, classes)
   size = config.cache_size or config.image_size
   return cache.read(config.name, builder.data_dir, split, size, config.max_unreadable, progress)
-
-
-def _check_count(name: str, folder: str, split: str, count: int) -> None:
-  """Raises `UserError` where a split cannot be opened or does not have `count` records."""
-  try:
-    found = len(source_of(folder, split))
-  except Exception as error:  # From TFDS or ArrayRecord.
-    raise _damaged(name, folder, error) from error
-  if found != count:
-    raise _damaged(name, folder, ValueError(f"{found:,} records in {split} instead of {count:,}"))
 
 
 DISTINCT = 4096  # Number of different synthetic images.

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import io
 import os
+import pathlib
 import shutil
 import sys
 import types
@@ -77,10 +78,6 @@ def builder_of(name: str, data_dir: str, config: str = "") -> Any:
   return tfds.builder(f"{name}/{config}" if config else name, data_dir=folder)
 
 
-def _as_pil(image: np.ndarray) -> PIL.Image.Image:
-  return PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
 @contextlib.contextmanager
 def _without_tensorflow(builder: Any) -> Iterator[None]:
   """Lets an official builder run: it yields PIL images and opens files with Python's `open`."""
@@ -92,14 +89,13 @@ def _without_tensorflow(builder: Any) -> Iterator[None]:
   def generate_pil(*args, **kwargs):
     for key, example in generate(*args, **kwargs):
       image = example["image"]
-      yield key, {**example, "image": _as_pil(image) if isinstance(image, np.ndarray) else image}
+      if isinstance(image, np.ndarray):
+        image = PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+      yield key, {**example, "image": image}
 
-  gfile = types.SimpleNamespace(
-    GFile=open, exists=os.path.exists, listdir=os.listdir, glob=glob.glob
-  )
-  plain = types.SimpleNamespace(
-    io=types.SimpleNamespace(gfile=gfile), compat=types.SimpleNamespace(as_text=str)
-  )
+  space = types.SimpleNamespace
+  gfile = space(GFile=open, exists=os.path.exists, listdir=os.listdir, glob=glob.glob)
+  plain = space(io=space(gfile=gfile), compat=space(as_text=str))
   replaced: list[tuple[Any, str, Any]] = [
     (builder, "_generate_examples", generate_pil),
     (sys.modules[type(builder).__module__], "tf", plain),
@@ -136,21 +132,17 @@ def check_archives(builder: Any, manual_dir: str) -> None:
       f"Data set {builder.name!r} requires that you register at {builder.info.homepage}. Download"
       f" {listed} to one folder, and pass --manual_dir=<that folder>"
     )
-  lines = []
-  for name, (size, _) in archives.items():
-    path = os.path.join(manual_dir, name)
+  lines, paths = [], {os.path.join(manual_dir, name): facts for name, facts in archives.items()}
+  for path, (size, _) in paths.items():
     found = os.path.getsize(path) if os.path.exists(path) else 0
     if found != size:
       lines.append(f"{path} has {found:,} of {size:,} bytes: resume or repeat the download")
-  for name, (_, checksum) in archives.items() if not lines else ():
-    path = os.path.join(manual_dir, name)
-    with rich.progress.open(path, "rb", description=f"checking {name}", transient=True) as file:
+  for path, (_, checksum) in paths.items() if not lines else ():
+    with rich.progress.open(path, "rb", description=f"checking {path}", transient=True) as file:
       if hashlib.file_digest(file, "sha256").hexdigest() != checksum:  # pyright: ignore
         lines.append(f"{path} is not the official file (its SHA-256 differs): download it again")
-  folder = os.path.abspath(str(builder.data_dir))
-  while not os.path.exists(folder):
-    folder = os.path.dirname(folder)
-  free = shutil.disk_usage(folder).free
+  folder = pathlib.Path(str(builder.data_dir)).absolute()
+  free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
   if not lines and free < 2 * total:  # The records, and TFDS's temporary copy.
     lines.append(
       f"{builder.data_dir} has {free / 1e9:.0f} GB free and needs {2 * total / 1e9:.0f} GB, half of"

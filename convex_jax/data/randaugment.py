@@ -16,16 +16,8 @@ import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
 WARPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-TABLES = (
-  "autocontrast",
-  "equalize",
-  "invert",
-  "posterize",
-  "solarize",
-  "solarize_add",
-  "contrast",
-  "brightness",
-)
+TABLES = ("autocontrast", "equalize", "invert", "posterize", "solarize", "solarize_add")
+TABLES += ("contrast", "brightness")
 BLENDS = ("colour", "sharpness")
 OPERATIONS = (*WARPS, *TABLES, *BLENDS)
 NOTHING = len(OPERATIONS)
@@ -64,10 +56,8 @@ def operate(x_HxWxC: jax.Array, number: Any, magnitude: Any, sign: Any) -> jax.A
     table = _chosen(number, TABLES, all_tables, all_tables["nothing"])
     rows.append(table[levels_HxWxC[..., c]])
   x_HxWxC = jnp.stack(rows, -1)
-  others = {
-    "colour": jnp.broadcast_to(_grey(x_HxWxC), x_HxWxC.shape),
-    "sharpness": _smooth(x_HxWxC),
-  }
+  grey_HxWxC = jnp.broadcast_to(_grey(x_HxWxC), x_HxWxC.shape)
+  others = {"colour": grey_HxWxC, "sharpness": _smooth(x_HxWxC)}
   other_HxWxC = _chosen(number, BLENDS, others, x_HxWxC)
   return jnp.clip(other_HxWxC + factor * (x_HxWxC - other_HxWxC), 0, 255)
 

@@ -59,8 +59,7 @@ class Split:
       for c, channel in enumerate(np.moveaxis(self.take(slice(start, start + 1000)), -1, 0)):
         counts[c] += np.bincount(channel.ravel(), minlength=256)
     means = [float(np.average(levels, weights=n)) for n in counts]
-    variances = [
-      np.average((levels - m) ** 2, weights=n) for m, n in zip(means, counts, strict=True)
-    ]
+    pairs = zip(means, counts, strict=True)
+    variances = [np.average((levels - m) ** 2, weights=n) for m, n in pairs]
     # A constant channel is divided by 1, not by 0.
     return tuple(means), tuple(float(np.sqrt(v)) or 1.0 for v in variances)

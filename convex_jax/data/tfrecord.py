@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import google_crc32c
-import rich.progress
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
-from rich.console import Console
 
+from convex_jax.data.progress import track
 from convex_jax.errors import UserError
 
 
@@ -60,10 +59,7 @@ def convert(source: str, target: str) -> str:
     raise UserError(
       f"{target} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f} GB free. Make room"
     )
-  console = Console(stderr=True)
-  for old, new, count in rich.progress.track(
-    shards, f"converting {about['name']}", console=console, transient=True
-  ):
+  for old, new, count in track(shards, f"converting {about['name']}"):
     _convert_shard(os.path.join(source, old), os.path.join(partial, new), count)
   for name in os.listdir(source):
     path = os.path.join(source, name)  # A subfolder is a cache: it is not copied.

@@ -4,7 +4,8 @@ Convolutions only: strided ones instead of pooling, then a 1x1 convolution to a 
 scores and the mean over positions. A ReLU follows every convolution, including the last.
 """
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -14,27 +15,17 @@ from convex_jax.models.parts import Parts, Rate
 
 PAPER_BREAKS = ""  # Neither norm nor gate.
 
-_HALVES = {  # Sides of the kernels before each halving (table 1 of the paper).
-  "a": (5,),
-  "b": (5, 1),
-  "c": (3, 3),
-}
-
-SIZES = {
-  "a": dict(kernels=_HALVES["a"]),
-  "b": dict(kernels=_HALVES["b"]),
-  "c": dict(kernels=_HALVES["c"]),
+SIZES = {  # Sides of the kernels before each halving (table 1 of the paper).
+  "a": dict(kernels=(5,)),
+  "b": dict(kernels=(5, 1)),
+  "c": dict(kernels=(3, 3)),
   # What the code of Sivaprasad et al. 2021 calls All-Conv.
-  "ioc_paper": dict(kernels=_HALVES["c"], form="ioc_paper"),
-  "tiny": dict(kernels=_HALVES["b"], width=6, padding="same"),  # For tests.
+  "ioc_paper": dict(kernels=(3, 3), form="ioc_paper"),
+  "tiny": dict(kernels=(5, 1), width=6, padding="same"),  # For tests.
 }
+IMAGE_SIZE = dict.fromkeys(SIZES, 32) | {"tiny": 8}
 
 he_normal = nn.initializers.he_normal()
-
-
-def image_size(size: str) -> int:
-  """Side of the images that a size was published for, px."""
-  return {"tiny": 8}.get(size, 32)
 
 
 def check(fields: dict, image_size: int) -> list[str]:
@@ -79,18 +70,13 @@ class Model(nn.Module):
     if published:
       x_BxHxWxD = parts.dropout(x_BxHxWxD, 0.4 * self.dropout, train)
     normed = halved = False
+    conv = functools.partial(parts.conv, own_init=he_normal)
     for i, (widths, side, stride) in enumerate(plan):
-      widened = parts.twin.widened and i == 0 and not published
-      x_BxHxWxD = parts.conv(
-        x_BxHxWxD,
-        self.width * widths * (2 if widened else 1),
-        (side, side),
-        strides=(stride, stride),
-        padding=side // 2 if same or i != len(plan) - 2 else 0,
-        free=i == 0,
-        inputs=NORMED if normed else ELU,
-        own_init=he_normal,
-        name=f"conv_{i}",
+      widths *= 2 if parts.twin.widened and i == 0 and not published else 1
+      padding = side // 2 if same or i != len(plan) - 2 else 0
+      fields: Any = dict(inputs=NORMED if normed else ELU, padding=padding, free=i == 0)
+      x_BxHxWxD = conv(
+        x_BxHxWxD, self.width * widths, side, stride=stride, name=f"conv_{i}", **fields
       )
       if i == 0:
         y_BxHxWxE = x_BxHxWxD
@@ -104,14 +90,6 @@ class Model(nn.Module):
     # A class map behind a ReLU is never negative; a single logit has to be of either sign.
     if parts.head_spec.depth or parts.head_spec.one_logit:
       return parts.head(x_BxHxWxD.mean((1, 2)), self.classes, train=train, name="head")
-    stride = 1 if published else 2
-    x_BxHxWxK = parts.conv(
-      x_BxHxWxD,
-      self.classes,
-      (1, 1),
-      strides=(stride, stride),
-      inputs=NORMED if normed else ELU,
-      own_init=he_normal,
-      name="head",
-    )
+    stride, inputs = 1 if published else 2, NORMED if normed else ELU
+    x_BxHxWxK = conv(x_BxHxWxD, self.classes, 1, stride=stride, inputs=inputs, name="head")
     return act(x_BxHxWxK).mean((1, 2))

@@ -4,7 +4,7 @@ An architecture is a module of this package, with all of its twins in one text. 
 
 - `Model(classes, parts, ...)`, whose further fields are keys of `config.model`;
 - `SIZES`, the fields of each size by its name;
-- `image_size(size)`, the side in px of the images that a size was published for;
+- `IMAGE_SIZE`, the side in px of the images that each size was published for;
 - `PAPER_BREAKS`, what keeps the `paper` twin from being convex;
 - `check(fields, image_size)`, errors in these fields, if fields can clash;
 - `PUBLISHED`, fields that the published number of operations depends on, if there are any.

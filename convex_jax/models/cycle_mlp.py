@@ -32,16 +32,12 @@ SIZES = {
   "B5": _published((3, 4, 24, 3), widths=(96, 192, 384, 768)),
   "tiny": dict(depths=(1, 1), widths=(8, 12), ratios=(2, 2), stem_stride=2),  # For tests.
 }
+IMAGE_SIZE = dict.fromkeys(SIZES, 224) | {"tiny": 8}
 
 gelu = functools.partial(nn.gelu, approximate=False)
 normal = nn.initializers.normal(0.02)
 # Of the plain convolutions: uniform in +-1 / sqrt(fan-in), torch's default.
 uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def image_size(size: str) -> int:
-  """Side of the images that a size was published for, px."""
-  return {"tiny": 8}.get(size, 224)
 
 
 def check(fields: dict, image_size: int) -> list[str]:
@@ -207,14 +203,13 @@ class Model(nn.Module):
     ):
       conv = functools.partial(parts.conv, features=width, own_init=uniform)
       if stage == 0:
-        strides = (self.stem_stride, self.stem_stride)
         y_BxHxWxE = conv(
-          image_BxHxWxC, kernel=(7, 7), strides=strides, padding=2, free=True, name="stem"
+          image_BxHxWxC, side=7, stride=self.stem_stride, padding=2, free=True, name="stem"
         )
         x_BxHxWxD = y_BxHxWxE
       else:
         x_BxHxWxD = conv(
-          x_BxHxWxD, kernel=(3, 3), strides=(2, 2), padding=1, inputs=NORMED, name=f"down_{stage}"
+          x_BxHxWxD, side=3, stride=2, padding=1, inputs=NORMED, name=f"down_{stage}"
         )
       z_BxHxWxD = None
       if parts.twin.passthrough:

@@ -60,17 +60,13 @@ SIZES = {
   ),
   "tiny": dict(blocks=(2, 1), growth=4, stem_width=6, stem="cifar"),  # For tests.
 }
+IMAGE_SIZE = {size: 224 if size.isdigit() else 32 for size in SIZES} | {"tiny": 8}
 
 # Overrides under which the work equals the published figures: with dropout, transitions pool after
 # their convolution.
 PUBLISHED = dict(dropout=0.1)
 
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # As in the original code.
-
-
-def image_size(size: str) -> int:
-  """Side of the images that a size was published for, px."""
-  return {"tiny": 8}.get(size, 224 if size.isdigit() else 32)
 
 
 def check(fields: dict, image_size: int) -> list[str]:
@@ -112,10 +108,10 @@ class Layer(nn.Module):
     norm = functools.partial(parts.norm, own="batch", train=train)
     h_BxHxWxF = act(norm(x_BxHxWxD, name="norm_0"))
     if self.bottleneck:
-      h_BxHxWxF = conv(h_BxHxWxF, 4 * self.growth, (1, 1), name="conv_0")
+      h_BxHxWxF = conv(h_BxHxWxF, 4 * self.growth, 1, name="conv_0")
       h_BxHxWxF = parts.dropout(h_BxHxWxF, self.dropout, train)
       h_BxHxWxF = act(norm(h_BxHxWxF, name="norm_1"))
-    h_BxHxWxF = conv(h_BxHxWxF, self.growth, (3, 3), padding=1, name="conv_1")
+    h_BxHxWxF = conv(h_BxHxWxF, self.growth, 3, padding=1, name="conv_1")
     return parts.dropout(h_BxHxWxF, self.dropout, train)
 
 
@@ -144,11 +140,11 @@ class Model(nn.Module):
     conv = functools.partial(parts.conv, use_bias=False, inputs=ELU, own_init=he_normal)
     norm = functools.partial(parts.norm, own="batch", train=train)
     if self.stem == "cifar":
-      x_BxHxWxD = conv(image_BxHxWxC, self.stem_width, (3, 3), padding=1, free=True, name="stem")
+      x_BxHxWxD = conv(image_BxHxWxC, self.stem_width, 3, padding=1, free=True, name="stem")
       y_BxHxWxE = x_BxHxWxD
     else:
       x_BxHxWxD = conv(
-        image_BxHxWxC, self.stem_width, (7, 7), strides=(2, 2), padding=3, free=True, name="stem"
+        image_BxHxWxC, self.stem_width, 7, stride=2, padding=3, free=True, name="stem"
       )
       y_BxHxWxE = norm(x_BxHxWxD, name="stem_norm")
       padding: Any = ((1, 1), (1, 1))
@@ -160,7 +156,7 @@ class Model(nn.Module):
         pool = functools.partial(nn.avg_pool, window_shape=(2, 2), strides=(2, 2))
         if not self.dropout:  # A 1x1 convolution commutes with pooling: a quarter of the work.
           x_BxHxWxD = pool(x_BxHxWxD)
-        x_BxHxWxD = conv(x_BxHxWxD, width, (1, 1), name=f"transition_{b}")
+        x_BxHxWxD = conv(x_BxHxWxD, width, 1, name=f"transition_{b}")
         if self.dropout:
           x_BxHxWxD = pool(parts.dropout(x_BxHxWxD, self.dropout, train))
         if parts.twin.passthrough:

@@ -7,7 +7,7 @@ linear head. A BatchNorm follows every convolution outside squeeze-excite.
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -38,11 +38,7 @@ SIZES = {
   "B7": dict(width=2.0, depth=3.1, dropout=0.5),
   "tiny": dict(width=0.1, depth=0.3, dropout=0.2, stem_stride=1, stages=3),  # For tests.
 }
-
-
-def image_size(size: str) -> int:
-  """Side of the images that a size was published for, px."""
-  return dict(B0=224, B1=240, B2=260, B3=300, B4=380, B5=456, B6=528, B7=600, tiny=8)[size]
+IMAGE_SIZE = dict(B0=224, B1=240, B2=260, B3=300, B4=380, B5=456, B6=528, B7=600, tiny=8)
 
 
 def scaled(features: int, width: float) -> int:
@@ -89,8 +85,8 @@ class ConvNorm(nn.Module):
     x_BxHxWxD = self.parts.conv(
       x_BxHxWxD,
       self.features,
-      (self.side, self.side),
-      strides=(self.stride, self.stride),
+      self.side,
+      stride=self.stride,
       padding="SAME" if tf else self.side // 2,
       feature_group_count=self.features if self.depthwise else 1,
       use_bias=False,
@@ -99,10 +95,8 @@ class ConvNorm(nn.Module):
       own_init=kernel_init(self.side, 1 if self.depthwise else self.features),
       name="conv",
     )
-    epsilon, momentum = (1e-3, 0.99) if tf else (1e-5, 0.9)
-    return self.parts.norm(
-      x_BxHxWxD, "batch", train=train, epsilon=epsilon, momentum=momentum, name="norm"
-    )
+    numbers: Any = dict(epsilon=1e-3, momentum=0.99) if tf else dict(epsilon=1e-5, momentum=0.9)
+    return self.parts.norm(x_BxHxWxD, "batch", train=train, name="norm", **numbers)
 
 
 class SqueezeExcite(nn.Module):
@@ -114,12 +108,8 @@ class SqueezeExcite(nn.Module):
   @nn.compact
   def __call__(self, x_BxHxWxD: jax.Array) -> jax.Array:
     parts, features = self.parts, x_BxHxWxD.shape[-1]
-    h_Bx1x1xE = parts.dense(
-      x_BxHxWxD.mean((1, 2), keepdims=True),
-      self.hidden,
-      own_init=kernel_init(1, self.hidden),
-      name="reduce",
-    )
+    x_Bx1x1xD, own_init = x_BxHxWxD.mean((1, 2), keepdims=True), kernel_init(1, self.hidden)
+    h_Bx1x1xE = parts.dense(x_Bx1x1xD, self.hidden, own_init=own_init, name="reduce")
     h_Bx1x1xE = parts.act(nn.silu)(h_Bx1x1xE)
     h_Bx1x1xD = parts.dense(h_Bx1x1xE, features, own_init=kernel_init(1, features), name="expand")
     return x_BxHxWxD * nn.sigmoid(h_Bx1x1xD)
@@ -180,16 +170,9 @@ class Model(nn.Module):
     repeats = [math.ceil(self.depth * stage[-1]) for stage in STAGES[: self.stages]]
     for s, (side, stride, expansion, features, _) in enumerate(STAGES[: self.stages]):
       for i in range(repeats[s]):
-        block = parts.block(Block)(
-          scaled(features, self.width),
-          side,
-          stride if i == 0 else 1,
-          expansion,
-          self.drop_path * done / sum(repeats),
-          self.variant,
-          parts,
-          name=f"stage_{s}_block_{i}",
-        )
+        shape = (scaled(features, self.width), side, stride if i == 0 else 1, expansion)
+        drop_path, name = self.drop_path * done / sum(repeats), f"stage_{s}_block_{i}"
+        block = parts.block(Block)(*shape, drop_path, self.variant, parts, name=name)
         x_BxHxWxD, done = block(x_BxHxWxD, train), done + 1
         if parts.twin.passthrough and s > 0 and i == 0:
           x_BxHxWxD += parts.passthrough_map(y_BxHxWxE, x_BxHxWxD, name=f"passthrough_{s}")

@@ -87,10 +87,6 @@ def _shifted_products(x_BxHxWxC: jax.Array, kernel: jax.Array, strides: Pair) ->
 _depthwise = jax.custom_vjp(_shifted_products, nondiff_argnums=(2,))
 
 
-def _depthwise_forward(x_BxHxWxC, kernel, strides):
-  return _depthwise(x_BxHxWxC, kernel, strides), (x_BxHxWxC, kernel)
-
-
 def _depthwise_backward(strides, residuals, g_BxIxJxC):
   x_BxHxWxC, kernel = residuals
   side = kernel.shape[:2]
@@ -116,7 +112,7 @@ def _depthwise_backward(strides, residuals, g_BxIxJxC):
   return x_grad, total.reshape(kernel.shape).astype(kernel.dtype)
 
 
-_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+_depthwise.defvjp(lambda x, k, *static: (_depthwise(x, k, *static), (x, k)), _depthwise_backward)
 
 
 def _native(x, kernel, strides, pads, groups=1):
@@ -154,10 +150,6 @@ def _convolve(x_BxHxWxC, kernel, strides, pads):
   return _native(x_BxHxWxC, kernel, strides, pads)
 
 
-def _forward(x_BxHxWxC, kernel, strides, pads):
-  return _native(x_BxHxWxC, kernel, strides, pads), (x_BxHxWxC, kernel)
-
-
 def _backward(strides, pads, residuals, g_BxIxJxD):
   x_BxHxWxC, kernel = residuals
   _, pull_x = jax.vjp(lambda x: _native(x, kernel, strides, pads), x_BxHxWxC)
@@ -174,7 +166,7 @@ def _backward(strides, pads, residuals, g_BxIxJxD):
   return *pull_x(g_BxIxJxD), lax.platform_dependent(x_BxHxWxC, g_BxIxJxD, cpu=by_rows, default=own)
 
 
-_convolve.defvjp(_forward, _backward)
+_convolve.defvjp(lambda x, k, *static: (_native(x, k, *static), (x, k)), _backward)
 
 
 def _from_shifted_inputs(x_BxHxWxC, g_BxIxJxD, side, strides, pads):

@@ -6,7 +6,7 @@ and a residual connection around it; norm; mean over tokens; linear head.
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -20,13 +20,8 @@ PAPER_BREAKS = "LayerNorm"  # What keeps the `paper` twin from being convex.
 
 def _published(depth, patch, channels):
   """Table 1 of the paper: token MLPs of C / 2 hidden units, channel MLPs of 4 C."""
-  return dict(
-    patch=patch,
-    depth=depth,
-    channels=channels,
-    tokens_hidden=channels // 2,
-    channels_hidden=4 * channels,
-  )
+  hidden = dict(tokens_hidden=channels // 2, channels_hidden=4 * channels)
+  return dict(patch=patch, depth=depth, channels=channels, **hidden)
 
 
 SIZES = {
@@ -41,11 +36,7 @@ SIZES = {
   "H/14": _published(32, 14, 1280),
   "tiny": dict(patch=4, depth=2, channels=8, tokens_hidden=6, channels_hidden=10),  # For tests.
 }
-
-
-def image_size(size: str) -> int:
-  """Side of the images that a size was published for, px."""
-  return {"seed": 72, "tiny": 8}.get(size, 224)
+IMAGE_SIZE = dict.fromkeys(SIZES, 224) | {"seed": 72, "tiny": 8}
 
 
 def check(fields: dict, image_size: int) -> list[str]:
@@ -166,29 +157,16 @@ class Model(nn.Module):
   @nn.compact
   def __call__(self, image_BxHxWxC: jax.Array, train: bool = False) -> jax.Array:
     parts, window = self.parts, self.patch + 2 * self.overlap
-    x_BxHxWxD = parts.conv(
-      image_BxHxWxC,
-      self.channels,
-      (window, window),
-      strides=(self.patch, self.patch),
-      padding=self.overlap,
-      free=True,
-      name="stem",
-    )
+    stem = functools.partial(parts.conv, stride=self.patch, padding=self.overlap, free=True)
+    x_BxHxWxD = stem(image_BxHxWxC, self.channels, window, name="stem")
     # Tokens first: mixing them is then one matrix product, without a transpose.
     x_SxBxD = x_BxHxWxD.reshape(len(x_BxHxWxD), -1, self.channels).swapaxes(0, 1)
     y_TxBxD, hidden = None, []
     for i in range(self.depth):
-      block = parts.block(Block)(
-        self.tokens_hidden,
-        self.channels_hidden,
-        self.gelu,
-        self.drop_path * i / max(1, self.depth - 1),
-        parts,
-        first=i == 0,
-        parallel=i == 0 and self.parallel,
-        name=f"block_{i}",
-      )
+      fields: Any = dict(first=i == 0, parallel=i == 0 and self.parallel, name=f"block_{i}")
+      sizes = (self.tokens_hidden, self.channels_hidden)
+      drop_path = self.drop_path * i / max(1, self.depth - 1)
+      block = parts.block(Block)(*sizes, self.gelu, drop_path, parts, **fields)
       x_SxBxD, y_TxBxD, (tokens_TxBxD, channels_SxBxE) = block(x_SxBxD, train, y_TxBxD)
       if self.dense_readout:
         tokens_BxTD = tokens_TxBxD.swapaxes(0, 1).reshape(len(image_BxHxWxC), -1)

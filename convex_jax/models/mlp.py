@@ -16,11 +16,7 @@ SIZES = {
   "800x3": dict(width=800, depth=3),
   "tiny": dict(width=8, depth=2, passthrough_rank=4),  # For tests.
 }
-
-
-def image_size(size: str) -> int:
-  """Side of the images that a size was published for, px."""
-  return {"tiny": 8}.get(size, 32)
+IMAGE_SIZE = dict.fromkeys(SIZES, 32) | {"tiny": 8}
 
 
 class Model(nn.Module):

@@ -66,7 +66,7 @@ def table() -> Table:
     for size in module.SIZES:
       if size == "tiny":
         continue
-      px = module.image_size(size)
+      px = module.IMAGE_SIZE[size]
       classes = 1000 if px >= 200 else 10
       row = [name, size, str(px)]
       for twin in ("base", "ioc"):

@@ -129,10 +129,11 @@ class Parts:
       fields |= dict(initial_scale=initial_scale, scale_constraint=self.twin.constraint)
     return self.dense(x, features, name=name, **fields)
 
-  def conv(self, x, features: int, kernel: tuple[int, int], *, name: str, **fields):
+  def conv(self, x, features: int, side: int, *, name: str, stride: int = 1, **fields):
     """Convolution over (H, W), an `nn.Conv`, with its kernel constrained unless `free`."""
-    fan_in = kernel[0] * kernel[1] * x.shape[-1] // fields.get("feature_group_count", 1)
-    fields |= dict(kernel_size=kernel, conv_general_dilated=self.numerics.convolve)
+    fan_in = side * side * x.shape[-1] // fields.get("feature_group_count", 1)
+    fields |= dict(kernel_size=(side, side), strides=(stride, stride))
+    fields |= dict(conv_general_dilated=self.numerics.convolve)
     return self._affine(nn.Conv, fan_in, features=features, name=name, **fields)(x)
 
   def passthrough_dense(self, y, features: int, *, name: str):
@@ -168,11 +169,8 @@ class Parts:
 
     Both of those are convex, and so is their difference: that of a convex binary classifier.
     """
-    one, constraint, dtype = (
-      self.head_spec.one_logit,
-      self.twin.head_constraint,
-      self.numerics.dtype,
-    )
+    one, dtype = self.head_spec.one_logit, self.numerics.dtype
+    constraint = self.twin.head_constraint
     if (one or classes == 1) and constraint == "shift":  # It moves a class along with others.
       constraint = "clamp"
     init = constrained(own_init, constraint)
@@ -201,41 +199,26 @@ class Parts:
     return nn.Dropout(rate, broadcast_dims=axes)(x, deterministic=not train)
 
   def norm(
-    self,
-    x,
-    own: str,
-    *,
-    name: str,
-    train: bool,
-    free: bool = False,
-    epsilon: float | None = None,
-    momentum: float = 0.9,
+    self, x, own: str, *, name: str, train: bool, free=False, epsilon=0.0, momentum: float = 0.9
   ):
     """The twin's normalisation, or the architecture's `own` ("layer", "batch").
 
-    `epsilon` and `momentum` (the fraction of the running averages that a step keeps: 1 minus
+    `epsilon` (0: by default) and `momentum` (the fraction of the running averages that a step keeps: 1 minus
     torch's) apply to the architecture's own kind; otherwise LayerNorm has epsilon 1e-6, BatchNorm
     1e-5 and momentum 0.9. `free` leaves the sign of the scale open: right only where the norm
     acts on the affine part of the image.
     """
-    dtype, kind = self.numerics.dtype, self.twin.norm_kind or own
+    numerics, kind = self.numerics, self.twin.norm_kind or own
     scale_init = constrained(nn.initializers.ones, FREE if free else self.twin.constraint)
+    fields: Any = dict(dtype=numerics.dtype, scale_init=scale_init, name=name)
     if kind != own:
-      epsilon, momentum = None, 0.9
+      epsilon, momentum = 0.0, 0.9
     if kind == "layer":
-      return nn.LayerNorm(epsilon or 1e-6, dtype=dtype, scale_init=scale_init, name=name)(x)
+      return nn.LayerNorm(epsilon or 1e-6, **fields)(x)
     if kind == "affine":
-      return Affine(dtype, scale_init, name=name)(x)
-    layer = nn.BatchNorm(
-      use_running_average=not train,
-      momentum=momentum,
-      epsilon=epsilon or 1e-5,
-      dtype=dtype,
-      scale_init=scale_init,
-      axis_name=self.numerics.axis_name,
-      name=name,
-    )
-    return layer(x)
+      return Affine(**fields)(x)
+    fields |= dict(momentum=momentum, epsilon=epsilon or 1e-5, axis_name=numerics.axis_name)
+    return nn.BatchNorm(not train, **fields)(x)
 
 
 class Head(nn.Module):
@@ -265,18 +248,9 @@ class Head(nn.Module):
 
 def ioc(constraint: str = "clamp", **changes) -> Twin:
   """The twin that is exactly convex at inference; `changes` to fields of `Twin`."""
-  twin = Twin(
-    "ioc",
-    constraint=constraint,
-    head_constraint="shift",
-    activation=elu,
-    norm_kind="batch",
-    principled=True,
-    branch_scales=True,
-    passthrough=True,
-    gates=False,
-  )
-  return dataclasses.replace(twin, **changes)
+  twin = Twin("ioc", constraint, "shift", activation=elu, norm_kind="batch", gates=False)
+  learning = dict(principled=True, branch_scales=True, passthrough=True)
+  return dataclasses.replace(twin, **(learning | changes))
 
 
 def paper(constraint: str = "clamp") -> Twin:
@@ -285,9 +259,8 @@ def paper(constraint: str = "clamp") -> Twin:
 
 
 TWINS = ("base", "ioc", "paper")
-NORMS = {"twin": {}, "own": {"norm_kind": None}} | {
-  kind: {"norm_kind": kind} for kind in ("batch", "layer", "affine")
-}
+NORMS = {"twin": {}, "own": {"norm_kind": None}}
+NORMS |= {kind: {"norm_kind": kind} for kind in ("batch", "layer", "affine")}
 CONVEX_FROM = ("image", "head")
 
 

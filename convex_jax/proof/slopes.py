@@ -22,14 +22,13 @@ from convex_jax.proof.values import Known, Operation, ScalarFunction, Value
 # Primitives by how they pass changes on. The larger of two numbers changes by no more than the
 # sum of both changes, and log(e^a + e^b), a custom_jvp_call, likewise.
 _SUMS = {"add", "add_any", "sub", "max", "min", "custom_jvp_call"}
-_SAME_SIZE = {"neg", "abs"}
 _WEIGHTED = {"mul", "div", "dot_general", "conv_general_dilated"}
 _EXTREMES = {"reduce_max", "reduce_min"}
 _WINDOW_EXTREMES = {"reduce_window_max", "reduce_window_min"}
 _MOVES = {"broadcast_in_dim", "concatenate", "dynamic_slice", "gather", "pad", "reshape", "rev"}
 _MOVES |= {"slice", "squeeze", "stack", "tile", "transpose"}
 _MOVES |= {"reduce_sum", "reduce_window_sum", "cumsum"}  # Sums of non-negative changes.
-PRIMITIVES = {*_SUMS, *_SAME_SIZE, *_WEIGHTED, *_EXTREMES, *_WINDOW_EXTREMES, *_MOVES, "select_n"}
+PRIMITIVES = {*_SUMS, "neg", "abs", *_WEIGHTED, *_EXTREMES, *_WINDOW_EXTREMES, *_MOVES, "select_n"}
 
 
 def steepest(f: ScalarFunction) -> np.ndarray:
@@ -75,7 +74,7 @@ class _Bound:
       return jnp.broadcast_to(jnp.asarray(steepest(f), self._size.dtype) * self.of(z), shape)
     if name in _SUMS:
       return jnp.broadcast_to(self.of(inputs[0]) + self.of(inputs[1]), shape)
-    if name in _SAME_SIZE:
+    if name in ("neg", "abs"):
       return self.of(inputs[0])
     if name in _WEIGHTED:
       return self._weighted(op, shape)
@@ -103,10 +102,8 @@ class _Bound:
       self.of(x) if isinstance(x, Value) else jnp.abs(jnp.asarray(x.array, self._size.dtype))
       for x in (a, b)
     )
-    if op.primitive == "mul":
-      return jnp.broadcast_to(a * b, shape)
-    if op.primitive == "div":
-      return jnp.broadcast_to(a / b, shape)
+    if op.primitive in ("mul", "div"):
+      return jnp.broadcast_to(a * b if op.primitive == "mul" else a / b, shape)
     return self._bind(op, [a, b], preferred_element_type=self._size.dtype)
 
   def _bind(self, op: Operation, arrays, **changed) -> jax.Array:

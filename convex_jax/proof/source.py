@@ -11,7 +11,6 @@ from collections.abc import Iterable
 PLUMBING: set[str] = set()
 
 _STDLIB = sysconfig.get_paths()["stdlib"]
-_LIBRARIES = (("jax",), ("flax",))
 # Folders whose functions (gelu, LayerNorm) name what was computed, but for Flax's machinery.
 _NAMED = (("jax", "_src", "nn"), ("flax", "linen"))
 _MACHINERY = ("module.py", "transforms.py", "summary.py")
@@ -59,7 +58,7 @@ def place_of(eqn, outer: Place) -> Place:
 
 def _is_own(path: str) -> bool:
   """Whether a file is the user's: not jax, Flax or Python's."""
-  if path.startswith((*_folders(_LIBRARIES), "<")):
+  if path.startswith((*_folders([("jax",), ("flax",)]), "<")):
     return False
   return not path.startswith(_STDLIB) or "site-packages" in path
 

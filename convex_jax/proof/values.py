@@ -8,7 +8,7 @@ elements are set in neither mask, elements of which nothing is proved in both.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +24,7 @@ class Known:
 
   array: np.ndarray
   origins: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # Weights in it.
+  is_real: ClassVar[bool] = True
 
   @property
   def shape(self) -> tuple[int, ...]:

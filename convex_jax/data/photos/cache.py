@@ -13,14 +13,13 @@ import zlib
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from convex_jax import files
 from convex_jax.data.photos import worker
 from convex_jax.data.photos.decode import UNREADABLE
 from convex_jax.data.photos.records import Records
 from convex_jax.data.photos.stream import chunks
+from convex_jax.data.progress import track
 from convex_jax.data.splits import Split
 from convex_jax.errors import UserError
 
@@ -61,9 +60,8 @@ def _fill(
   rows = worker.Evaluation(records, np.arange(BLOCK), BLOCK, count, BLOCK)
   blocks, first = -(-count // BLOCK), len(about["crc32"])
   made = chunks(rows, first, blocks, workers)
-  label, console = f"decoding {name} {split}", Console(stderr=True)
   try:
-    for i in track(range(first, blocks), label, console=console, transient=True):
+    for i in track(range(first, blocks), f"decoding {name} {split}"):
       part, start = next(made), i * BLOCK
       stop = min(start + BLOCK, count)
       images[start:stop], labels[start:stop] = (part[k][: stop - start] for k in ("image", "label"))
@@ -83,13 +81,12 @@ def _fill(
 def _begin(path: str, count: int, size: int) -> tuple[np.memmap, np.memmap, dict[str, Any]]:
   """The arrays to fill, and the description of the blocks filled so far."""
   image_file, label_file = _arrays(path)
-  if os.path.exists(path + ".partial"):
-    with contextlib.suppress(OSError, ValueError, KeyError):  # Incomplete: start again.
-      about = files.read_json(path + ".partial")
-      if about["format"] == FORMAT and about["examples"] == count:
-        images, labels = (np.lib.format.open_memmap(f, "r+") for f in (image_file, label_file))
-        if (images.shape, labels.shape) == ((count, size, size, 3), (count,)):
-          return images, labels, about
+  with contextlib.suppress(OSError, ValueError, KeyError):  # Absent or incomplete: start again.
+    about = files.read_json(path + ".partial")
+    images, labels = (np.lib.format.open_memmap(f, "r+") for f in (image_file, label_file))
+    shapes = (images.shape, labels.shape) == ((count, size, size, 3), (count,))
+    if shapes and (about["format"], about["examples"]) == (FORMAT, count):
+      return images, labels, about
   need, free = count * size * size * 3, shutil.disk_usage(os.path.dirname(path)).free
   if need > free:
     raise UserError(
@@ -153,12 +150,10 @@ def _damaged(images, labels, about, size, text: str, progress: bool) -> list[int
   shapes = (about["examples"], size, size, 3), (about["examples"],)
   if (images.shape, labels.shape) != shapes:
     raise ValueError(f"its arrays have shapes {images.shape} and {labels.shape}; expected {shapes}")
-  starts, console = range(0, len(labels), BLOCK), Console(stderr=True)
+  starts = range(0, len(labels), BLOCK)
   if len(about["crc32"]) != len(starts):
     raise ValueError(f"it has {len(about['crc32'])} checksums for {len(starts)} blocks")
   with concurrent.futures.ThreadPoolExecutor() as pool:
     sums = pool.map(lambda start: _checksum(images, labels, start), starts)
-    shown = track(sums, text, len(starts), transient=True, disable=not progress, console=console)
-    return [
-      i for i, (now, then) in enumerate(zip(shown, about["crc32"], strict=True)) if now != then
-    ]
+    found = list(track(sums, text, len(starts), disable=not progress))
+  return np.flatnonzero(np.not_equal(found, about["crc32"])).tolist()

@@ -107,9 +107,8 @@ class Stream:
     n = min(limit, len(self)) if limit else len(self)
     place, batches = _Places(self._mesh, batch_size), -(-n // batch_size)
     rows = worker.Evaluation(self._records, place.rows, batch_size, n, place.chunk)
-    made = chunks(
-      rows, 0, batches * place.chunks, workers=0
-    )  # Starting processes each time costs more.
+    # Without workers: starting processes each time costs more.
+    made = chunks(rows, 0, batches * place.chunks, workers=0)
     try:
       for start in range(0, n, batch_size):
         parts = [next(made) for _ in range(place.chunks)]

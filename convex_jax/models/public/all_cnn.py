@@ -1,10 +1,5 @@
 """All-CNN: torch files of modules conv1 to conv8 and class_conv."""
 
-from convex_jax.models.public.names import Names, Rule, fixed, minus_one
+from convex_jax.models.public.names import Names, fixed, minus_one
 
-RULES: list[Rule] = [
-  (r"conv(\d)", lambda m: f"conv_{minus_one(m[1])}"),
-  *fixed(head="class_conv"),
-]
-
-NAMES = Names(RULES)
+NAMES = Names([(r"conv(\d)", lambda m: f"conv_{minus_one(m[1])}"), *fixed(head="class_conv")])

@@ -17,14 +17,8 @@ def _block(match: re.Match) -> str:
 RULES: list[Rule] = [
   *fixed(stem="patch_embed.proj", norm="norm", head="head"),
   (r"network\.([135])\.proj", lambda m: f"down_{(int(m[1]) + 1) // 2}"),
-  (
-    r"network\.([0246])\.(\d+)\.norm([12])",
-    lambda m: f"{_block(m)}/norm_{minus_one(m[3])}",
-  ),
-  (
-    r"network\.([0246])\.(\d+)\.mlp\.fc([12])",
-    lambda m: f"{_block(m)}/dense_{minus_one(m[3])}",
-  ),
+  (r"network\.([0246])\.(\d+)\.norm([12])", lambda m: f"{_block(m)}/norm_{minus_one(m[3])}"),
+  (r"network\.([0246])\.(\d+)\.mlp\.fc([12])", lambda m: f"{_block(m)}/dense_{minus_one(m[3])}"),
   (
     r"network\.([0246])\.(\d+)\.attn\.(sfc_h|sfc_w|mlp_c)",
     lambda m: f"{_block(m)}/mix/{_BRANCHES[m[3]]}",

@@ -1,6 +1,6 @@
 """Imports public weights: `load_public(model, path, image_shape)`.
 
-`files` reads a file's arrays. A rule of the architecture (`catalog.NAMES`) turns a public
+`files` reads a file's arrays. A rule of the architecture (`NAMES`) turns a public
 module's name into ours; the leaf's name and the rank of the array determine the rest: torch
 keeps (out, in) and OIHW, we keep (in, out) and HWIO.
 
@@ -24,12 +24,20 @@ from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.constraints import FREE, PROJECTIONS, constraints_of
 from convex_jax.models.parts import Parts
-from convex_jax.models.public.catalog import NAMES
+from convex_jax.models.public import all_cnn, cycle_mlp, densenet, efficientnet, mixer, mlp
 from convex_jax.models.public.files import Arrays, read
 from convex_jax.models.public.names import Names
 from convex_jax.models.variables import init_variables
 
 HEAD = "params/head/"
+NAMES: dict[str, Names] = {  # By `config.model.name`.
+  "all_cnn": all_cnn.NAMES,
+  "cycle_mlp": cycle_mlp.NAMES,
+  "densenet": densenet.NAMES,
+  "efficientnet": efficientnet.NAMES,
+  "mixer": mixer.NAMES,
+  "mlp": mlp.NAMES,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,12 +117,8 @@ def load_public(
   initial = _flat(nn.meta.unbox(variables(model))) if fresh else {}
   taken |= {leaf: np.asarray(initial[leaf]) for leaf in fresh}
   tree = traverse_util.unflatten_dict({leaf: taken[leaf] for leaf in ours}, sep="/")
-  return Public(
-    weights={"params": tree["params"], "stats": tree.get("stats", {})},
-    mapped=mapped,
-    fresh=fresh,
-    unused=tuple(sorted(unused)),
-  )
+  weights = {"params": tree["params"], "stats": tree.get("stats", {})}
+  return Public(weights, mapped, fresh, tuple(sorted(unused)))
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -6,6 +6,11 @@ from typing import Any
 
 from convex_jax.models.public.names import Names, Rule, fixed, minus_one
 
+
+def _dense(match: re.Match) -> str:
+  return f"block_{match[1]}/{match[2]}_mixing/dense_{minus_one(match[3])}"
+
+
 RULES: list[Rule] = [
   # The official .npz, with modules as Flax numbers them.
   (r"MixerBlock_(\d+)\.LayerNorm_(\d)", lambda m: f"block_{m[1]}/norm_{m[2]}"),
@@ -16,17 +21,11 @@ RULES: list[Rule] = [
   *fixed(stem="stem", norm="pre_head_layer_norm", head="head"),
   # Its older naming; the importer turns "kernel1" into module "1" and leaf "kernel".
   (r"Mixer\.encoderblock_(\d+)\.LayerNorm_(\d)", lambda m: f"block_{m[1]}/norm_{m[2]}"),
-  (
-    r"Mixer\.encoderblock_(\d+)\.(token|channel)_mixing_phase_0\.([12])",
-    lambda m: f"block_{m[1]}/{m[2]}_mixing/dense_{minus_one(m[3])}",
-  ),
+  (r"Mixer\.encoderblock_(\d+)\.(token|channel)_mixing_phase_0\.([12])", _dense),
   *fixed(stem="embedding", norm="Mixer.encoder_norm"),
   # timm.
   (r"blocks\.(\d+)\.norm([12])", lambda m: f"block_{m[1]}/norm_{minus_one(m[2])}"),
-  (
-    r"blocks\.(\d+)\.mlp_(token|channel)s\.fc([12])",
-    lambda m: f"block_{m[1]}/{m[2]}_mixing/dense_{minus_one(m[3])}",
-  ),
+  (r"blocks\.(\d+)\.mlp_(token|channel)s\.fc([12])", _dense),
   *fixed(stem="stem.proj", norm="norm"),
   # The report's own code.
   (
