@@ -83,7 +83,7 @@ STREAMED = {"data.name": "imagenet2012", "data.loader": "stream"}
 @pytest.mark.parametrize(
   "config,changes,words",
   [
-    (mixer, {"data.image_size": 70}, "multiples of 9"),
+    (mixer, {"data.image_size": 70}, "a multiple of 9"),
     (mixer, {"model.size": "S16"}, "Did you mean 'S/16'"),
     (mixer, {"model.patch": 0}, "from 1, or None"),
     (mixer, {"model.pach": 3}, "Did you mean 'model.patch'"),
