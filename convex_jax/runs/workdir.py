@@ -1,6 +1,7 @@
 """A run's folder: the name of every file in it, whose run it is, who may write to it."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -20,67 +21,26 @@ from convex_jax.models import catalog
 
 FORMAT = 1  # Of config.json; rises when an older version could not read it.
 
-# Two configs that differ in these alone describe the same run.
-FREE_SECTIONS = ("log.",)
-FREE_KEYS = (
-  "fsdp",
-  "max_skipped",
-  "time_limit",
-  "data.dir",
-  "data.workers",
-  "data.max_unreadable",
-  "checkpoint.keep",
-  "checkpoint.must_save",
-  "checkpoint.patience",
-)
+# Two configs that differ in these and in `log` alone describe the same run.
+_FREE = """
+  fsdp max_skipped time_limit data.dir data.workers data.max_unreadable
+  checkpoint.keep checkpoint.must_save checkpoint.patience
+"""
 # The keys of the first release. A key that is younger and has its default value is left out of
 # what identifies a run, so that a result remains its config's when keys are added. This list
 # never changes.
-FIRST_KEYS = frozenset(
-  [
-    "seed",
-    "epochs",
-    "steps",
-    "batch_size",
-    "steps_per_call",
-    "dtype",
-    "label_smoothing",
-    "init_from",
-    "ema_decay",
-    "data.name",
-    "data.image_size",
-    "data.flip",
-    "data.crop_padding",
-    "data.label_noise",
-    "data.train_fraction",
-    "data.validation_fraction",
-    "data.loader",
-    "model.name",
-    "model.size",
-    "model.parts",
-    "model.constraint",
-    "model.passthrough",
-    "model.convex_from",
-    "model.head_depth",
-    "model.head_width",
-    "model.remat",
-    "optimizer.name",
-    "optimizer.learning_rate",
-    "optimizer.schedule",
-    "optimizer.warmup_steps",
-    "optimizer.decay_at",
-    "optimizer.decay_factor",
-    "optimizer.weight_decay",
-    "optimizer.clip_norm",
-    "optimizer.b1",
-    "optimizer.b2",
-    "optimizer.momentum",
-    "optimizer.accumulate",
-    "eval.every_epochs",
-    "eval.train_examples",
-    "checkpoint.every_steps",
-  ]
-)
+_FIRST = """
+  seed epochs steps batch_size steps_per_call dtype label_smoothing init_from ema_decay
+  data.name data.image_size data.flip data.crop_padding data.label_noise data.train_fraction
+  data.validation_fraction data.loader
+  model.name model.size model.parts model.constraint model.passthrough model.convex_from
+  model.head_depth model.head_width model.remat
+  optimizer.name optimizer.learning_rate optimizer.schedule optimizer.warmup_steps
+  optimizer.decay_at optimizer.decay_factor optimizer.weight_decay optimizer.clip_norm
+  optimizer.b1 optimizer.b2 optimizer.momentum optimizer.accumulate
+  eval.every_epochs eval.train_examples checkpoint.every_steps
+"""
+FREE_KEYS, FIRST_KEYS = frozenset(_FREE.split()), frozenset(_FIRST.split())
 
 
 def essential(config: Any) -> dict[str, Any]:
@@ -98,7 +58,7 @@ def essential(config: Any) -> dict[str, Any]:
     for key, value in values.items()
     if value is not None
     and key not in FREE_KEYS
-    and not key.startswith(FREE_SECTIONS)
+    and not key.startswith("log.")
     and (key in FIRST_KEYS or key not in defaults or value != defaults[key])
   }
 
@@ -131,19 +91,17 @@ class Workdir:
 
   def __init__(self, path: str):
     self.path = os.path.expanduser(path)
-    self.config_file = self._of("config.json")
-    self.metrics_file = self._of("metrics.jsonl")
-    self.checkpoints = self._of("checkpoints")
-    self.certificate_file = self._of("certificate.json")
-    self.counterexample_file = self._of("counterexample.npz")
-    self.radii_table = self._of("radii.csv")
-    self.radii_figure = self._of("radii.png")
-    self.profile = self._of("profile")
-    self.log_file = self._of("log.txt")
-    self._lock = self._of(".lock")
-
-  def _of(self, name: str) -> str:
-    return os.path.join(self.path, name)
+    of = functools.partial(os.path.join, self.path)
+    self.config_file = of("config.json")
+    self.metrics_file = of("metrics.jsonl")
+    self.checkpoints = of("checkpoints")
+    self.certificate_file = of("certificate.json")
+    self.counterexample_file = of("counterexample.npz")
+    self.radii_table = of("radii.csv")
+    self.radii_figure = of("radii.png")
+    self.profile = of("profile")
+    self.log_file = of("log.txt")
+    self._lock = of(".lock")
 
   def exists(self) -> bool:
     """Whether the folder holds a run."""

@@ -21,17 +21,27 @@ UNKNOWN = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class _Keyed:
+  """What has a key, that of a result; the same key with another digest is of another config."""
+
+  panel: str  # The runs compared in one figure: an architecture on a data set, say.
+  variant: str  # Within the panel: base, ioc.
+  schedule: str  # Of a sweep: "full" is its source's; others are shorter, as sweep.py says.
+  seed: int
+
+  @property
+  def key(self) -> tuple[str, str, str, int]:
+    return self.panel, self.variant, self.schedule, self.seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(_Keyed):
   """The figures of a run: accuracies and fractions 0..1, losses in nats; inference, all examples.
 
   A loss is the mean negative log-likelihood, without label smoothing; the calibration error
   weights its bins by their counts (`metrics.CalibrationError`). `nan`: unknown.
   """
 
-  panel: str  # The runs compared in one figure: an architecture on a data set, say.
-  variant: str  # Within the panel: base, ioc.
-  schedule: str  # Of a sweep: "full" is its source's; others are shorter, as sweep.py says.
-  seed: int
   digest: str  # `workdir.digest` of the config.
   outcome: str  # finished, diverged.
   parameters: int
@@ -56,30 +66,16 @@ class Result:
   source_train_accuracy: float = UNKNOWN  # Reported by the source of the claim.
   source_test_accuracy: float = UNKNOWN
 
-  @property
-  def key(self) -> tuple[str, str, str, int]:
-    """The name of a result; the same key with another digest belongs to another config."""
-    return self.panel, self.variant, self.schedule, self.seed
-
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class Point(_Keyed):
   """An evaluation during training: a row of curves.csv."""
 
-  panel: str
-  variant: str
-  schedule: str
-  seed: int
   epoch: float
   train_accuracy: float
   test_accuracy: float
   train_loss: float
   test_loss: float
-
-  @property
-  def key(self) -> tuple[str, str, str, int]:
-    """The key of its `Result`."""
-    return self.panel, self.variant, self.schedule, self.seed
 
 
 @dataclasses.dataclass(frozen=True)

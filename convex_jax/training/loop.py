@@ -192,11 +192,7 @@ def train(
 
 
 def _finish(
-  program: Program,
-  state: step.State,
-  figures: dict[str, float],
-  workdir: Workdir,
-  console: Console,
+  program: Program, state: step.State, figures: dict[str, float], workdir: Workdir, console: Console
 ) -> None:
   """Reports the figures, and certifies what is meant to be convex."""
   config = program.config
