@@ -34,18 +34,20 @@ PIXEL = 255.0  # The range of a pixel, in which radii are given.
 
 def _certify(run: Run, kind: str, search_steps: int) -> tuple[str, Certificate]:
   """(input, certificate): the run's network on its pixels, or its head on its features."""
-  weights, apply, name = run.weights, run.apply, "image"
+  weights, name = run.weights, "image"
+  apply: Callable[..., Any] = run.apply
   shape, box = (1, *run.image_shape), (0.0, PIXEL)
   if run.config.model.convex_from == "head":
     weights = {key: tree["head"] for key, tree in weights.items() if "head" in tree}
     name, box = "features before the head", (-10.0, 10.0)
     shape = (1, weights["params"]["dense_0"]["kernel"].shape[0])
 
-    def apply(weights, features_BxD, dtype=jnp.float32):
+    def apply_head(weights, features_BxD, dtype=jnp.float32):
       model = catalog.build_head(run.config.model, len(run.class_names), dtype=dtype)
       variables = {"params": weights["params"], "batch_stats": weights.get("stats", {})}
       return model.apply(variables, features_BxD)
 
+    apply = apply_head
   exact = functools.partial(apply, dtype=jnp.float64)
   example = jax.ShapeDtypeStruct(shape, jnp.float32)
   options: Any = dict(kind=kind, box=box, search_function=exact, search_steps=search_steps)

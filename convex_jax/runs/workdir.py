@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from convex_jax import config_files, files
 from convex_jax.config_files import flatten
+from convex_jax.data.datasets import Data
 from convex_jax.errors import Unsaved, UserError
 from convex_jax.models import catalog
 
@@ -107,23 +108,16 @@ class Workdir:
     """Whether the folder holds a run."""
     return os.path.exists(self.config_file)
 
-  def describe(
-    self,
-    config: Any,
-    class_names: tuple[str, ...],
-    image_shape: tuple[int, ...],
-    statistics: tuple[tuple[float, ...], tuple[float, ...]],
-    parameters: int,
-  ) -> None:
+  def describe(self, config: Any, data: Data, parameters: int) -> None:
     """Writes config.json; raises `Unsaved` where the storage does not take it."""
-    mean, std = statistics
-    libraries = ("convex_jax", "jax", "flax", "optax")
+    about: dict[str, Any] = {"class_names": data.class_names, "image_shape": data.train.image_shape}
+    about["mean"], about["std"] = data.statistics
     content = {
       "format": FORMAT,
       "config": json.loads(config.to_json_best_effort()),
-      "data": {"class_names": class_names, "image_shape": image_shape, "mean": mean, "std": std},
+      "data": about,
       "parameters": parameters,
-      "versions": {name: metadata.version(name) for name in libraries},
+      "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "optax")},
       "hardware": f"{jax.device_count()} x {_device_kind()}",
     }
     files.write_json(self.config_file, content)

@@ -172,14 +172,6 @@ def of_workdirs(workdirs: Iterable[str]) -> Results:
   return found
 
 
-def is_finished(path: str, of_digest: str) -> bool:
-  """Whether a workdir holds a finished run of the config with this digest."""
-  workdir = Workdir(path)
-  if not workdir.exists() or not workdir.rows("final"):
-    return False
-  return digest(workdir.description()["config"]) == of_digest
-
-
 def _rounded(value: float) -> float:
   """The value as it will be read back from a table."""
   return float(f"{value:.6g}")

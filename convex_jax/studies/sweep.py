@@ -114,7 +114,8 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
   found = results.read(out)
   jobs.refuse_other_configs(tasks, found)
   for task in tasks:
-    if task.key not in {row.key for row in found.rows} and _is_finished(task):
+    known = task.key in {row.key for row in found.rows}
+    if not known and Workdir(task.workdir).rows("final") and not _lacks_certificate(task.workdir):
       found = _add(found, task, "finished", out)
   done = {row.key for row in found.rows}
   waiting = [task for task in tasks if task.key not in done]
@@ -160,10 +161,6 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
     count = f"{len(failures)} run{'s' * (len(failures) > 1)} failed"
     raise UserError("\n".join([*failures, f"{count}; run the same command to retry."]))
   return found
-
-
-def _is_finished(task: Task) -> bool:
-  return results.is_finished(task.workdir, task.digest) and not _lacks_certificate(task.workdir)
 
 
 def _lacks_certificate(path: str) -> bool:
