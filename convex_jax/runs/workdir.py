@@ -51,7 +51,7 @@ def essential(config: Any) -> dict[str, Any]:
   the architecture (None), and those younger than the first release that have their default
   value. Where small images are kept (`data.loader`) makes no difference to a run.
   """
-  values, defaults = _flat(config), _defaults()
+  values, defaults = _flat(config), _flat(config_files.defaults())
   if values.get("data.loader") != "stream":
     values["data.loader"] = "auto"
   return {
@@ -72,12 +72,8 @@ def digest(config: Any) -> str:
 
 def _flat(config: Any) -> dict[str, Any]:
   """The values of a config by path, as JSON has them: tuples are lists."""
-  content = config if isinstance(config, dict) else json.loads(config.to_json_best_effort())
-  return dict(flatten(content))
-
-
-def _defaults() -> dict[str, Any]:
-  return json.loads(json.dumps(config_files.defaults()))
+  text = json.dumps(config) if isinstance(config, dict) else config.to_json_best_effort()
+  return dict(flatten(json.loads(text)))
 
 
 class Workdir:
@@ -245,7 +241,7 @@ def _device_kind() -> str:
 
 def _complete(config: dict[str, Any]) -> None:
   """Adds the keys that a saved config lacks; raises `Damaged` unless a run can be built of it."""
-  defaults = _defaults()
+  defaults = _flat(config_files.defaults())
   for path, default in defaults.items():
     *sections, key = path.split(".")
     section = config

@@ -8,8 +8,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-import jax
-import numpy as np
+import optax
 
 from convex_jax import files
 from convex_jax.config_files import flatten
@@ -119,9 +118,7 @@ def of_workdir(
   figures = {name: value for name, value in (final or {}).items() if name in names}
   if evals:
     best = max(evals, key=lambda row: row["test_accuracy"])
-    figures["peak_test_accuracy"] = best["test_accuracy"]
-    figures["peak_train_accuracy"] = best["train_accuracy"]
-    figures["peak_epoch"] = best["epoch"]
+    figures |= {f"peak_{name}": best[name] for name in ("test_accuracy", "train_accuracy", "epoch")}
   certificate = workdir.certificate()
   result = Result(
     panel=panel,
@@ -130,7 +127,8 @@ def of_workdir(
     seed=config["seed"],
     digest=digest(config),
     outcome=outcome,
-    parameters=description.get("parameters") or _parameters(path),
+    # A run that predates their count in config.json has to be loaded.
+    parameters=description.get("parameters") or optax.tree.size(load(path).params),
     epochs=_rounded(every[-1]["epoch"]) if every else 0.0,
     batch_size=config["batch_size"],
     certificate=certificate["verdict"] if certificate else "",
@@ -177,11 +175,6 @@ def _rounded(value: float) -> float:
   return float(f"{value:.6g}")
 
 
-def _parameters(workdir: str) -> int:
-  """The number of parameters of a run that predates their count in config.json."""
-  return sum(np.size(leaf) for leaf in jax.tree.leaves(load(workdir).params))
-
-
 def _seconds(every: list[dict[str, Any]], batch_size: int) -> float:
   """From each row's rate, since a run that was stopped and resumed has no other clock."""
   total, before = 0.0, 0
@@ -194,10 +187,8 @@ def _seconds(every: list[dict[str, Any]], batch_size: int) -> float:
 
 def write(results: Results, folder: str) -> None:
   """Writes results.csv and curves.csv, each as a whole or not at all."""
-  for name, kind, items in (  # Curves first: a result in the table has its curve.
-    ("curves.csv", Point, results.points),
-    ("results.csv", Result, results.rows),
-  ):
+  tables = ("curves.csv", Point, results.points), ("results.csv", Result, results.rows)
+  for name, kind, items in tables:  # Curves first: a result in the table has its curve.
     with files.atomic_write(os.path.join(folder, name)) as file:
       table = csv.writer(file, lineterminator="\n")
       table.writerow(field.name for field in dataclasses.fields(kind))
@@ -205,9 +196,8 @@ def write(results: Results, folder: str) -> None:
 
 
 def _text(value: Any) -> str:
-  if isinstance(value, float):
-    return "" if math.isnan(value) else f"{value:.6g}"
-  return str(value)
+  text = f"{value:.6g}" if isinstance(value, float) else str(value)
+  return "" if value != value else text  # Of nan.
 
 
 def read(folder: str) -> Results:
@@ -233,13 +223,10 @@ def _read_csv(path: str, kind: type) -> list[Any]:
       for number, row in enumerate(table, 2):  # noqa: B007
         if None in row or None in row.values():
           raise ValueError("it has too few or too many cells")
-        items.append(kind(**{name: _value(row[name], types[name]) for name in names}))
+        text = {name: row[name] or ("nan" if types[name] is float else "") for name in names}
+        items.append(kind(**{name: types[name](value) for name, value in text.items()}))
   except (TypeError, ValueError, csv.Error) as error:
     raise UserError(
       f"{path}, line {number} is not a valid row: {error}\n  Fix the line, or delete the file."
     ) from error
   return items
-
-
-def _value(text: str, of: type) -> Any:
-  return UNKNOWN if of is float and not text else of(text)
