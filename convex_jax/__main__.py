@@ -19,22 +19,17 @@ COMMANDS = {  # Name: (module, whose `main(argv)` returns the exit code; what it
 
 def usage() -> str:
   """The list of commands."""
-  width = max(map(len, COMMANDS))
-  lines = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
-  return "\n".join(
-    [
-      "Train networks whose logits are convex in the image, and prove that they are.",
-      "",
-      "usage: python -m convex_jax COMMAND ...",
-      "",
-      *lines,
-      "",
-      "python -m convex_jax COMMAND --help describes one of them.",
-      "",
-      "example:",
-      "  python -m convex_jax train --config=configs/mixer_ioc.py:digits",
-    ]
-  )
+  commands = "\n".join(f"  {name:10}  {what}" for name, (_, what) in COMMANDS.items())
+  return f"""Train networks whose logits are convex in the image, and prove that they are.
+
+usage: python -m convex_jax COMMAND ...
+
+{commands}
+
+python -m convex_jax COMMAND --help describes one of them.
+
+example:
+  python -m convex_jax train --config=configs/mixer_ioc.py:digits"""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,8 +5,8 @@ wheel. They import each other as `configs.NAME`, and so may a user's own.
 """
 
 import functools
-import importlib.util
 import os
+import runpy
 import sys
 import types
 from collections.abc import Iterator
@@ -63,13 +63,7 @@ def load(arguments: list[str]) -> Any:
 @functools.cache
 def defaults() -> dict[str, Any]:
   """Every key that all configs share, by path ("data.name"), and what it means by default."""
-  spec = importlib.util.spec_from_file_location(
-    "convex_jax_base_config", os.path.join(bundled(), "base.py")
-  )
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return dict(flatten(module.get_config()))
+  return dict(flatten(runpy.run_path(os.path.join(bundled(), "base.py"))["get_config"]()))
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

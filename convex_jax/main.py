@@ -69,8 +69,8 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
   config = load_config(args.config, overrides)
   if args.distributed == "on" or (args.distributed == "auto" and _in_cluster()):
     _join(args)
-  workdir = args.workdir or _default_workdir(args.config, config)
-  loop.run(config, workdir)
+  name, _ = os.path.splitext(os.path.basename(args.config.partition(":")[0]))
+  loop.run(config, args.workdir or os.path.join("runs", f"{name}_{config.data.name}"))
   return 0
 
 
@@ -95,18 +95,15 @@ def _explain(file: str, overrides: list[str]) -> list[str]:
     return [f"--config={file} cannot be read: {' '.join(str(error.__cause__ or error).split())}"]
   good, lines = [], []
   for override in overrides:
-    match = _OVERRIDE.match(override)
-    path = match[1] if match else override
+    path = _OVERRIDE.findall(override)[0]
     try:
       config_files.load([f"--config={file}", override])
       good.append(override)
     except (AttributeError, KeyError):
       lines.append(f"Unknown key config.{path}{schema.nearest(path, known)}")
     except Exception as error:
-      rule = schema.RULES.get(path)
-      lines.append(
-        f"{override.lstrip('-')}: " + (f"expected {rule.expected}" if rule else f"{error}")
-      )
+      why = f"expected {schema.RULES[path].expected}" if path in schema.RULES else str(error)
+      lines.append(f"{override.lstrip('-')}: {why}")
   config = config_files.load([f"--config={file}", *good])
   return lines + schema.mistakes(config)
 
@@ -142,11 +139,6 @@ def _join(args: argparse.Namespace) -> None:
     initialization_timeout=args.join_timeout + 60,
   )
   patience.cancel()
-
-
-def _default_workdir(file: str, config: Any) -> str:
-  name = os.path.splitext(os.path.basename(file.partition(":")[0]))[0]
-  return os.path.join("runs", f"{name}_{config.data.name}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ before it).
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import os
@@ -33,50 +32,26 @@ FORMAT = 1  # Of certificate.json.
 PIXEL = 255.0  # The range of a pixel, in which radii are given.
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Subject:
-  """What of a run is certified: a function of an image, or of the features before its head."""
+def _certify(run: Run, kind: str, search_steps: int) -> tuple[str, Certificate]:
+  """(input, certificate): the run's network on its pixels, or its head on its features."""
+  weights, name = run.weights, "image"
+  apply: Callable[..., Any] = run.apply
+  shape, box = (1, *run.image_shape), (0.0, PIXEL)
+  if run.config.model.convex_from == "head":
+    weights = {key: tree["head"] for key, tree in weights.items() if "head" in tree}
+    name, box = "features before the head", (-10.0, 10.0)
+    shape = (1, weights["params"]["dense_0"]["kernel"].shape[0])
 
-  input_name: str
-  function: Callable[..., Any]
-  search_function: Callable[..., Any]
-  weights: Any
-  example: jax.ShapeDtypeStruct
-  box: tuple[float, float]
+    def apply_head(weights, features_BxD, dtype=jnp.float32):
+      model = catalog.build_head(run.config.model, len(run.class_names), dtype=dtype)
+      variables = {"params": weights["params"], "batch_stats": weights.get("stats", {})}
+      return model.apply(variables, features_BxD)
 
-
-def subject_of(run: Run) -> Subject:
-  """The run's network as a function of its pixels, or its head of its features."""
-  weights = run.weights
-  if run.config.model.convex_from == "image":
-    example = jax.ShapeDtypeStruct((1, *run.image_shape), jnp.float32)
-    return Subject("image", run.apply, _exact(run), weights, example, (0.0, 255.0))
-  head = {key: tree["head"] for key, tree in weights.items() if "head" in tree}
-  width = head["params"]["dense_0"]["kernel"].shape[0]
-  classes = len(run.class_names)
-
-  def apply(weights, features_BxD, dtype=jnp.float32):
-    model = catalog.build_head(run.config.model, classes, dtype=dtype)
-    variables = {"params": weights["params"], "batch_stats": weights.get("stats", {})}
-    return model.apply(variables, features_BxD)
-
-  example = jax.ShapeDtypeStruct((1, width), jnp.float32)
+    apply = apply_head
   exact = functools.partial(apply, dtype=jnp.float64)
-  return Subject("features before the head", apply, exact, head, example, (-10.0, 10.0))
-
-
-def certify_run(run: Run, kind: str = "convex", search_steps: int = 200) -> Certificate:
-  """The certificate of a run's logits at inference."""
-  s = subject_of(run)
-  return certify(
-    s.function,
-    s.weights,
-    s.example,
-    kind=kind,
-    box=s.box,
-    search_function=s.search_function,
-    search_steps=search_steps,
-  )
+  example = jax.ShapeDtypeStruct(shape, jnp.float32)
+  options: Any = dict(kind=kind, box=box, search_function=exact, search_steps=search_steps)
+  return name, certify(apply, weights, example, **options)
 
 
 def digest(weights: Any) -> str:
@@ -97,9 +72,9 @@ def certify_and_write(run: Run, kind: str = "convex", search_steps: int = 200) -
   Raises `Unsaved` where the storage does not take it.
   """
   start = time.perf_counter()
-  certificate = certify_run(run, kind, search_steps)
+  name, certificate = _certify(run, kind, search_steps)
   seconds = time.perf_counter() - start
-  workdir, name = Workdir(run.workdir), subject_of(run).input_name
+  workdir = Workdir(run.workdir)
   content: dict[str, Any] = {
     "format": FORMAT,
     "verdict": certificate.verdict,

@@ -6,6 +6,7 @@ import os
 from convex_jax import command_line
 from convex_jax.errors import UserError
 from convex_jax.runs import manifest
+from convex_jax.runs.workdir import Workdir
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,15 +24,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _act(args: argparse.Namespace) -> int:
-  folder = os.path.join(args.workdir, "checkpoints")
+  folder = Workdir(args.workdir).checkpoints
   steps = manifest.steps_in(folder)
   if not steps:
     raise UserError(f"{args.workdir} has no checkpoints: none in {folder}")
-  if args.action == "seal":
-    for step in steps:
-      path = os.path.join(folder, str(step))
-      if not manifest.is_sealed(path):
-        manifest.seal(path, step, accuracy=None)
+  for step in steps if args.action == "seal" else []:
+    path = os.path.join(folder, str(step))
+    if not manifest.is_sealed(path):
+      manifest.seal(path, step, accuracy=None)
   found = manifest.faults(folder)
   for step, reason in found.items():
     print(f"step {step}: {reason or 'intact'}")

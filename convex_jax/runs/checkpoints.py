@@ -9,6 +9,7 @@ by which a checkpoint is verified before it is used.
 import contextlib
 import glob
 import logging
+import operator
 import os
 import shutil
 import sys
@@ -37,10 +38,6 @@ def quieten_orbax() -> None:
       show(unraisable)
 
   sys.unraisablehook = unraisablehook
-
-
-def _accuracy(metrics: Any) -> float:
-  return metrics["accuracy"]
 
 
 class _Save:
@@ -92,7 +89,9 @@ class Checkpoints:
     go_on: bool = False,
     patience: float = 600.0,
   ):
-    best = _policies.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
+    best = _policies.BestN(
+      get_metric_fn=operator.itemgetter("accuracy"), n=1, keep_checkpoints_without_metrics=False
+    )
     self._policy = _policies.AnyPreservationPolicy([_policies.LatestN(keep), best])
     self._folder = os.path.abspath(folder)
     self._checkpointer = self._open()

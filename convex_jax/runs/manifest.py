@@ -65,10 +65,9 @@ def fault(folder: str, step: int) -> str | None:
       f"{folder} has format {version}, written by convex_jax"
       f" {content.get('versions', {}).get('convex_jax')}; expected {FORMAT}. Install that version"
     )
-  listed = isinstance(wanted, dict) and all(
+  if not isinstance(wanted, dict) or not all(
     type(v) is list and len(v) == 2 for v in wanted.values()
-  )
-  if not listed:
+  ):
     return f"{NAME} is damaged: it does not list files"
   if sealed_step != step:
     return f"it is the checkpoint of step {sealed_step}"
@@ -120,30 +119,24 @@ def quarantine_damaged(folder: str) -> list[str]:
 
 
 def _set_aside(folder: str) -> list[str]:
-  found = faults(folder)
+  workdir, found = os.path.dirname(os.path.abspath(folder)), faults(folder)
   wrong = {step: reason for step, reason in found.items() if reason is not None}
   if wrong and wrong == found and list(wrong.values()) != [UNFINISHED]:
-    raise UserError(_none_is_intact(folder, wrong))
+    lines = [f"No checkpoint in {folder} is intact:"]
+    lines += [f"  step {step}: {reason}" for step, reason in wrong.items()]
+    lines += ["  To start a new run, pass another --workdir."]
+    if UNFINISHED in wrong.values():
+      command = f"python -m convex_jax checkpoint seal {workdir}"
+      lines += [f"  To trust those without a manifest: {command}"]
+    raise UserError("\n".join(lines))
   lines = []
   for step, reason in wrong.items():
-    target = os.path.join(os.path.dirname(os.path.abspath(folder)), "damaged", str(step))
+    target = os.path.join(workdir, "damaged", str(step))
     shutil.rmtree(target, ignore_errors=True)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     os.rename(os.path.join(folder, str(step)), target)
     lines.append(f"Checkpoint {step} {reason}; moved to {target}")
   return lines
-
-
-def _none_is_intact(folder: str, wrong: dict[int, str]) -> str:
-  workdir = os.path.dirname(os.path.abspath(folder))
-  lines = [f"No checkpoint in {folder} is intact:"]
-  lines += [f"  step {step}: {reason}" for step, reason in wrong.items()]
-  lines += ["  To start a new run, pass another --workdir."]
-  if UNFINISHED in wrong.values():
-    lines += [
-      f"  To trust those without a manifest: python -m convex_jax checkpoint seal {workdir}"
-    ]
-  return "\n".join(lines)
 
 
 def saved_steps(folder: str) -> dict[int, float | None]:

@@ -72,14 +72,11 @@ class MetricsFile:
 
   def _renew_events(self) -> None:
     """Writes one event file with all rows in place of those of earlier starts."""
-    pattern = os.path.join(glob.escape(self._folder), "events.out.tfevents.*")
-    before = set(glob.glob(pattern))
+    for path in glob.glob(os.path.join(glob.escape(self._folder), "events.out.tfevents.*")):
+      os.remove(path)
     writer = event_file_writer.EventsWriter(os.path.join(self._folder, "events"))
     _write_events(writer, read_rows(self.path)[0])
     self._events = writer
-    after = set(glob.glob(pattern))
-    for path in before if after - before else ():  # Else both have the same name.
-      os.remove(path)
 
   def close(self) -> str | None:
     """Writes what waits; returns why not, where that was not possible."""

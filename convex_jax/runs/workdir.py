@@ -1,6 +1,7 @@
 """A run's folder: the name of every file in it, whose run it is, who may write to it."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -15,72 +16,32 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from convex_jax import config_files, files
 from convex_jax.config_files import flatten
+from convex_jax.data.datasets import Data
 from convex_jax.errors import Unsaved, UserError
 from convex_jax.models import catalog
 
 FORMAT = 1  # Of config.json; rises when an older version could not read it.
 
-# Two configs that differ in these alone describe the same run.
-FREE_SECTIONS = ("log.",)
-FREE_KEYS = (
-  "fsdp",
-  "max_skipped",
-  "time_limit",
-  "data.dir",
-  "data.workers",
-  "data.max_unreadable",
-  "checkpoint.keep",
-  "checkpoint.must_save",
-  "checkpoint.patience",
-)
+# Two configs that differ in these and in `log` alone describe the same run.
+_FREE = """
+  fsdp max_skipped time_limit data.dir data.workers data.max_unreadable
+  checkpoint.keep checkpoint.must_save checkpoint.patience
+"""
 # The keys of the first release. A key that is younger and has its default value is left out of
 # what identifies a run, so that a result remains its config's when keys are added. This list
 # never changes.
-FIRST_KEYS = frozenset(
-  [
-    "seed",
-    "epochs",
-    "steps",
-    "batch_size",
-    "steps_per_call",
-    "dtype",
-    "label_smoothing",
-    "init_from",
-    "ema_decay",
-    "data.name",
-    "data.image_size",
-    "data.flip",
-    "data.crop_padding",
-    "data.label_noise",
-    "data.train_fraction",
-    "data.validation_fraction",
-    "data.loader",
-    "model.name",
-    "model.size",
-    "model.parts",
-    "model.constraint",
-    "model.passthrough",
-    "model.convex_from",
-    "model.head_depth",
-    "model.head_width",
-    "model.remat",
-    "optimizer.name",
-    "optimizer.learning_rate",
-    "optimizer.schedule",
-    "optimizer.warmup_steps",
-    "optimizer.decay_at",
-    "optimizer.decay_factor",
-    "optimizer.weight_decay",
-    "optimizer.clip_norm",
-    "optimizer.b1",
-    "optimizer.b2",
-    "optimizer.momentum",
-    "optimizer.accumulate",
-    "eval.every_epochs",
-    "eval.train_examples",
-    "checkpoint.every_steps",
-  ]
-)
+_FIRST = """
+  seed epochs steps batch_size steps_per_call dtype label_smoothing init_from ema_decay
+  data.name data.image_size data.flip data.crop_padding data.label_noise data.train_fraction
+  data.validation_fraction data.loader
+  model.name model.size model.parts model.constraint model.passthrough model.convex_from
+  model.head_depth model.head_width model.remat
+  optimizer.name optimizer.learning_rate optimizer.schedule optimizer.warmup_steps
+  optimizer.decay_at optimizer.decay_factor optimizer.weight_decay optimizer.clip_norm
+  optimizer.b1 optimizer.b2 optimizer.momentum optimizer.accumulate
+  eval.every_epochs eval.train_examples checkpoint.every_steps
+"""
+FREE_KEYS, FIRST_KEYS = frozenset(_FREE.split()), frozenset(_FIRST.split())
 
 
 def essential(config: Any) -> dict[str, Any]:
@@ -90,7 +51,7 @@ def essential(config: Any) -> dict[str, Any]:
   the architecture (None), and those younger than the first release that have their default
   value. Where small images are kept (`data.loader`) makes no difference to a run.
   """
-  values, defaults = _flat(config), _defaults()
+  values, defaults = _flat(config), _flat(config_files.defaults())
   if values.get("data.loader") != "stream":
     values["data.loader"] = "auto"
   return {
@@ -98,7 +59,7 @@ def essential(config: Any) -> dict[str, Any]:
     for key, value in values.items()
     if value is not None
     and key not in FREE_KEYS
-    and not key.startswith(FREE_SECTIONS)
+    and not key.startswith("log.")
     and (key in FIRST_KEYS or key not in defaults or value != defaults[key])
   }
 
@@ -111,12 +72,8 @@ def digest(config: Any) -> str:
 
 def _flat(config: Any) -> dict[str, Any]:
   """The values of a config by path, as JSON has them: tuples are lists."""
-  content = config if isinstance(config, dict) else json.loads(config.to_json_best_effort())
-  return dict(flatten(content))
-
-
-def _defaults() -> dict[str, Any]:
-  return json.loads(json.dumps(config_files.defaults()))
+  text = json.dumps(config) if isinstance(config, dict) else config.to_json_best_effort()
+  return dict(flatten(json.loads(text)))
 
 
 class Workdir:
@@ -131,41 +88,32 @@ class Workdir:
 
   def __init__(self, path: str):
     self.path = os.path.expanduser(path)
-    self.config_file = self._of("config.json")
-    self.metrics_file = self._of("metrics.jsonl")
-    self.checkpoints = self._of("checkpoints")
-    self.certificate_file = self._of("certificate.json")
-    self.counterexample_file = self._of("counterexample.npz")
-    self.radii_table = self._of("radii.csv")
-    self.radii_figure = self._of("radii.png")
-    self.profile = self._of("profile")
-    self.log_file = self._of("log.txt")
-    self._lock = self._of(".lock")
-
-  def _of(self, name: str) -> str:
-    return os.path.join(self.path, name)
+    of = functools.partial(os.path.join, self.path)
+    self.config_file = of("config.json")
+    self.metrics_file = of("metrics.jsonl")
+    self.checkpoints = of("checkpoints")
+    self.certificate_file = of("certificate.json")
+    self.counterexample_file = of("counterexample.npz")
+    self.radii_table = of("radii.csv")
+    self.radii_figure = of("radii.png")
+    self.profile = of("profile")
+    self.log_file = of("log.txt")
+    self._lock = of(".lock")
 
   def exists(self) -> bool:
     """Whether the folder holds a run."""
     return os.path.exists(self.config_file)
 
-  def describe(
-    self,
-    config: Any,
-    class_names: tuple[str, ...],
-    image_shape: tuple[int, ...],
-    statistics: tuple[tuple[float, ...], tuple[float, ...]],
-    parameters: int,
-  ) -> None:
+  def describe(self, config: Any, data: Data, parameters: int) -> None:
     """Writes config.json; raises `Unsaved` where the storage does not take it."""
-    mean, std = statistics
-    libraries = ("convex_jax", "jax", "flax", "optax")
+    about: dict[str, Any] = {"class_names": data.class_names, "image_shape": data.train.image_shape}
+    about["mean"], about["std"] = data.statistics
     content = {
       "format": FORMAT,
       "config": json.loads(config.to_json_best_effort()),
-      "data": {"class_names": class_names, "image_shape": image_shape, "mean": mean, "std": std},
+      "data": about,
       "parameters": parameters,
-      "versions": {name: metadata.version(name) for name in libraries},
+      "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "optax")},
       "hardware": f"{jax.device_count()} x {_device_kind()}",
     }
     files.write_json(self.config_file, content)
@@ -293,7 +241,7 @@ def _device_kind() -> str:
 
 def _complete(config: dict[str, Any]) -> None:
   """Adds the keys that a saved config lacks; raises `Damaged` unless a run can be built of it."""
-  defaults = _defaults()
+  defaults = _flat(config_files.defaults())
   for path, default in defaults.items():
     *sections, key = path.split(".")
     section = config

@@ -1,11 +1,12 @@
 """The jobs of a sweep, read from its sweep.py: what to train, where, and how results are named."""
 
 import dataclasses
-import importlib.util
 import math
 import os
 import re
+import runpy
 import shlex
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,11 +67,8 @@ def read_sweep(folder: str) -> Any:
   path = os.path.join(folder, "sweep.py")
   if not os.path.exists(path):
     raise UserError(f"{path} not found; expected the folder of a sweep, such as experiments/mlp")
-  spec = importlib.util.spec_from_file_location("sweep", path)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
   try:
-    spec.loader.exec_module(module)
+    module = types.SimpleNamespace(**runpy.run_path(path))
   except Exception as error:
     raise UserError(f"{path} cannot be read: {error!r}") from error
   if missing := [n for n in ("TITLE", "SCHEDULES", "get_sweep") if not hasattr(module, n)]:

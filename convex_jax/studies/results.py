@@ -8,8 +8,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-import jax
-import numpy as np
+import optax
 
 from convex_jax import files
 from convex_jax.config_files import flatten
@@ -21,17 +20,27 @@ UNKNOWN = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class _Keyed:
+  """What has a key, that of a result; the same key with another digest is of another config."""
+
+  panel: str  # The runs compared in one figure: an architecture on a data set, say.
+  variant: str  # Within the panel: base, ioc.
+  schedule: str  # Of a sweep: "full" is its source's; others are shorter, as sweep.py says.
+  seed: int
+
+  @property
+  def key(self) -> tuple[str, str, str, int]:
+    return self.panel, self.variant, self.schedule, self.seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(_Keyed):
   """The figures of a run: accuracies and fractions 0..1, losses in nats; inference, all examples.
 
   A loss is the mean negative log-likelihood, without label smoothing; the calibration error
   weights its bins by their counts (`metrics.CalibrationError`). `nan`: unknown.
   """
 
-  panel: str  # The runs compared in one figure: an architecture on a data set, say.
-  variant: str  # Within the panel: base, ioc.
-  schedule: str  # Of a sweep: "full" is its source's; others are shorter, as sweep.py says.
-  seed: int
   digest: str  # `workdir.digest` of the config.
   outcome: str  # finished, diverged.
   parameters: int
@@ -56,30 +65,16 @@ class Result:
   source_train_accuracy: float = UNKNOWN  # Reported by the source of the claim.
   source_test_accuracy: float = UNKNOWN
 
-  @property
-  def key(self) -> tuple[str, str, str, int]:
-    """The name of a result; the same key with another digest belongs to another config."""
-    return self.panel, self.variant, self.schedule, self.seed
-
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class Point(_Keyed):
   """An evaluation during training: a row of curves.csv."""
 
-  panel: str
-  variant: str
-  schedule: str
-  seed: int
   epoch: float
   train_accuracy: float
   test_accuracy: float
   train_loss: float
   test_loss: float
-
-  @property
-  def key(self) -> tuple[str, str, str, int]:
-    """The key of its `Result`."""
-    return self.panel, self.variant, self.schedule, self.seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +118,7 @@ def of_workdir(
   figures = {name: value for name, value in (final or {}).items() if name in names}
   if evals:
     best = max(evals, key=lambda row: row["test_accuracy"])
-    figures["peak_test_accuracy"] = best["test_accuracy"]
-    figures["peak_train_accuracy"] = best["train_accuracy"]
-    figures["peak_epoch"] = best["epoch"]
+    figures |= {f"peak_{name}": best[name] for name in ("test_accuracy", "train_accuracy", "epoch")}
   certificate = workdir.certificate()
   result = Result(
     panel=panel,
@@ -134,7 +127,8 @@ def of_workdir(
     seed=config["seed"],
     digest=digest(config),
     outcome=outcome,
-    parameters=description.get("parameters") or _parameters(path),
+    # A run that predates their count in config.json has to be loaded.
+    parameters=description.get("parameters") or optax.tree.size(load(path).params),
     epochs=_rounded(every[-1]["epoch"]) if every else 0.0,
     batch_size=config["batch_size"],
     certificate=certificate["verdict"] if certificate else "",
@@ -176,22 +170,9 @@ def of_workdirs(workdirs: Iterable[str]) -> Results:
   return found
 
 
-def is_finished(path: str, of_digest: str) -> bool:
-  """Whether a workdir holds a finished run of the config with this digest."""
-  workdir = Workdir(path)
-  if not workdir.exists() or not workdir.rows("final"):
-    return False
-  return digest(workdir.description()["config"]) == of_digest
-
-
 def _rounded(value: float) -> float:
   """The value as it will be read back from a table."""
   return float(f"{value:.6g}")
-
-
-def _parameters(workdir: str) -> int:
-  """The number of parameters of a run that predates their count in config.json."""
-  return sum(np.size(leaf) for leaf in jax.tree.leaves(load(workdir).params))
 
 
 def _seconds(every: list[dict[str, Any]], batch_size: int) -> float:
@@ -206,10 +187,8 @@ def _seconds(every: list[dict[str, Any]], batch_size: int) -> float:
 
 def write(results: Results, folder: str) -> None:
   """Writes results.csv and curves.csv, each as a whole or not at all."""
-  for name, kind, items in (  # Curves first: a result in the table has its curve.
-    ("curves.csv", Point, results.points),
-    ("results.csv", Result, results.rows),
-  ):
+  tables = ("curves.csv", Point, results.points), ("results.csv", Result, results.rows)
+  for name, kind, items in tables:  # Curves first: a result in the table has its curve.
     with files.atomic_write(os.path.join(folder, name)) as file:
       table = csv.writer(file, lineterminator="\n")
       table.writerow(field.name for field in dataclasses.fields(kind))
@@ -217,9 +196,8 @@ def write(results: Results, folder: str) -> None:
 
 
 def _text(value: Any) -> str:
-  if isinstance(value, float):
-    return "" if math.isnan(value) else f"{value:.6g}"
-  return str(value)
+  text = f"{value:.6g}" if isinstance(value, float) else str(value)
+  return "" if value != value else text  # Of nan.
 
 
 def read(folder: str) -> Results:
@@ -245,13 +223,10 @@ def _read_csv(path: str, kind: type) -> list[Any]:
       for number, row in enumerate(table, 2):  # noqa: B007
         if None in row or None in row.values():
           raise ValueError("it has too few or too many cells")
-        items.append(kind(**{name: _value(row[name], types[name]) for name in names}))
+        text = {name: row[name] or ("nan" if types[name] is float else "") for name in names}
+        items.append(kind(**{name: types[name](value) for name, value in text.items()}))
   except (TypeError, ValueError, csv.Error) as error:
     raise UserError(
       f"{path}, line {number} is not a valid row: {error}\n  Fix the line, or delete the file."
     ) from error
   return items
-
-
-def _value(text: str, of: type) -> Any:
-  return UNKNOWN if of is float and not text else of(text)

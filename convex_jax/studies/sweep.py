@@ -54,7 +54,7 @@ class Process:
     if self._slots > 1:  # By default JAX takes three quarters of a GPU's memory.
       environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / self._slots:.3f}")
     with open(self.log, "a") as file:
-      self._process = subprocess.Popen(
+      self.popen = subprocess.Popen(
         [sys.executable, "-m", *command],
         stdout=file,
         stderr=subprocess.STDOUT,
@@ -65,11 +65,11 @@ class Process:
       cores = sorted(os.sched_getaffinity(0))
       if len(cores) >= self._slots:  # XLA starts a thread for each core that it may use.
         with contextlib.suppress(ProcessLookupError):
-          os.sched_setaffinity(self._process.pid, cores[self.slot :: self._slots])
+          os.sched_setaffinity(self.popen.pid, cores[self.slot :: self._slots])
 
   def poll(self) -> str | None:
     """None while it runs, then its outcome: "finished", "diverged", or what went wrong."""
-    code = self._process.poll()
+    code = self.popen.poll()
     if code is None:
       return None
     if not self._certifies and code == Diverged.code:
@@ -83,15 +83,6 @@ class Process:
     self._certifies = True
     self._start(["convex_jax", "certify", f"--workdir={self.task.workdir}"])
     return None
-
-  def stop(self) -> None:
-    """Asks it to save and end."""
-    if self._process.poll() is None:
-      self._process.send_signal(signal.SIGTERM)
-
-  def wait(self) -> None:
-    """Returns when it has ended."""
-    self._process.wait()
 
 
 def progress_of(task: Task) -> float:
@@ -114,7 +105,8 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
   found = results.read(out)
   jobs.refuse_other_configs(tasks, found)
   for task in tasks:
-    if task.key not in {row.key for row in found.rows} and _is_finished(task):
+    known = task.key in {row.key for row in found.rows}
+    if not known and Workdir(task.workdir).rows("final") and not _lacks_certificate(task.workdir):
       found = _add(found, task, "finished", out)
   done = {row.key for row in found.rows}
   waiting = [task for task in tasks if task.key not in done]
@@ -151,19 +143,15 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
           failures.append(outcome)
         progress.console.print(outcome, markup=False, soft_wrap=True)
     for process in processes:
-      process.stop()
+      process.popen.terminate()  # It saves, and ends.
     for process in processes:
-      process.wait()
+      process.popen.wait()
   if signals:
     raise Stopped("Stopped; all runs saved. Run the same command to continue.")
   if failures:
     count = f"{len(failures)} run{'s' * (len(failures) > 1)} failed"
     raise UserError("\n".join([*failures, f"{count}; run the same command to retry."]))
   return found
-
-
-def _is_finished(task: Task) -> bool:
-  return results.is_finished(task.workdir, task.digest) and not _lacks_certificate(task.workdir)
 
 
 def _lacks_certificate(path: str) -> bool:

@@ -60,13 +60,15 @@ def _run(config: Any, workdir: Workdir, examples: Data | None) -> dict[str, floa
   meshes.check_equal_hosts([device.process_index for device in jax.devices()])
   meshes.check_divisible(jax.device_count(), config.batch_size, config.fsdp)
   program = Program(config, examples, meshes.make_mesh(fsdp=config.fsdp))
-  public = _public_weights(config, workdir, program)  # Refused before anything is written.
+  public = None
+  if config.init_from and not manifest.steps_in(workdir.checkpoints):
+    # Refused before anything is written.
+    public = load_public(program.model, config.init_from, program.image_shape, config.seed)
   console = Console(lead)
   for line in manifest.quarantine_damaged(workdir.checkpoints):
     console.print(line)
   if lead:
-    shape, names = examples.train.image_shape, examples.class_names
-    workdir.describe(config, names, shape, examples.statistics, program.parameters)
+    workdir.describe(config, examples, program.parameters)
   with contextlib.ExitStack() as stack:
     limit = config.time_limit and max(60 * config.time_limit - (time.monotonic() - began), 1e-3)
     stopping = stack.enter_context(Stopping(limit))  # Left last: no signal hurts what is saved.
@@ -105,13 +107,6 @@ def _run(config: Any, workdir: Workdir, examples: Data | None) -> dict[str, floa
     recorder.evaluated("final", int(state.step), figures)
   _finish(program, state, figures, workdir, console)
   return figures
-
-
-def _public_weights(config: Any, workdir: Workdir, program: Program) -> Public | None:
-  """The public weights that a fresh run starts from, where its config names any."""
-  if not config.init_from or manifest.steps_in(workdir.checkpoints):
-    return None
-  return load_public(program.model, config.init_from, program.image_shape, config.seed)
 
 
 def _first_state(program: Program, checkpoints: Checkpoints, public: Public | None) -> step.State:
@@ -192,11 +187,7 @@ def train(
 
 
 def _finish(
-  program: Program,
-  state: step.State,
-  figures: dict[str, float],
-  workdir: Workdir,
-  console: Console,
+  program: Program, state: step.State, figures: dict[str, float], workdir: Workdir, console: Console
 ) -> None:
   """Reports the figures, and certifies what is meant to be convex."""
   config = program.config

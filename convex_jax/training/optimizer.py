@@ -12,43 +12,22 @@ OPTIMIZERS = {
   "adamw": lambda c: optax.scale_by_adam(c.b1, c.b2),  # Decay: the chain's next link.
   "sgd": lambda c: optax.trace(c.momentum, nesterov=True),
   "lion": lambda c: optax.scale_by_lion(c.b1, c.b2),
-  "rmsprop": lambda c: optax.chain(_scale_by_rms(c.b2), optax.trace(c.momentum)),
+  "rmsprop": lambda c: optax.chain(  # As in TensorFlow: EfficientNet's.
+    optax.scale_by_rms(c.b2, eps=1e-3, initial_scale=1.0, eps_in_sqrt=True),
+    optax.trace(c.momentum),
+  ),
 }
 
 
-def _scale_by_rms(decay):
-  """As in TensorFlow: epsilon inside the root, averages that start from 1 (EfficientNet's)."""
-  return optax.scale_by_rms(decay, eps=1e-3, initial_scale=1.0, eps_in_sqrt=True)
-
-
-def _constant(rate, config, num_steps):
-  return optax.constant_schedule(rate)
-
-
-def _cosine(rate, config, num_steps):
-  return optax.cosine_decay_schedule(rate, max(num_steps - config.warmup_steps, 1))
-
-
-def _linear(rate, config, num_steps):
-  return optax.linear_schedule(rate, 0.0, max(num_steps - config.warmup_steps, 1))
-
-
-def _exponential(rate, config, num_steps):
-  steps = max(num_steps - config.warmup_steps, 1)
-  return optax.exponential_decay(rate, steps, config.decay_factor)
-
-
-def _step(rate, config, num_steps):
-  at = [int(share * num_steps) - config.warmup_steps for share in config.decay_at]
-  return optax.piecewise_constant_schedule(rate, {step: config.decay_factor for step in at})
-
-
+# From the rate, the config, and the numbers of all steps and of those after the warm-up.
 SCHEDULES = {
-  "constant": _constant,
-  "linear": _linear,
-  "cosine": _cosine,
-  "exponential": _exponential,
-  "step": _step,
+  "constant": lambda rate, c, total, steps: optax.constant_schedule(rate),
+  "linear": lambda rate, c, total, steps: optax.linear_schedule(rate, 0.0, steps),
+  "cosine": lambda rate, c, total, steps: optax.cosine_decay_schedule(rate, steps),
+  "exponential": lambda rate, c, total, steps: optax.exponential_decay(rate, steps, c.decay_factor),
+  "step": lambda rate, c, total, steps: optax.piecewise_constant_schedule(
+    rate, {int(share * total) - c.warmup_steps: c.decay_factor for share in c.decay_at}
+  ),
 }
 
 
@@ -59,15 +38,10 @@ def make_schedule(config: Any, num_steps: int) -> optax.Schedule:
   `decay_factor` times the rate there; step: times `decay_factor` at each share of
   `num_steps` in `decay_at`.
   """
-  rate = config.learning_rate
-  main = SCHEDULES[config.schedule](rate, config, num_steps)
+  rate, steps = config.learning_rate, max(num_steps - config.warmup_steps, 1)
+  main = SCHEDULES[config.schedule](rate, config, num_steps, steps)
   warmup = optax.linear_schedule(0.0, rate, config.warmup_steps)
   return optax.join_schedules([warmup, main], [config.warmup_steps])
-
-
-def is_matrix(params: Any) -> Any:
-  """Which parameters decay: matrices and filters, not biases, norms or scales."""
-  return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def make_optimizer(config: Any, num_steps: int, constraints: Any) -> optax.GradientTransformation:
@@ -77,11 +51,13 @@ def make_optimizer(config: Any, num_steps: int, constraints: Any) -> optax.Gradi
   gradient of every k of them. `constraints` is `constraints.constraints_of(params)`.
   """
   num_updates = num_steps // config.accumulate
-  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
   chain = optax.chain(
-    clip,
+    optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
     OPTIMIZERS[config.name](config),
-    optax.add_decayed_weights(config.weight_decay, mask=is_matrix),
+    # Matrices and filters decay; biases, norms and scales do not.
+    optax.add_decayed_weights(
+      config.weight_decay, lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    ),
     optax.scale_by_learning_rate(make_schedule(config, num_updates)),
     enforce(constraints),  # A later link could undo it.
   )

@@ -95,13 +95,16 @@ class Program:
         self.model, self.tx, init_key, self.image_shape, average=config.ema_decay > 0
       )
 
+    def is_finite(state):
+      return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state)]))
+
     layout = meshes.layout(self.mesh, jax.eval_shape(init))
     self.init = jax.jit(init, out_shardings=layout)
     self._train_call = jax.jit(train_call, donate_argnums=0, out_shardings=(layout, everywhere))
     self._gather = jax.jit(lambda weights: weights, out_shardings=everywhere)
     self._eval_call = jax.jit(eval_call, out_shardings=everywhere)
     self._nothing = jax.jit(metrics.Evaluation.empty, out_shardings=everywhere)
-    self._is_finite = jax.jit(_is_finite, out_shardings=everywhere)
+    self._is_finite = jax.jit(is_finite, out_shardings=everywhere)
     self._mean = jax.jit(metrics.Evaluation.compute, out_shardings=everywhere)
     self._summary = jax.jit(
       lambda params: constraints.summary(params, self.constraints), out_shardings=everywhere
@@ -165,7 +168,3 @@ class Program:
     """Ends what reads data beside the run."""
     for split in self.splits.values():
       split.close()
-
-
-def _is_finite(state: step.State) -> jax.Array:
-  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state)]))

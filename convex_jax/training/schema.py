@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import itertools
+import math
 import typing
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -46,17 +47,13 @@ def integer(low: int) -> Rule:
   return Rule(int, f"an integer from {low}", lambda v: v >= low)
 
 
-def number(low: float, high: float = float("inf"), closed: bool = True) -> Rule:
-  """A number from `low` (above it, unless `closed`) to `high`."""
-  words = f"a number in {'[' if closed else '('}{low:g}, {high:g}]"
-  if high == float("inf"):
-    words = f"a number {'from' if closed else 'above'} {low:g}"
-  return Rule(float, words, lambda v: (low <= v if closed else low < v) and v <= high)
-
-
-def below(low: float, high: float) -> Rule:
-  """A number from `low` to below `high`."""
-  return Rule(float, f"a number in [{low:g}, {high:g})", lambda v: low <= v < high)
+def number(low: float, high: float = math.inf, ends: str = "[]") -> Rule:
+  """A number from `low` to `high`; a round bracket leaves out that end."""
+  words = f"in {ends[0]}{low:g}, {high:g}{ends[1]}"
+  if high == math.inf:
+    words = f"{'from' if ends[0] == '[' else 'above'} {low:g}"
+  left_out = [end for end, bracket in zip((low, high), ends, strict=True) if bracket in "()"]
+  return Rule(float, f"a number {words}", lambda v: low <= v <= high and v not in left_out)
 
 
 def one_of(names: Collection[str]) -> Rule:
@@ -64,36 +61,11 @@ def one_of(names: Collection[str]) -> Rule:
   return Rule(str, ", ".join(names), lambda v: v in names, tuple(names))
 
 
-def _increasing(value: tuple) -> bool:
-  rising = all(a < b for a, b in itertools.pairwise(value))
-  return rising and all(isinstance(v, float) and 0 < v < 1 for v in value)
-
-
-def _steps(value: tuple) -> bool:
-  return len(value) == 2 and all(isinstance(v, int) for v in value) and 0 <= value[0] <= value[1]
+def _are(kind: Any, values: tuple) -> bool:
+  return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
 
 
 TEXT, SWITCH = Rule(str, "text"), Rule(bool, "true or false")
-
-
-def _integers(value: tuple) -> bool:
-  return bool(value) and all(type(v) is int and v >= 1 for v in value)
-
-
-def _area(value: tuple) -> bool:
-  numbers = len(value) == 2 and all(isinstance(v, float) for v in value)
-  return numbers and 0 < value[0] <= value[1] <= 1
-
-
-def _operations(value: tuple) -> bool:
-  if len(value) != 2 or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value):
-    return False
-  return isinstance(value[0], int) and value[0] >= 0 and 0 <= value[1] <= 10
-
-
-def _names(value: tuple) -> bool:
-  several = len(value) != 1 and len(set(value)) == len(value)
-  return several and all(isinstance(v, str) for v in value)
 
 
 def field_rule(field: dataclasses.Field) -> Rule:
@@ -102,13 +74,13 @@ def field_rule(field: dataclasses.Field) -> Rule:
   if typing.get_origin(kind) is typing.Literal:
     rule = one_of(typing.get_args(kind))
   elif typing.get_origin(kind) is tuple:
-    rule = Rule(tuple, "a tuple of integers from 1", _integers)
+    rule = Rule(tuple, "a tuple of integers from 1", lambda v: v and _are(int, v) and min(v) >= 1)
   else:
     rule = {
       bool: SWITCH,
       int: integer(0 if field.default == 0 else 1),
-      float: number(0, 100, closed=False),
-      Rate: below(0, 1),
+      float: number(0, 100, ends="(]"),
+      Rate: number(0, 1, ends="[)"),
     }[kind]
   return Rule(
     rule.type | None, f"{rule.expected}, or None", lambda v: v is None or rule.test(v), rule.names
@@ -128,30 +100,42 @@ RULES = {
   "skip_spikes": number(0),
   "time_limit": number(0),
   "init_from": TEXT,
-  "label_smoothing": below(0, 1),
-  "ema_decay": below(0, 1),
+  "label_smoothing": number(0, 1, ends="[)"),
+  "ema_decay": number(0, 1, ends="[)"),
   "mixup": number(0, 100),
   "cutmix": number(0, 100),
   "data.name": one_of(DATASETS),
-  "data.classes": Rule(tuple, "(), or two or more different names such as ('cat', 'dog')", _names),
+  "data.classes": Rule(
+    tuple,
+    "(), or two or more different names such as ('cat', 'dog')",
+    lambda v: _are(str, v) and len(v) != 1 and len(set(v)) == len(v),
+  ),
   "data.dir": TEXT,
   "data.image_size": integer(1),
   "data.flip": SWITCH,
   "data.crop_padding": integer(0),
   "data.jitter": number(0, 1),
   "data.randaugment": Rule(
-    tuple, "(operations, magnitude): an integer from 0 and a number in [0, 10]", _operations
+    tuple,
+    "(operations, magnitude): an integer from 0 and a number in [0, 10]",
+    lambda v: (
+      len(v) == 2 and _are(int, v[:1]) and _are(int | float, v) and v[0] >= 0 and 0 <= v[1] <= 10
+    ),
   ),
   "data.repeats": integer(1),
   "data.whiten": SWITCH,
   "data.erasing": number(0, 1),
   "data.label_noise": number(0, 1),
-  "data.train_fraction": number(0, 1, closed=False),
-  "data.validation_fraction": below(0, 1),
+  "data.train_fraction": number(0, 1, ends="(]"),
+  "data.validation_fraction": number(0, 1, ends="[)"),
   "data.loader": one_of(("auto", "resident", "host", "stream")),
   "data.cache_size": integer(0),
-  "data.crop_area": Rule(tuple, "two increasing numbers in (0, 1]", _area),
-  "data.eval_share": number(0, 1, closed=False),
+  "data.crop_area": Rule(
+    tuple,
+    "two increasing numbers in (0, 1]",
+    lambda v: len(v) == 2 and _are(float, v) and 0 < v[0] <= v[1] <= 1,
+  ),
+  "data.eval_share": number(0, 1, ends="(]"),
   "data.workers": integer(-1),
   "data.max_unreadable": number(0, 1),
   "model.name": one_of(catalog.names()),
@@ -168,25 +152,33 @@ RULES = {
   "model.one_logit": SWITCH,
   "model.remat": SWITCH,
   "optimizer.name": one_of(OPTIMIZERS),
-  "optimizer.learning_rate": number(0, closed=False),
+  "optimizer.learning_rate": number(0, ends="(]"),
   "optimizer.schedule": one_of(SCHEDULES),
   "optimizer.warmup_steps": integer(0),
-  "optimizer.decay_at": Rule(tuple, "increasing numbers in (0, 1)", _increasing),
-  "optimizer.decay_factor": number(0, 1, closed=False),
+  "optimizer.decay_at": Rule(
+    tuple,
+    "increasing numbers in (0, 1)",
+    lambda v: _are(float, v) and all(a < b for a, b in itertools.pairwise((0, *v, 1))),
+  ),
+  "optimizer.decay_factor": number(0, 1, ends="(]"),
   "optimizer.weight_decay": number(0),
   "optimizer.clip_norm": number(0),
-  "optimizer.b1": below(0, 1),
-  "optimizer.b2": below(0, 1),
-  "optimizer.momentum": below(0, 1),
+  "optimizer.b1": number(0, 1, ends="[)"),
+  "optimizer.b2": number(0, 1, ends="[)"),
+  "optimizer.momentum": number(0, 1, ends="[)"),
   "optimizer.accumulate": integer(1),
-  "eval.every_epochs": number(0, closed=False),
+  "eval.every_epochs": number(0, ends="(]"),
   "eval.train_examples": integer(0),
   "checkpoint.every_steps": integer(0),
   "checkpoint.keep": integer(2),
   "checkpoint.must_save": SWITCH,
-  "checkpoint.patience": number(0, closed=False),
+  "checkpoint.patience": number(0, ends="(]"),
   "log.every_steps": integer(1),
-  "log.profile_steps": Rule(tuple, "(0, 0), or the first and the last step", _steps),
+  "log.profile_steps": Rule(
+    tuple,
+    "(0, 0), or the first and the last step",
+    lambda v: len(v) == 2 and _are(int, v) and 0 <= v[0] <= v[1],
+  ),
 }
 
 
@@ -267,14 +259,9 @@ def mistakes(config: Any) -> list[str]:
   """Everything that is wrong with a config, one line each: path, value, what is expected."""
   values = dict(flatten(config))
   rules = _rules(values)
-  lines = [
-    f"Unknown key config.{path}{nearest(path, rules)}"
-    for path in sorted(values)
-    if path not in rules
-  ]
-  lines += [
-    f"config.{path} is missing; configs/base.py has it" for path in RULES if path not in values
-  ]
+  unknown, missing = sorted(values.keys() - rules.keys()), [p for p in RULES if p not in values]
+  lines = [f"Unknown key config.{path}{nearest(path, rules)}" for path in unknown]
+  lines += [f"config.{path} is missing; configs/base.py has it" for path in missing]
   lines += filter(None, (rules[p].mistake(p, v) for p, v in values.items() if p in rules))
   return lines or list(_clashes(config))
 

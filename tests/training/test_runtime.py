@@ -58,7 +58,11 @@ def test_flags_are_not_given_to_another_jaxlib(monkeypatch):
 
 
 def test_computing_happens_in_the_calling_thread():
-  command = [sys.executable, "-c", "from convex_jax import startup; runtime.keep_freed_memory()"]
+  command = [
+    sys.executable,
+    "-c",
+    "from convex_jax.training import runtime; runtime.keep_freed_memory()",
+  ]
   command[-1] += "; import jax; print(jax.config.read('jax_cpu_enable_async_dispatch'))"
   out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
   assert out.strip() == str(not GLIBC)
