@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: train test test-slow parity lint docs wheel lock
 
-train: $(INSTALLED)  ## A convex Mixer on real digits, about a minute on two cores.
+train: $(INSTALLED)  ## A convex Mixer on real digits, under a minute on two cores.
 	$(BIN)/python -m convex_jax.main --config=configs/mixer_ioc.py:digits
 
 test: $(INSTALLED)  ## The default tests, a few minutes.

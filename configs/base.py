@@ -94,7 +94,9 @@ def get_config() -> ConfigDict:
   config.optimizer.decay_at = (0.5, 0.75)  # step: at these fractions of the run ...
   # ... the rate is multiplied by this; exponential: the final fraction of the rate.
   config.optimizer.decay_factor = 0.1
-  config.optimizer.weight_decay = 0.0  # Decoupled, multiplied by the rate; not of biases and norms.
+  config.optimizer.weight_decay = (
+    0.0  # Decoupled, multiplied by the rate; not applied to biases and norms.
+  )
   config.optimizer.clip_norm = 0.0  # Largest global gradient norm; 0: no clipping.
   config.optimizer.b1 = 0.9  # Adam's and Lion's.
   config.optimizer.b2 = 0.999  # Adam's, Lion's and RMSProp's.

@@ -1,6 +1,6 @@
 """Config files: found, loaded, flattened; and the defaults, which are `configs/base.py`'s.
 
-The configs that come with the package are a folder beside it in a clone and inside it in a
+The configs that come with the package are a folder next to it in a clone and inside it in a
 wheel. They import each other as `configs.NAME`, and so may a user's own.
 """
 
@@ -62,7 +62,7 @@ def load(arguments: list[str]) -> Any:
 
 @functools.cache
 def defaults() -> dict[str, Any]:
-  """Every key that all configs share, by path ("data.name"), and what it means by default."""
+  """Every key that all configs share, by path ("data.name"), and its default."""
   return dict(flatten(runpy.run_path(os.path.join(bundled(), "base.py"))["get_config"]()))
 
 

@@ -5,7 +5,7 @@ class Ended(Exception):
   """A run that ends early; `main` prints the message and exits with `code`."""
 
   code: int
-  at_once = False  # Whether threads may wait for ever for what does not come.
+  at_once = False  # Whether threads might wait for ever, so that the process must be ended.
 
 
 class UserError(Ended, ValueError):
@@ -15,32 +15,32 @@ class UserError(Ended, ValueError):
 
 
 class Diverged(Ended):
-  """Too many updates in a row that could not be made; the last checkpoint is finite."""
+  """Too many consecutive updates were skipped; the last checkpoint is finite."""
 
   code = 3
 
 
 class NotProved(Ended):
-  """A network that was to be proved convex and is not."""
+  """The network could not be proved convex."""
 
   code = 4
 
 
 class Unsaved(Ended):
-  """A checkpoint that the storage would not take; those before it are as they were."""
+  """A checkpoint could not be written; earlier ones are intact."""
 
   code = 74
   at_once = True
 
 
 class Lost(Ended):
-  """Another process of the run is gone: the same command everywhere goes on."""
+  """Another process of the run was lost. Run the same command on every host to resume."""
 
   code = 75
   at_once = True
 
 
 class Stopped(Ended):
-  """Asked to stop, and saved: the same command goes on from there."""
+  """Stopped on request, after saving. Run the same command to resume."""
 
   code = 75

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     "lists them.\n"
     "Exit codes: 0 done; 2 invalid input; 3 diverged; 74 a checkpoint could not be written;\n"
     "75 stopped and saved, or another process was lost (run the same command again).",
-    "python -m convex_jax.main --config=configs/mixer_ioc.py:cifar10 --workdir=runs/mixer \\\n"
+    "python -m convex_jax train --config=configs/mixer_ioc.py:cifar10 --workdir=runs/mixer \\\n"
     "      --config.optimizer.learning_rate=3e-4",
   )
   parser.add_argument("--config", help="config file, and after a colon a data set", metavar="FILE")
@@ -63,10 +63,11 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
   runtime.keep_compiled_programs()
   runtime.tune_cpu()
   from convex_jax.runs import checkpoints
-  from convex_jax.training import loop
+  from convex_jax.training import loop, schema
 
   checkpoints.quieten_orbax()
   config = load_config(args.config, overrides)
+  schema.check(config)  # Before the others are waited for; `loop.run` checks its own callers'.
   if args.distributed == "on" or (args.distributed == "auto" and _in_cluster()):
     _join(args)
   name, _ = os.path.splitext(os.path.basename(args.config.partition(":")[0]))
@@ -89,6 +90,10 @@ def _explain(file: str, overrides: list[str]) -> list[str]:
   """Tries each override alone; then checks the config that the good ones make."""
   from convex_jax.training import schema
 
+  path = config_files.find(file).partition(":")[0]
+  if not os.path.exists(path):
+    names = sorted(f"configs/{n}" for n in os.listdir(config_files.bundled()) if n.endswith(".py"))
+    return [f"--config={file} cannot be read: {path} does not exist; bundled: {', '.join(names)}"]
   try:
     known = [path for path, _ in config_files.flatten(config_files.load([f"--config={file}"]))]
   except Exception as error:

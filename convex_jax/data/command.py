@@ -47,7 +47,7 @@ def _cache(args: argparse.Namespace) -> None:
     natural = ", ".join(name for name, e in DATASETS.items() if e.is_natural)
     raise UserError(f"{args.name} needs no cache: a run decodes it in seconds; expected {natural}")
   if args.image_size < 1:
-    raise UserError(f"--image_size={args.image_size}; expected an integer from 1, in px")
+    raise UserError(f"--image_size={args.image_size}; expected an integer >= 1, in px")
   builder = datasets.open_prepared(args.name, args.data_dir)
   workers = args.workers if args.workers >= 0 else cores()
   for split in (entry.train, entry.test):

@@ -34,7 +34,7 @@ def check(fields: dict, image_size: int) -> list[str]:
   if published and fields.get("padding", "valid") == "valid" and image_size < 9:
     return [
       f"data.image_size is {image_size} px, too small for an unpadded 3x3 convolution after two"
-      " halvings; expected an integer from 9, or model.padding='same'"
+      " halvings; expected an integer >= 9, or model.padding='same'"
     ]
   return []
 

@@ -44,7 +44,7 @@ def check(fields: dict, image_size: int) -> list[str]:
   """Errors in these fields for images of `image_size` px, one line each."""
   if image_size < 3:
     return [
-      f"data.image_size is {image_size} px, too small for a 7x7 stem; expected an integer from 3"
+      f"data.image_size is {image_size} px, too small for a 7x7 stem; expected an integer >= 3"
     ]
   lengths = {key: len(fields[key]) for key in ("depths", "widths", "ratios")}
   if len(set(lengths.values())) > 1:

@@ -4,7 +4,7 @@
 |---------|------------|-------------------------|------------------------------------|
 | `base`  | its own    | its own                 | free                               |
 | `ioc`   | ELU        | BatchNorm, scale >= 0   | >= 0: convex at inference          |
-| `paper` | ELU        | its own                 | >= 0, as in the report             |
+| `paper` | ELU        | its own, scale >= 0     | >= 0, as in the report             |
 
 Biases are free in every twin, and so is an affine map of the image before the first
 activation (`free=True`): the composition stays affine in the image whatever its signs.

@@ -47,7 +47,7 @@ class Certificate:
     return bool(self.proved.all())
 
   def __repr__(self) -> str:
-    lines = [f"{self.verdict}: {self.proved.sum()} of {self.proved.size} outputs {self.kind}"]
+    lines = [f"{self.verdict}: {self.proved.sum()} of {self.proved.size} outputs are {self.kind}"]
     if self.reason:
       lines.append(f"first broken by {self.reason}")
     if self.counterexample:

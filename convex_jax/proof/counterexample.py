@@ -24,7 +24,10 @@ class Counterexample:
   beyond: float  # The part of the gap that no rounding explains.
 
   def __str__(self) -> str:
-    return f"refuted by two points: output {self.output} misses by {self.gap:.3g} midway"
+    return (
+      f"refuted by two points: at their midpoint output {self.output} violates the inequality by"
+      f" {self.gap:.3g}"
+    )
 
 
 def search(

@@ -1,1 +1,1 @@
-"""What lies on disk."""
+"""Runs on disk: their folders, checkpoints, metrics and certificates."""

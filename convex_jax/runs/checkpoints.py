@@ -29,12 +29,12 @@ _policies = ocp.training.preservation_policies
 
 
 def quieten_orbax() -> None:
-  """Leaves it to us to report a failed save: once, not with a trace of each Orbax thread."""
+  """Makes a failed save be reported once, without a traceback of each Orbax thread."""
   logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
   show = sys.unraisablehook
 
   def unraisablehook(unraisable):
-    if str(unraisable.exc_value) != "Event loop is closed":  # Writes next to the one that failed.
+    if str(unraisable.exc_value) != "Event loop is closed":  # Concurrent writes.
       show(unraisable)
 
   sys.unraisablehook = unraisablehook
@@ -57,7 +57,7 @@ class _Save:
   def _run(self) -> None:
     try:
       self._write()
-    except Exception as error:  # Orbax raises what the storage makes it meet.
+    except Exception as error:  # Whatever the storage backend raises.
       self.error = error
 
   def wait(self) -> bool:
@@ -66,10 +66,10 @@ class _Save:
     return not self._thread.is_alive()
 
   def failure(self) -> str | None:
-    """Why there is no such checkpoint, as far as is known now."""
+    """Why the checkpoint is missing, if that is known yet."""
     if self._thread.is_alive():
       late = time.monotonic() > self._deadline
-      return f"it is not written after {self._patience:g} s" if late else None
+      return f"not finished after {self._patience:g} s" if late else None
     return str(self.error) if self.error is not None else None
 
 
@@ -97,7 +97,7 @@ class Checkpoints:
     self._checkpointer = self._open()
     self._go_on = go_on and jax.process_count() == 1  # Others would wait for the one that failed.
     self._report, self._patience = report, patience
-    self._newest = self.latest_step()  # Which was saved, or was to be.
+    self._newest = self.latest_step()  # The last step saved or attempted.
     self._save: _Save | None = None
     self._failure: str | None = None  # Why the newest is missing.
     self._abandoned = False
@@ -110,7 +110,7 @@ class Checkpoints:
     )
 
   def latest_step(self) -> int | None:
-    """The newest whole checkpoint's step."""
+    """The step of the newest complete checkpoint."""
     latest = self._checkpointer.latest
     return None if latest is None else latest.step
 
@@ -167,7 +167,7 @@ class Checkpoints:
     if not manifest.is_sealed(whole):
       shutil.rmtree(whole, ignore_errors=True)
     pattern = os.path.join(glob.escape(self._folder), f"{step}.*tmp*")
-    for _ in range(40):  # Other threads of Orbax may still write next to the one that failed.
+    for _ in range(40):  # Other threads of Orbax may still be writing.
       for path in glob.glob(pattern):
         shutil.rmtree(path, ignore_errors=True)
       time.sleep(0.05)
@@ -208,7 +208,7 @@ class Checkpoints:
     on_time = self.wait()
     with contextlib.suppress(Unsaved):
       self.check()
-    if self._failure is not None:  # Orbax, closed, would raise it again, or wait.
+    if self._failure is not None:  # Closing Orbax would raise it again, or hang.
       if on_time:
         self._clear(self._newest or 0)
       raise Unsaved(self._failure)

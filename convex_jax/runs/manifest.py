@@ -20,10 +20,10 @@ from jax.experimental import multihost_utils
 from convex_jax import files
 from convex_jax.errors import UserError
 
-FORMAT = 1  # Of a checkpoint; rises when an older version could not read it.
+FORMAT = 1  # Of a checkpoint; incremented when older versions cannot read it.
 NAME = "manifest.json"
 LIBRARIES = ("convex_jax", "jax", "flax", "optax", "orbax-checkpoint")
-UNFINISHED = f"has no {NAME}: it was not finished"
+UNFINISHED = f"not finished (it has no {NAME})"
 
 
 def seal(folder: str, step: int, accuracy: float | None) -> None:
@@ -135,7 +135,7 @@ def _set_aside(folder: str) -> list[str]:
     shutil.rmtree(target, ignore_errors=True)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     os.rename(os.path.join(folder, str(step)), target)
-    lines.append(f"Checkpoint {step} {reason}; moved to {target}")
+    lines.append(f"Checkpoint {step}: {reason}. Moved to {target}")
   return lines
 
 

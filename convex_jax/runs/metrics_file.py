@@ -45,7 +45,7 @@ class MetricsFile:
     return self.write()
 
   def write(self) -> str | None:
-    """Writes the rows that wait and the events that lack; returns why not, where it cannot."""
+    """Writes the rows that wait and missing events; returns why not, where it cannot."""
     if not self._waiting and self._events is not None:
       return None
     try:
@@ -66,7 +66,7 @@ class MetricsFile:
     return None
 
   def sync(self) -> None:
-    """Returns when the disk has every row: no checkpoint is to be newer than they are."""
+    """Flushes the rows to disk, so that no checkpoint is newer than its rows."""
     with saving(), open(self.path, "ab") as file:
       os.fsync(file.fileno())
 

@@ -20,7 +20,7 @@ from convex_jax.data.datasets import Data
 from convex_jax.errors import Unsaved, UserError
 from convex_jax.models import catalog
 
-FORMAT = 1  # Of config.json; rises when an older version could not read it.
+FORMAT = 1  # Of config.json; incremented when older versions cannot read it.
 
 # Two configs that differ in these and in `log` alone describe the same run.
 _FREE = """
@@ -138,7 +138,7 @@ class Workdir:
       raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
       raise UserError(
-        f"{self.config_file} is damaged: {error}\n  To write it again, move it away and run the"
+        f"{self.config_file} is damaged: {error}\n  To recreate it, move it aside and rerun the"
         " command that trained the run."
       ) from error
     return content
@@ -167,7 +167,7 @@ class Workdir:
 
   @contextlib.contextmanager
   def claim(self, config: Any) -> Iterator[None]:
-    """Within, the folder is this run's alone, on one host.
+    """While active, the folder is this run's alone, on one host.
 
     Raises `UserError` where it holds another run, cannot be written, or is in use.
     """
@@ -209,7 +209,7 @@ class Workdir:
 
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
-  """Within, an OSError (a full disk, say) is raised as `Unsaved`."""
+  """While active, an OSError (a full disk, say) is raised as `Unsaved`."""
   try:
     yield
   except OSError as error:

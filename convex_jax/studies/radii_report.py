@@ -24,7 +24,7 @@ from convex_jax.runs.workdir import Workdir
 def norms_of(text: str) -> tuple[str, ...]:
   """The norms in a list such as "l1,linf"; raises `UserError` for an unknown one."""
   names = tuple(filter(None, text.split(",")))
-  if not set(names) <= set(NORMS):
+  if not names or not set(names) <= set(NORMS):
     raise UserError(f"--norms={text}; expected some of {','.join(NORMS)}")
   return names
 
@@ -109,8 +109,8 @@ def main(argv: list[str] | None = None) -> int:
   parser = command_line.parser(
     "radii",
     "Certified radii of the first test images of a proved network: within the radius, measured\n"
-    "in that norm, no change of the image alters its class. Prints a table and writes radii.csv\n"
-    "and radii.png into the run's folder.",
+    "in that norm, no change of the image alters its class (of the network over the reals).\n"
+    "Prints a table and writes radii.csv and radii.png into the run's folder.",
     "python -m convex_jax radii --workdir=runs/mixer_ioc_digits --norms=l1,l2 --examples=100",
   )
   parser.add_argument("--workdir", required=True, help="folder of the run")

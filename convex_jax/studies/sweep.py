@@ -182,7 +182,7 @@ def _line(row: results.Result) -> str:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-  """Within, SIGTERM, SIGINT and SIGHUP are collected in a list and have no other effect."""
+  """While active, SIGTERM, SIGINT and SIGHUP are collected in a list and have no other effect."""
   received: list[int] = []
   before = {}
   for name in ("SIGTERM", "SIGINT", "SIGHUP"):
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
 def _sweep(args: argparse.Namespace) -> int:
   jax.config.update("jax_platforms", "cpu")  # Leave the accelerator to the runs.
   if args.at_once < 1:
-    raise UserError(f"--at_once={args.at_once}; expected an integer from 1")
+    raise UserError(f"--at_once={args.at_once}; expected an integer >= 1")
   workdir = args.workdir or os.path.join("runs", os.path.basename(os.path.abspath(args.folder)))
   out = args.out or workdir
   module = jobs.read_sweep(args.folder)

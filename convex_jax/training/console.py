@@ -34,7 +34,7 @@ class Console:
   """The output of one run; silent in all processes but the first (`lead`)."""
 
   def __init__(self, lead: bool = True):
-    # In a notebook, too, plain lines: rich's kind for it has a blank one after each.
+    # Plain lines in notebooks too: rich's own mode there adds a blank line after each.
     self._terminal = Terminal(highlight=False, soft_wrap=True, force_jupyter=False, quiet=not lead)
     self._progress = Progress(
       TextColumn("{task.description}"),

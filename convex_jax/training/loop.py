@@ -1,4 +1,4 @@
-"""The host's story of a run, top to bottom."""
+"""A training run as the host sees it, from top to bottom."""
 
 import collections
 import contextlib
@@ -42,8 +42,8 @@ def run(config: Any, workdir: str, examples: Data | None = None) -> dict[str, fl
 
   Raises:
     UserError: a config, a data set or a workdir that does not fit.
-    Diverged: updates cannot be made.
-    Unsaved: the storage takes no checkpoint.
+    Diverged: too many updates were skipped.
+    Unsaved: a checkpoint could not be written.
     Lost: another process is gone.
     Stopped: after SIGTERM, SIGINT or `time_limit`, once everything is saved.
   """
@@ -71,7 +71,7 @@ def _run(config: Any, workdir: Workdir, examples: Data | None) -> dict[str, floa
     workdir.describe(config, examples, program.parameters)
   with contextlib.ExitStack() as stack:
     limit = config.time_limit and max(60 * config.time_limit - (time.monotonic() - began), 1e-3)
-    stopping = stack.enter_context(Stopping(limit))  # Left last: no signal hurts what is saved.
+    stopping = stack.enter_context(Stopping(limit))  # Exited last: no signal interrupts a save.
     stack.callback(program.close)
     checkpoints = Checkpoints(
       workdir.checkpoints,
@@ -122,7 +122,7 @@ def _first_state(program: Program, checkpoints: Checkpoints, public: Public | No
 
 @contextlib.contextmanager
 def _collectives(checkpoints: Checkpoints) -> Iterator[None]:
-  """Within, a failed collective of several processes is raised as `Lost`."""
+  """While active, a failed collective of several processes is raised as `Lost`."""
   try:
     yield
   except Exception as error:
@@ -162,7 +162,7 @@ def train(
     if not in_flight or in_flight[-1][1]["loss"].is_ready():
       recorder.add_input_wait(time.monotonic() - began)
     state, measured = program.train_call(state, plan)
-    if steps.start == first:  # Compiling, and starting workers, is no rate.
+    if steps.start == first:  # Leave compilation and worker start-up out of the rate.
       recorder.restart_clock()
     in_flight.append((steps.stop, measured))
     take_in(MAX_IN_FLIGHT)
@@ -170,7 +170,7 @@ def train(
     evaluates, saves = program.evaluates_at(steps.stop), program.saves_at(steps.stop)
     stops = stopping.should_stop(steps.stop)
     if evaluates or saves or stops:
-      take_in(0)  # Updates that cannot be made end the run before it is saved.
+      take_in(0)  # Skipped updates may end the run, before it is saved.
       program.refuse_not_finite(state)
       recorder.flush()
       figures = program.evaluate(state, final=False) if evaluates else None
@@ -194,7 +194,7 @@ def _finish(
   name = f"{config.model.name} {config.model.parts} on {config.data.name}"
   console.report(name, figures)
   if config.model.parts == "ioc":
-    weights = program.gathered(state.weights())  # In which all hosts take part.
+    weights = program.gathered(state.weights())  # A collective: every host calls it.
     if jax.process_index() == 0:
       # As `load` would give it, without the reading, in which all hosts would take part.
       trained = Run.described(workdir.path, workdir.description(), int(state.step), weights)

@@ -19,7 +19,7 @@ from convex_jax.models import catalog, constraints
 from convex_jax.models.variables import init_variables
 from convex_jax.training import metrics, optimizer, step
 
-MAX_IN_FLIGHT = 16  # Calls ahead of the device. CPU collectives deadlock far ahead: jax 0.10.
+MAX_IN_FLIGHT = 16  # Calls dispatched ahead; with more, CPU collectives deadlock (jax 0.10).
 
 
 class Program:
@@ -165,6 +165,6 @@ class Program:
     return jax.tree.map(np.asarray, self._gather(weights))
 
   def close(self) -> None:
-    """Ends what reads data beside the run."""
+    """Stops the workers that read data."""
     for split in self.splits.values():
       split.close()

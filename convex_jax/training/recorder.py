@@ -63,7 +63,7 @@ class Recorder:
     names = self._calls[0][1]
     columns = {name: np.concatenate([call[name] for _, call in self._calls]) for name in names}
     skipped = columns.pop("skipped") > 0
-    # Of updates that were made: a mean that includes a NaN is none. None made: no mean.
+    # Means over applied updates, since one NaN would spoil them; none if all were skipped.
     means = {n: float(np.mean(c[~skipped])) for n, c in columns.items() if not skipped.all()}
     if self._skipped:
       more = len(self._skipped) - 1

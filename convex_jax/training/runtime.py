@@ -21,7 +21,7 @@ def keep_freed_memory() -> bool:
   """Makes glibc keep what is freed; says whether it could (Linux with glibc alone).
 
   XLA on the CPU takes a step's temporaries from malloc as one buffer and gives it back. By
-  default glibc maps what is that large anew each time, so every step has every page of it
+  default glibc maps what is that large again each time, so every step has every page of it
   zeroed by the kernel again: a quarter of a Mixer's step (308 MB at batch 128), two thirds of
   an EfficientNet's (3.8 GB at batch 16; 2 cores).
 

@@ -44,7 +44,7 @@ def nearest(value: Any, names: Collection[str]) -> str:
 
 def integer(low: int) -> Rule:
   """An integer from `low`."""
-  return Rule(int, f"an integer from {low}", lambda v: v >= low)
+  return Rule(int, f"an integer >= {low}", lambda v: v >= low)
 
 
 def number(low: float, high: float = math.inf, ends: str = "[]") -> Rule:
@@ -74,7 +74,7 @@ def field_rule(field: dataclasses.Field) -> Rule:
   if typing.get_origin(kind) is typing.Literal:
     rule = one_of(typing.get_args(kind))
   elif typing.get_origin(kind) is tuple:
-    rule = Rule(tuple, "a tuple of integers from 1", lambda v: v and _are(int, v) and min(v) >= 1)
+    rule = Rule(tuple, "a tuple of integers >= 1", lambda v: v and _are(int, v) and min(v) >= 1)
   else:
     rule = {
       bool: SWITCH,
@@ -117,7 +117,7 @@ RULES = {
   "data.jitter": number(0, 1),
   "data.randaugment": Rule(
     tuple,
-    "(operations, magnitude): an integer from 0 and a number in [0, 10]",
+    "(operations, magnitude): an integer >= 0 and a number in [0, 10]",
     lambda v: (
       len(v) == 2 and _are(int, v[:1]) and _are(int | float, v) and v[0] >= 0 and 0 <= v[1] <= 10
     ),
@@ -229,7 +229,7 @@ def _clashes(config: Any) -> Iterator[str]:
   if config.model.convex_from == "head" and not config.model.head_depth:
     yield (
       "config.model.head_depth is 0, but config.model.convex_from is 'head': a linear head is convex"
-      " in its features whatever its weights; expected an integer from 1"
+      " in its features whatever its weights; expected an integer >= 1"
     )
   if config.batch_norm == "device" and config.fsdp > 1:
     yield (

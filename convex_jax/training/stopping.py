@@ -1,4 +1,4 @@
-"""What ends a run early: a signal, the clock, or updates that cannot be made."""
+"""What ends a run early: a signal, the clock, or skipped updates."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from convex_jax.errors import Diverged
 
 
 class Stopping:
-  """Within, SIGTERM, SIGINT and the end of `limit` seconds (0: no limit) request a stop.
+  """While active, SIGTERM, SIGINT and the end of `limit` seconds (0: no limit) request a stop.
 
   No signal ends the program, nor what it is writing. Any of several processes may receive it:
   JAX's preemption service lets all of them see it at the same step.
@@ -53,7 +53,7 @@ class Stopping:
 
 
 class SkippedUpdates:
-  """Counts updates that could not be made; raises `Diverged` after `limit` in a row."""
+  """Counts skipped updates; raises `Diverged` after `limit` in a row."""
 
   def __init__(self, limit: int):
     self._limit, self._in_a_row = limit, 0
@@ -71,7 +71,7 @@ class SkippedUpdates:
       if self._in_a_row == self._limit:
         raise Diverged(
           f"Stopped after {self._limit} consecutive skipped updates (last: step {at}, loss {loss},"
-          f" gradient norm {norm}). The last finite weights are saved. Try a smaller"
+          f" gradient norm {norm}). The newest checkpoint is finite; updates after it are lost. Try a smaller"
           " config.optimizer.learning_rate, or config.optimizer.clip_norm=1."
         )
     return found

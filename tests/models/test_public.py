@@ -272,7 +272,7 @@ def test_a_run_starts_from_public_weights(
   config.optimizer.learning_rate = 1e-9
   workdir = str(tmp_path / "run")
   loop.run(config, workdir, few_digits)
-  assert "weights from" in capsys.readouterr().out
+  assert "Weights from" in capsys.readouterr().out
   got = run.load(workdir).params["block_0"]["token_mixing"]["dense_0"]["kernel"]
   np.testing.assert_allclose(got, official()["MixerBlock_0/token_mixing/Dense_0/kernel"], atol=1e-6)
   # A file that does not fit leaves nothing behind that the corrected command would meet.

@@ -235,10 +235,10 @@ def test_weights_are_named_by_their_path_and_if_need_be_by_their_argument():
 def test_a_certificate_is_printed_as_its_verdict_and_why():
   x = jnp.ones(2)
   assert repr(certify(network, {**WEIGHTS, "second": np.ones(2)}, x)) == (
-    "PROVED: 1 of 1 outputs convex"
+    "PROVED: 1 of 1 outputs are convex"
   )
   verdict, why, points = str(certify(network, WEIGHTS, x)).splitlines()
-  assert verdict == "REFUTED: 0 of 1 outputs convex"
+  assert verdict == "REFUTED: 0 of 1 outputs are convex"
   assert why.startswith("first broken by dot_general: 1 of 2 entries of second are negative")
   assert "in network, test_certificate.py:" in why
   assert points.startswith("refuted by two points: output 0 misses by ")

@@ -50,7 +50,7 @@ assert broken.verdict == "REFUTED" and "entries of second are negative" in broke
 assert "network, example.py:" in broken.reason, broken
 weights |= {n: jnp.abs(weights[n]) for n in ("second", "last")}
 proved = certify(network, weights, jnp.zeros(8))
-assert proved and str(proved) == "PROVED: 1 of 1 outputs convex"
+assert proved and str(proved) == "PROVED: 1 of 1 outputs are convex"
 print(sorted(m for m in sys.modules if m.startswith("convex_jax.") and "proof" not in m))
 print([m for m in ("scipy.optimize", "flax", "optax") if m in sys.modules])
 """

@@ -240,7 +240,7 @@ def test_a_run_killed_in_its_first_save_begins_anew_and_says_so(
   ours.close()
   os.remove(tmp_path / "checkpoints" / "1" / "manifest.json")
   lines = manifest.quarantine_damaged(str(tmp_path / "checkpoints"))
-  assert len(lines) == 1 and "Checkpoint 1 has no manifest.json: it was not finished" in lines[0]
+  assert len(lines) == 1 and "Checkpoint 1: not finished (it has no manifest.json)" in lines[0]
   assert os.listdir(tmp_path / "checkpoints") == [] and os.listdir(tmp_path / "damaged") == ["1"]
 
 
@@ -256,7 +256,11 @@ def test_the_command_verifies_and_seals(tiny_config, few_digits, tmp_path, capsy
       os.remove(tmp_path / "checkpoints" / "2" / "manifest.json")
   assert checkpoint_command.main(verify) == 2
   out = capsys.readouterr().out
-  assert "step 2: has no manifest.json" in out and "step 3: " in out and "0 bytes" in out
+  assert (
+    "step 2: not finished (it has no manifest.json)" in out
+    and "step 3: " in out
+    and "0 bytes" in out
+  )
   with pytest.raises(UserError, match=r"python -m convex_jax checkpoint seal"):
     manifest.quarantine_damaged(str(tmp_path / "checkpoints"))
   assert checkpoint_command.main(["seal", str(tmp_path)]) == 2  # 3 stays damaged.

@@ -363,7 +363,7 @@ def damaged(
     try:
       told = refusal(lambda w=workdir: convex_jax.load(str(w)))
       lines = manifest.quarantine_damaged(str(workdir / "checkpoints"))
-      named = len(lines) == 1 and name in lines[0] and f"Checkpoint {steps[-1]} " in lines[0]
+      named = len(lines) == 1 and name in lines[0] and f"Checkpoint {steps[-1]}: " in lines[0]
       found = manifest.steps_in(str(workdir / "checkpoints")) == steps[:-1]
       loads = i % 10 or convex_jax.load(str(workdir)).step == steps[-2]
       unfinished = name == "manifest.json" and not path.exists()
@@ -394,7 +394,7 @@ def resumed_after_damage(whole: Run, folder: pathlib.Path, n: int) -> Result:
     flip_bit(rng.choice(files_of(run.workdir / "checkpoints" / str(newest))), rng)
     began = time.monotonic()
     code, out, err = run.finish()
-    told = f"Checkpoint {newest} " in out and f"at step {older} " in out
+    told = f"Checkpoint {newest}: " in out and f"at step {older} " in out
     result.add(
       code == 0 and told and run.outcome() == whole.outcome(), time.monotonic() - began, err[-200:]
     )
@@ -472,7 +472,7 @@ def hung_save(data_dir: str, folder: pathlib.Path, n: int, whole: Run | None = N
     more = [f"--config.checkpoint.must_save={not goes_on}", "--config.checkpoint.patience=10.0"]
     run = Run(data_dir, folder / f"hung_{i}", whole.steps, *more)
     code, out, err = run.finish({"hang": 21, "sleep": 0.05})
-    told = "step 21 could not be written: it is not written after 10 s" in out + err
+    told = "step 21 could not be written: not finished after 10 s" in out + err
     last = max(step for step, _ in run.logged())
     fine = code == 74 and told and (last == whole.steps - 1) == goes_on
     began = time.monotonic()

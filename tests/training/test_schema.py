@@ -8,9 +8,9 @@ from convex_jax.errors import UserError
 from convex_jax.training import schema
 
 BAD = {  # path: (value, words that the line must hold)
-  "seed": (-1, "from 0"),
-  "epochs": (0, "from 1"),
-  "batch_size": (-4, "from 1"),
+  "seed": (-1, ">= 0"),
+  "epochs": (0, ">= 1"),
+  "batch_size": (-4, ">= 1"),
   "dtype": ("bfloat", "Did you mean 'bfloat16'"),
   "label_smoothing": (1.0, "[0, 1)"),
   "ema_decay": (-0.5, "[0, 1)"),
@@ -27,7 +27,7 @@ BAD = {  # path: (value, words that the line must hold)
   "optimizer.learning_rate": (0.0, "above 0"),
   "optimizer.decay_at": ((0.9, 0.5), "increasing"),
   "optimizer.b1": (1.0, "[0, 1)"),
-  "checkpoint.keep": (1, "from 2"),
+  "checkpoint.keep": (1, ">= 2"),
   "log.profile_steps": ((3, 1), "the first and the last"),
 }
 
@@ -85,7 +85,7 @@ STREAMED = {"data.name": "imagenet2012", "data.loader": "stream"}
   [
     (mixer, {"data.image_size": 70}, "a multiple of 9"),
     (mixer, {"model.size": "S16"}, "Did you mean 'S/16'"),
-    (mixer, {"model.patch": 0}, "from 1, or None"),
+    (mixer, {"model.patch": 0}, ">= 1, or None"),
     (mixer, {"model.pach": 3}, "Did you mean 'model.patch'"),
     (mlp, {"optimizer.weight_decay": 0.1}, "Did you mean config.optimizer.name='adamw'"),
     (mlp, {"data.loader": "stream"}, "when the run starts; expected auto"),
