@@ -124,25 +124,20 @@ def _join(args: argparse.Namespace) -> None:
 
   def give_up():
     count = args.num_processes or "the cluster's"
-    print(
+    why = (
       f"Not all of {count} processes joined within --join_timeout={args.join_timeout} s.\n"
       "  Run the same command on every host (gcloud ... ssh --worker=all, srun, or by hand with\n"
       "  its own --process_id, from 0). If all of them run, they cannot reach"
-      f" {args.coordinator or 'host 0'}:\n  open its port, or pass another --coordinator.",
-      file=sys.stderr,
-      flush=True,
+      f" {args.coordinator or 'host 0'}:\n  open its port, or pass another --coordinator."
     )
+    print(why, file=sys.stderr, flush=True)
     os._exit(UserError.code)  # JAX would abort the process, with a stack trace, a while later.
 
   patience = threading.Timer(args.join_timeout, give_up)
   patience.daemon = True
   patience.start()
-  jax.distributed.initialize(
-    args.coordinator,
-    args.num_processes,
-    args.process_id,
-    initialization_timeout=args.join_timeout + 60,
-  )
+  where, limit = (args.coordinator, args.num_processes, args.process_id), args.join_timeout + 60
+  jax.distributed.initialize(*where, initialization_timeout=limit)
   patience.cancel()
 
 

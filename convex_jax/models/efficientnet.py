@@ -59,7 +59,7 @@ head_init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")  # +-1
 def check(fields: dict, image_size: int) -> list[str]:
   """Errors in these fields, one line each; any `image_size` will do."""
   if fields.get("stages", 1) > len(STAGES):
-    return [f"model.stages is {fields['stages']}; expected an integer >= 1 to {len(STAGES)}"]
+    return [f"model.stages is {fields['stages']}; expected an integer from 1 to {len(STAGES)}"]
   return []
 
 

@@ -57,12 +57,9 @@ def _certify(run: Run, kind: str, search_steps: int) -> tuple[str, Certificate]:
 def digest(weights: Any) -> str:
   """SHA-256 over names, dtypes, shapes and bytes of a tree of arrays."""
   hashed = hashlib.sha256()
-  for path, leaf in sorted(
-    (jax.tree_util.keystr(p), np.asarray(a))
-    for p, a in jax.tree_util.tree_leaves_with_path(weights)
-  ):
-    hashed.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
-    hashed.update(np.ascontiguousarray(leaf).tobytes())
+  named = {jax.tree_util.keystr(p): a for p, a in jax.tree_util.tree_leaves_with_path(weights)}
+  for path, leaf in sorted(named.items()):
+    hashed.update(f"{path} {leaf.dtype} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
   return hashed.hexdigest()
 
 
@@ -89,8 +86,7 @@ def certify_and_write(run: Run, kind: str = "convex", search_steps: int = 200) -
     "seconds": round(seconds, 2),
     "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "numpy")},
   }
-  found = certificate.counterexample
-  if found is not None:
+  if (found := certificate.counterexample) is not None:
     content["counterexample"] = {
       "file": os.path.basename(workdir.counterexample_file),
       "logit": run.class_names[found.output],
@@ -106,10 +102,8 @@ def summary(content: dict[str, Any]) -> str:
   """What a certificate says, in one to three lines."""
   total = len(content["logits"])
   proved = sum(verdict == "PROVED" for verdict in content["logits"].values())
-  lines = [
-    f"{content['verdict']}: {proved} of {total} logits are {content['kind']} in the"
-    f" {content['input']}"
-  ]
+  what = f"{proved} of {total} logits are {content['kind']} in the {content['input']}"
+  lines = [f"{content['verdict']}: {what}"]
   if content["reason"]:
     lines.append(f"first broken by {content['reason']}")
   if found := content["counterexample"]:

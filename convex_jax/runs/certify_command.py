@@ -3,6 +3,7 @@
 import argparse
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from convex_jax import command_line
@@ -40,7 +41,7 @@ def _certify(args: argparse.Namespace) -> int:
   table = Table("logit", f"{content['kind']}?")
   for name, verdict in content["logits"].items():
     colour = {"PROVED": "green", "REFUTED": "red"}.get(verdict, "yellow")
-    table.add_row(name, f"[{colour}]{verdict}[/]")
+    table.add_row(escape(name), f"[{colour}]{verdict}[/]")
   console.print(content["of"], table, sep="\n")
   console.print(certified.summary(content), markup=False, highlight=False)
   return 0 if content["verdict"] == "PROVED" else NotProved.code

@@ -43,19 +43,10 @@ class Run:
   @classmethod
   def described(cls, workdir: str, description: dict[str, Any], step: int, weights: Any) -> "Run":
     """The run of a config.json's content, with the weights {"params", "stats"} of a step."""
-    about = description["data"]
-    weights = jax.tree.map(_read_only, weights)
-    return cls(
-      workdir=workdir,
-      config=FrozenConfigDict(ConfigDict(description["config"])),
-      step=step,
-      params=weights["params"],
-      stats=weights["stats"],
-      class_names=tuple(about["class_names"]),
-      image_shape=tuple(about["image_shape"]),
-      mean=tuple(about["mean"]),
-      std=tuple(about["std"]),
-    )
+    config = FrozenConfigDict(ConfigDict(description["config"]))
+    names = ("class_names", "image_shape", "mean", "std")  # More may come with a later version.
+    about: dict[str, Any] = {name: tuple(description["data"][name]) for name in names}
+    return cls(workdir, config, step, **jax.tree.map(_read_only, weights), **about)
 
   @property
   def weights(self) -> dict[str, Any]:

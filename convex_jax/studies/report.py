@@ -78,15 +78,10 @@ def _panel(name: str, variants: dict[str, list[Result]], found: Results, out: st
     caption = "Final accuracy of each run."
   baseline = points.get(next(iter(variants)), [])
   broken = {variant: tables.broken_by(rows) for variant, rows in variants.items()}
-  return "\n\n".join(
-    [
-      f"## {name}",
-      f"![{caption}]({picture})",
-      tables.table(tables.RESULTS, variants, baseline),
-      tables.table(tables.DETAILS, variants, baseline),
-      *(f"`{variant}`: convexity is first broken by {by}." for variant, by in broken.items() if by),
-    ]
-  )
+  lines = [f"## {name}", f"![{caption}]({picture})"]
+  lines += [tables.table(cells, variants, baseline) for cells in (tables.RESULTS, tables.DETAILS)]
+  lines += [f"`{v}`: convexity is first broken by {by}." for v, by in broken.items() if by]
+  return "\n\n".join(lines)
 
 
 def _notes(found: Results) -> str:

@@ -105,8 +105,9 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
   found = results.read(out)
   jobs.refuse_other_configs(tasks, found)
   for task in tasks:
-    known = task.key in {row.key for row in found.rows}
-    if not known and Workdir(task.workdir).rows("final") and not _lacks_certificate(task.workdir):
+    workdir, known = Workdir(task.workdir), {row.key for row in found.rows}
+    ended = workdir.exists() and workdir.rows("final")
+    if task.key not in known and ended and not _lacks_certificate(task.workdir):
       found = _add(found, task, "finished", out)
   done = {row.key for row in found.rows}
   waiting = [task for task in tasks if task.key not in done]
@@ -174,10 +175,9 @@ def _line(row: results.Result) -> str:
   name = f"{row.panel}, {row.variant}, seed {row.seed}"
   if row.outcome != "finished":
     return f"{name}: {row.outcome} at epoch {row.epochs:.1f}"
-  words = f"train {100 * row.train_accuracy:.2f} %, test {100 * row.test_accuracy:.2f} %"
-  return f"{name}: {words}, {row.seconds:.0f} s" + (
-    f", {row.certificate}" if row.certificate else ""
-  )
+  words = [f"train {100 * row.train_accuracy:.2f} %, test {100 * row.test_accuracy:.2f} %"]
+  words += filter(None, [f"{row.seconds:.0f} s", row.certificate])
+  return f"{name}: {', '.join(words)}"
 
 
 @contextlib.contextmanager

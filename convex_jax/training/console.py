@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from clu import parameter_overview
@@ -9,14 +10,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-  name: str
-  shape: tuple[int, ...]
-  dtype: str
-  size: int
-  constraint: str
+_Row = dataclasses.make_dataclass("_Row", ["name", "shape", "dtype", "size", "constraint"])
 
 
 def parameter_table(params: Any, constraints: Any) -> str:
@@ -65,34 +59,31 @@ class Console:
   def show(self, step: int, row: dict[str, Any], log: bool = True) -> None:
     """Shows the newest figures; where there is no live line, and if `log`, prints them."""
     self._last |= row
-    text = self._line()
+    text = "  ".join(self._words(self._last))
     self._progress.update(self._task, completed=step, description=text)
     if log and not self._terminal.is_terminal:
       self.print(f"step {step}/{self._total}  {text}")
 
-  def _line(self) -> str:
-    last, words = self._last, []
+  def _words(self, last: dict[str, Any]) -> Iterator[str]:
     if "epoch" in last:
-      words.append(f"epoch {last['epoch']:.1f}/{round(self._epochs, 1):g}")
+      yield f"epoch {last['epoch']:.1f}/{round(self._epochs, 1):g}"
     if "loss" in last:
-      words.append(f"loss {last['loss']:.3f}")
+      yield f"loss {last['loss']:.3f}"
     for split in ("train", "valid", "test"):
       if f"{split}_accuracy" in last:
-        words.append(f"{split} accuracy {100 * last[f'{split}_accuracy']:.2f} %")
+        yield f"{split} accuracy {100 * last[f'{split}_accuracy']:.2f} %"
     if "images_per_second" in last:
-      words.append(f"{last['images_per_second']:,.0f} images/s")
+      yield f"{last['images_per_second']:,.0f} images/s"
       if last["input_wait_frac"] >= 0.01:
-        words.append(f"input wait {100 * last['input_wait_frac']:.0f} %")
-    return "  ".join(words)
+        yield f"input wait {100 * last['input_wait_frac']:.0f} %"
 
   def report(self, title: str, figures: dict[str, float]) -> None:
     """Prints the figures of a finished run, as a table."""
     table = Table("split", "accuracy", "loss (nats)", "calibration error", title=title)
     for split in ("train", "valid", "test"):
       if f"{split}_accuracy" in figures:
-        accuracy, loss, error = (
-          figures[f"{split}_{key}"] for key in ("accuracy", "loss", "calibration_error")
-        )
+        keys = ("accuracy", "loss", "calibration_error")
+        accuracy, loss, error = (figures[f"{split}_{key}"] for key in keys)
         table.add_row(split, f"{100 * accuracy:.2f} %", f"{loss:.4f}", f"{100 * error:.2f} %")
     self._terminal.print(table)
     lines = [f"generalisation gap: {100 * figures['gap']:.2f} percentage points"]

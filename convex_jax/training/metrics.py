@@ -24,15 +24,11 @@ class CalibrationError(clu_metrics.Metric):
     bin_B = jnp.clip((confidence_B * 15).astype(jnp.int32), 0, 14)
     member_Bxb = jax.nn.one_hot(bin_B, 15) * mask[:, None]
     correct_B = (logits.argmax(-1) == labels).astype(jnp.float32)
-    return cls(
-      count_b=member_Bxb.sum(0),
-      correct_b=correct_B @ member_Bxb,
-      confidence_b=confidence_B @ member_Bxb,
-    )
+    return cls(member_Bxb.sum(0), correct_B @ member_Bxb, confidence_B @ member_Bxb)
 
   @classmethod
   def empty(cls):
-    return cls(count_b=jnp.zeros(15), correct_b=jnp.zeros(15), confidence_b=jnp.zeros(15))
+    return cls(jnp.zeros(15), jnp.zeros(15), jnp.zeros(15))
 
   def merge(self, other):
     return jax.tree.map(jnp.add, self, other)

@@ -59,39 +59,29 @@ class Recorder:
     """Writes a row for the training steps since the previous one."""
     if not self._calls:
       return
-    step = self._calls[-1][0]
-    names = self._calls[0][1]
+    step, names = self._calls[-1]
     columns = {name: np.concatenate([call[name] for _, call in self._calls]) for name in names}
     skipped = columns.pop("skipped") > 0
     # Means over applied updates, since one NaN would spoil them; none if all were skipped.
     means = {n: float(np.mean(c[~skipped])) for n, c in columns.items() if not skipped.all()}
     if self._skipped:
-      more = len(self._skipped) - 1
-      self._console.print(
-        self._skipped[0] + (f" (and {more} more up to step {step})" if more else "")
-      )
-    now = time.monotonic()
+      more = f" (and {n} more up to step {step})" if (n := len(self._skipped) - 1) else ""
+      self._console.print(self._skipped[0] + more)
     images = (step - self._logged) * self._config.batch_size
-    seconds = max(now - self._clock, 1e-9)
+    seconds = max(time.monotonic() - self._clock, 1e-9)
     wait = min(self._waited / seconds, 1.0)
-    row = {**means, "skipped": int(skipped.sum())}
-    row |= {"images_per_second": images / seconds, "input_wait_frac": wait}
+    rates = {"images_per_second": images / seconds, "input_wait_frac": wait}
     self._calls, self._logged, self._skipped = [], step, []
-    self._clock, self._waited = now, 0.0
-    self.evaluated("train", step, row)
+    self.restart_clock()
+    self.evaluated("train", step, means | {"skipped": int(skipped.sum())} | rates)
     if step >= ADVISE_AT and not self._advised:
       self._advised = True
+      how = "keep them on the devices (config.data.loader=resident)"
+      if self._config.data.loader == "stream":
+        how = "use more cores (config.data.workers), or decode once (python -m convex_jax data"
+        how += " cache) and train from that (config.data.loader=resident)"
       if wait > LONG_WAIT:
-        self._console.print(self._advice(wait))
-
-  def _advice(self, wait: float) -> str:
-    how = (
-      "use more cores (config.data.workers), or decode once (python -m convex_jax data cache) and"
-      " train from that (config.data.loader=resident)"
-      if self._config.data.loader == "stream"
-      else "keep them on the devices (config.data.loader=resident)"
-    )
-    return f"The devices wait for images {100 * wait:.0f} % of the time: {how}"
+        self._console.print(f"The devices wait for images {100 * wait:.0f} % of the time: {how}")
 
   def evaluated(self, kind: str, step: int, figures: dict[str, Any]) -> None:
     """Writes a row of this kind ("train", "eval", "final")."""

@@ -12,24 +12,22 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
 def tune_cpu() -> None:
-  """Both below: what training on the CPU gains by. To be called before JAX computes."""
+  """Speeds up training on the CPU. To be called before JAX computes."""
   convolve_with_eigen()
   keep_freed_memory()
 
 
 def keep_freed_memory() -> bool:
-  """Makes glibc keep what is freed; says whether it could (Linux with glibc alone).
+  """Makes glibc keep freed memory; returns whether it could (Linux with glibc alone).
 
-  XLA on the CPU takes a step's temporaries from malloc as one buffer and gives it back. By
-  default glibc maps what is that large again each time, so every step has every page of it
-  zeroed by the kernel again: a quarter of a Mixer's step (308 MB at batch 128), two thirds of
-  an EfficientNet's (3.8 GB at batch 16; 2 cores).
+  XLA on the CPU takes a step's temporaries from malloc as one buffer and frees it. By default
+  glibc maps it again each time, and the kernel zeroes every page: a quarter of a Mixer's step
+  (308 MB at batch 128), two thirds of an EfficientNet's (3.8 GB at batch 16; 2 cores).
 
-  To be called before JAX computes; imports it. No buffer is mapped on its own, the heap is
-  never trimmed: the process stays as large as it ever was. Only the main thread's heap can hold such buffers,
-  so computations on one CPU run in the thread that asks for them. (The other way, one heap
-  for all threads, leaves it in splinters where XLA has just compiled: malloc's search took 19 %
-  of an EfficientNet's step, and calls waiting for their turn had a buffer each.)
+  To be called before JAX computes; imports it. The process stays as large as it ever was. Only
+  the main thread's heap can hold such buffers, so computations on one CPU run in the calling
+  thread. (One heap for all threads is fragmented where XLA has just compiled: malloc's search
+  took 19 % of an EfficientNet's step.)
   """
   if sys.platform != "linux":
     return False
@@ -59,12 +57,11 @@ def convolve_with_eigen() -> None:
 
 
 def keep_compiled_programs() -> str:
-  """Sets JAX's persistent compilation cache, unless the user has; the folder.
+  """Sets JAX's persistent compilation cache, unless the user has; returns its folder.
 
-  `$XDG_CACHE_HOME/convex_jax` (default `~/.cache`), a folder of its own for each kind of
-  processor and each jaxlib: XLA's programs for the CPU hold the instructions of the machine
-  that compiled them, and JAX does not tell such machines apart (jax-ml/jax#38445). By
-  environment variables, so that JAX need not be imported; `JAX_ENABLE_COMPILATION_CACHE=0`
+  Below `$XDG_CACHE_HOME/convex_jax` (default `~/.cache`), one for each kind of processor and
+  each jaxlib: JAX does not tell apart machines whose instructions differ (jax-ml/jax#38445).
+  Sets environment variables, so that JAX need not be imported; `JAX_ENABLE_COMPILATION_CACHE=0`
   turns it off.
   """
   home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -77,7 +74,7 @@ def keep_compiled_programs() -> str:
 
 
 def _instructions() -> str:
-  """The processor's model and what it can do, where the system tells (Linux)."""
+  """The processor's model and features, where the system tells (Linux)."""
   try:
     with open("/proc/cpuinfo") as file:
       lines = {line.partition(":")[0].strip(): line for line in file}

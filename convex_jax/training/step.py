@@ -41,10 +41,8 @@ class State(struct.PyTreeNode):
 
   def items(self) -> dict[str, Any]:
     """The items of a checkpoint, see `runs.checkpoints`."""
-    items = {
-      "weights": {"params": self.params, "stats": self.stats},
-      "training": {"step": self.step, "opt_state": self.opt_state, "losses": self.losses},
-    }
+    training = {"step": self.step, "opt_state": self.opt_state, "losses": self.losses}
+    items = {"weights": {"params": self.params, "stats": self.stats}, "training": training}
     return items if self.ema is None else {**items, "ema": self.ema}
 
   @classmethod
@@ -62,20 +60,15 @@ def init_state(
 ) -> State:
   """The state at step 0 for normalised images of `image_shape` (H, W, C)."""
   weights = nn.meta.unbox(init_variables(model, key, image_shape))
-  return State(
-    step=jnp.zeros((), jnp.int32),
-    params=weights["params"],
-    stats=weights["stats"],
-    opt_state=tx.init(weights["params"]),
-    ema=jax.tree.map(jnp.copy, weights) if average else None,
-    losses=jnp.zeros(3),
-  )
+  ema = jax.tree.map(jnp.copy, weights) if average else None
+  start, opt_state = jnp.zeros((), jnp.int32), tx.init(weights["params"])
+  return State(start, weights["params"], weights["stats"], opt_state, ema, jnp.zeros(3))
 
 
 def start_from(state: State, weights: dict[str, Any]) -> State:
   """A fresh state with other initial weights {"params", "stats"}; no optimizer here minds."""
   ema = None if state.ema is None else jax.tree.map(jnp.copy, weights)
-  return state.replace(params=weights["params"], stats=weights["stats"], ema=ema)
+  return state.replace(**weights, ema=ema)
 
 
 def targets(label_B: jax.Array, classes: int, smoothing: float) -> jax.Array:
@@ -84,9 +77,8 @@ def targets(label_B: jax.Array, classes: int, smoothing: float) -> jax.Array:
 
 
 def cross_entropy(logits_BxK: jax.Array, label_B: jax.Array, smoothing: float = 0.0) -> jax.Array:
-  """Softmax cross-entropy of each example, in nats; targets (1 - s) y + s / K."""
-  target_BxK = targets(label_B, logits_BxK.shape[-1], smoothing)
-  return optax.softmax_cross_entropy(logits_BxK, target_BxK)
+  """Softmax cross-entropy of each example, in nats; see `targets`."""
+  return optax.softmax_cross_entropy(logits_BxK, targets(label_B, logits_BxK.shape[-1], smoothing))
 
 
 def _seen(losses: jax.Array, loss: jax.Array) -> jax.Array:

@@ -66,3 +66,12 @@ def test_the_digest_sees_every_bit():
   same = {"b": {"c": np.zeros(2, np.float32)}, "a": np.ones(3, np.float32)}
   other = {"a": np.ones(3, np.float32), "b": {"c": np.float32([0, 1e-45])}}
   assert certified.digest(weights) == certified.digest(same) != certified.digest(other)
+
+
+def test_a_class_name_in_brackets_is_printed_as_it_is(monkeypatch, capsys):
+  """To rich "[/x]" is markup, which closes nothing: an error."""
+  content = {"kind": "convex", "of": "", "logits": {"[/x]": "PROVED"}, "verdict": "PROVED"}
+  content |= {"input": "image", "reason": "", "counterexample": None}
+  monkeypatch.setattr(certify_command, "load", lambda *_: None)
+  monkeypatch.setattr(certified, "certify_and_write", lambda *_: content)
+  assert certify_command.main(["--workdir=x"]) == 0 and "[/x]" in capsys.readouterr().out
