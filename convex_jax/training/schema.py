@@ -51,7 +51,7 @@ def number(low: float, high: float = math.inf, ends: str = "[]") -> Rule:
   """A number from `low` to `high`; a round bracket leaves out that end."""
   words = f"in {ends[0]}{low:g}, {high:g}{ends[1]}"
   if high == math.inf:
-    words = f"{'from' if ends[0] == '[' else 'above'} {low:g}"
+    words = f"{'>=' if ends[0] == '[' else '>'} {low:g}"
   left_out = [end for end, bracket in zip((low, high), ends, strict=True) if bracket in "()"]
   return Rule(float, f"a number {words}", lambda v: low <= v <= high and v not in left_out)
 
