@@ -23,7 +23,6 @@ from convex_jax.errors import UserError
 FORMAT = 1  # Of a checkpoint; incremented when older versions cannot read it.
 NAME = "manifest.json"
 LIBRARIES = ("convex_jax", "jax", "flax", "optax", "orbax-checkpoint")
-UNFINISHED = f"not finished (it has no {NAME})"
 
 
 def seal(folder: str, step: int, accuracy: float | None) -> None:
@@ -54,7 +53,7 @@ def fault(folder: str, step: int) -> str | None:
   Raises `UserError` where a newer version wrote it.
   """
   if not is_sealed(folder):
-    return UNFINISHED
+    return f"not finished (it has no {NAME})"
   try:
     content = files.read_json(os.path.join(folder, NAME))
     version, wanted, sealed_step = (content[key] for key in ("format", "files", "step"))
@@ -121,11 +120,12 @@ def quarantine_damaged(folder: str) -> list[str]:
 def _set_aside(folder: str) -> list[str]:
   workdir, found = os.path.dirname(os.path.abspath(folder)), faults(folder)
   wrong = {step: reason for step, reason in found.items() if reason is not None}
-  if wrong and wrong == found and list(wrong.values()) != [UNFINISHED]:
+  unfinished = [step for step in wrong if not is_sealed(os.path.join(folder, str(step)))]
+  if wrong and wrong == found and list(wrong) != unfinished[:1]:
     lines = [f"No checkpoint in {folder} is intact:"]
     lines += [f"  step {step}: {reason}" for step, reason in wrong.items()]
     lines += ["  To start a new run, pass another --workdir."]
-    if UNFINISHED in wrong.values():
+    if unfinished:
       command = f"python -m convex_jax checkpoint seal {workdir}"
       lines += [f"  To trust those without a manifest: {command}"]
     raise UserError("\n".join(lines))
