@@ -22,10 +22,9 @@ def parser(command: str, summary: str, example: str) -> argparse.ArgumentParser:
 
 
 def exit_code(action: Callable[..., int], *args: Any) -> int:
-  """What `action` returns, or, where it raises `Ended` or OSError, the exit code of that.
+  """What `action` returns; after an `Ended`, an OSError or a missing extra, its exit code.
 
-  Prints why. An end that threads could delay for ever (`Ended.at_once`) ends the process. An
-  installation without the extra `train` is reported in one line as well.
+  Prints why. An end that threads could delay for ever (`Ended.at_once`) ends the process.
   """
   try:
     return action(*args)

@@ -92,9 +92,8 @@ def check_divisible(devices: int, batch_size: int, fsdp: int) -> None:
     divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
     raise UserError(f"config.fsdp is {fsdp} on {devices} devices; expected one of {divisors}")
   if batch_size % devices:
-    raise UserError(
-      f"config.batch_size is {batch_size} on {devices} devices; expected a multiple of {devices}"
-    )
+    words = f"config.batch_size is {batch_size} on {devices} devices"
+    raise UserError(f"{words}; expected a multiple of {devices}")
 
 
 # XLA raises a JaxRuntimeError when a collective fails, or a ValueError (jax 0.10, Gloo).

@@ -200,11 +200,10 @@ class Workdir:
       return
     stored, given = _flat(saved), _flat(config)
     differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    lines = [f"  config.{k}: {stored.get(k)!r} there, {given.get(k)!r} now" for k in differ]
-    raise UserError(
-      "\n".join([f"{self.path} contains a run with a different config:", *lines])
-      + "\n  To resume that run, pass the same config; to start a new one, pass another --workdir."
-    )
+    lines = [f"{self.path} contains a run with a different config:"]
+    lines += [f"  config.{k}: {stored.get(k)!r} there, {given.get(k)!r} now" for k in differ]
+    fix = "To resume that run, pass the same config; to start a new one, pass another --workdir."
+    raise UserError("\n".join([*lines, f"  {fix}"]))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The figures of a report: curves of a few variants, final accuracies of many."""
 
+import itertools
 import math
 from typing import Any
 
@@ -22,11 +23,9 @@ def draw_curves(name: str, variants: dict[str, list[Point]], path: str) -> None:
     for (variant, points), (colour, marker) in zip(variants.items(), STYLES, strict=False):
       for split, line in LINES.items():
         x, low, mean, high = band(points, f"{split}_{field}", scale)
-        every = max(1, math.ceil(len(x) / MARKERS))
-        label = variant if split == "test" else None
-        axes.plot(
-          x, mean, line, color=colour, marker=marker, markersize=3.5, markevery=every, label=label
-        )
+        every, label = max(1, math.ceil(len(x) / MARKERS)), variant if split == "test" else None
+        marks = dict(marker=marker, markersize=3.5, markevery=every)
+        axes.plot(x, mean, line, color=colour, label=label, **marks)
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.set_xlabel("Epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -56,12 +55,10 @@ def draw_finals(name: str, variants: dict[str, list[Result]], path: str) -> None
   figure = _figure(9, 1.4 + 0.28 * len(variants))
   axes = figure.subplots()
   for split, (colour, marker) in zip(("train", "test"), STYLES, strict=False):
-    marks = [
-      (100 * getattr(row, f"{split}_accuracy"), place)
-      for place, rows in enumerate(variants.values())
-      for row in rows
-    ]
-    axes.plot(*zip(*marks, strict=True), marker, color=colour, alpha=0.7, label=f"{split} split")
+    places = [place for place, rows in enumerate(variants.values()) for _ in rows]
+    every = itertools.chain(*variants.values())
+    values = [100 * getattr(row, f"{split}_accuracy") for row in every]
+    axes.plot(values, places, marker, color=colour, alpha=0.7, label=f"{split} split")
   axes.set_yticks(range(len(variants)), list(variants))
   axes.set_ylim(len(variants) - 0.4, -0.6)
   axes.set_xlabel("Final accuracy (%), one marker per run")

@@ -115,10 +115,10 @@ def refuse_other_configs(tasks: list[Task], before: Results) -> None:
   for task in tasks:
     if there.get(task.key, task.digest) != task.digest:
       lines.append(f"results.csv has {task.key} of another config ({there[task.key]})")
-    if Workdir(task.workdir).exists():
-      found = workdir.digest(Workdir(task.workdir).description()["config"])
-      if found != task.digest:
-        lines.append(f"{task.workdir} holds a run of another config ({found})")
+    folder = Workdir(task.workdir)
+    found = workdir.digest(folder.description()["config"]) if folder.exists() else task.digest
+    if found != task.digest:
+      lines.append(f"{task.workdir} holds a run of another config ({found})")
   if lines:
     fix = "  Pass another --out or --workdir, rename the variant, or delete the old results."
     raise UserError("\n".join([*lines, fix]))
@@ -126,12 +126,8 @@ def refuse_other_configs(tasks: list[Task], before: Results) -> None:
 
 def in_order(found: Results, module: Any) -> Results:
   """The results in the order of a sweep's jobs; others last."""
-  keys = [
-    (job.panel, job.variant, schedule, job.seed)
-    for schedule in module.SCHEDULES
-    for job in module.get_sweep(schedule)
-  ]
-  place = {key: i for i, key in enumerate(keys)}
+  every = ((job, schedule) for schedule in module.SCHEDULES for job in module.get_sweep(schedule))
+  place = {(j.panel, j.variant, name, j.seed): i for i, (j, name) in enumerate(every)}
   ordered = sorted(found.rows, key=lambda row: place.get(row.key, len(place)))
   return dataclasses.replace(found, rows=tuple(ordered))
 

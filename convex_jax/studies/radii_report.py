@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-  norms = norms_of(args.norms)
+  norms = norms_of(args.norms) or NORMS
   run = load(args.workdir, int(args.step) if args.step.isdigit() else args.step)
   measured = measure(run, norms, args.examples, args.data_dir)
   Console().print(write_report(run, measured, norms))

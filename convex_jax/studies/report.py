@@ -120,9 +120,8 @@ def gather(paths: Iterable[str]) -> Results:
       workdirs.append(path)
     elif (new := results.read(path)).rows:
       digests = {row.key: row.digest for row in found.rows}
-      for row in new.rows:
-        if digests.get(row.key, row.digest) != row.digest:
-          raise UserError(f"{path} has {row.key} of another config than a folder before it")
+      if other := [r.key for r in new.rows if digests.get(r.key, r.digest) != r.digest]:
+        raise UserError(f"{path} has {other[0]} of another config than a folder before it")
       found += new
     else:
       raise UserError(f"{path} holds no run (config.json) and no results (results.csv)")
@@ -149,9 +148,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("runs", nargs="+", help="folders of runs, or with a results.csv")
   output = parser.add_argument_group("output")
   output.add_argument("--out", default="report", help="folder of the report (default: report)")
-  output.add_argument(
-    "--title", help="heading (default: that of the sweep, where only one is given)"
-  )
+  output.add_argument("--title", help="heading (default: that of the sweep, where one is given)")
   return command_line.exit_code(_report, parser.parse_args(argv))
 
 

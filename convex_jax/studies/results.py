@@ -37,8 +37,7 @@ class _Keyed:
 class Result(_Keyed):
   """The figures of a run: accuracies and fractions 0..1, losses in nats; inference, all examples.
 
-  A loss is the mean negative log-likelihood, without label smoothing; the calibration error
-  weights its bins by their counts (`metrics.CalibrationError`). `nan`: unknown.
+  A loss is without label smoothing; calibration: `metrics.CalibrationError`. `nan`: unknown.
   """
 
   digest: str  # `workdir.digest` of the config.
@@ -157,11 +156,8 @@ def of_workdirs(workdirs: Iterable[str]) -> Results:
   found = Results()
   for path, config, panel in zip(paths, configs, panels, strict=True):
     others = [essential(c) for c, p in zip(configs, panels, strict=True) if p == panel]
-    differing = [
-      key
-      for key in sorted(set().union(*others) - {"seed", "model.parts"})
-      if len({repr(other.get(key)) for other in others}) > 1
-    ]
+    keys = sorted(set().union(*others) - {"seed", "model.parts"})
+    differing = [key for key in keys if len({repr(other.get(key)) for other in others}) > 1]
     words = [f"{key.rpartition('.')[2]} {config[key]}" for key in differing]
     new = of_workdir(path, panel, ", ".join([config["model.parts"], *words]))
     if any(row.key == new.rows[0].key for row in found.rows):

@@ -17,8 +17,9 @@ from PIL import Image
 import convex_jax
 from convex_jax import files
 from convex_jax.errors import UserError
+from convex_jax.proof.radii import NORMS
 from convex_jax.runs import workdir as workdirs
-from convex_jax.studies import figures, report, results, tables
+from convex_jax.studies import figures, radii_report, report, results, tables
 from convex_jax.studies.results import Point, Result, Results
 from tests.support import ROOT
 
@@ -365,3 +366,11 @@ def test_what_is_no_run_is_told(tmp_path, capsys, path):
   (tmp_path / "empty").mkdir()
   assert report.main([str(tmp_path / path), f"--out={tmp_path / 'out'}"]) == 2
   assert "holds no run" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_radii_of_no_norms_are_of_all(monkeypatch):
+  asked = []
+  monkeypatch.setattr(radii_report, "load", lambda *_: None)
+  monkeypatch.setattr(radii_report, "measure", lambda run, norms, *_: asked.append(norms))
+  monkeypatch.setattr(radii_report, "write_report", lambda *_: "")
+  assert radii_report.main(["--workdir=x", "--norms="]) == 0 and asked == [tuple(NORMS)]
