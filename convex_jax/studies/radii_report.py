@@ -24,7 +24,7 @@ from convex_jax.runs.workdir import Workdir
 def norms_of(text: str) -> tuple[str, ...]:
   """The norms in a list such as "l1,linf"; raises `UserError` for an unknown one."""
   names = tuple(filter(None, text.split(",")))
-  if not names or not set(names) <= set(NORMS):
+  if not set(names) <= set(NORMS):
     raise UserError(f"--norms={text}; expected some of {','.join(NORMS)}")
   return names
 
