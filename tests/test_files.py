@@ -117,7 +117,7 @@ def swap(folder):
     (lambda f: os.remove(f / "weights" / "d" / "c"), "weights/d/c is missing"),
     (lambda f: (f / "weights" / "more").write_bytes(b""), "unexpected file weights/more"),
     (swap, "a is damaged"),
-    (lambda f: os.remove(f / manifest.NAME), "was not finished"),
+    (lambda f: os.remove(f / manifest.NAME), "not finished"),
     (lambda f: (f / manifest.NAME).write_text("{}"), "manifest.json is damaged"),
   ],
 )

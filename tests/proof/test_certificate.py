@@ -241,7 +241,7 @@ def test_a_certificate_is_printed_as_its_verdict_and_why():
   assert verdict == "REFUTED: 0 of 1 outputs are convex"
   assert why.startswith("first broken by dot_general: 1 of 2 entries of second are negative")
   assert "in network, test_certificate.py:" in why
-  assert points.startswith("refuted by two points: output 0 misses by ")
+  assert points.startswith("refuted by two points: at their midpoint output 0 violates")
 
 
 def test_certificates_can_be_compared_and_hashed():

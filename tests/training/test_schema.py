@@ -24,7 +24,7 @@ BAD = {  # path: (value, words that the line must hold)
   "model.parts": ("icc", "base, ioc, paper"),
   "model.constraint": ("clip", "clamp, exponentiate"),
   "optimizer.name": ("adamm", "Did you mean 'adam'"),
-  "optimizer.learning_rate": (0.0, "above 0"),
+  "optimizer.learning_rate": (0.0, "> 0"),
   "optimizer.decay_at": ((0.9, 0.5), "increasing"),
   "optimizer.b1": (1.0, "[0, 1)"),
   "checkpoint.keep": (1, ">= 2"),
