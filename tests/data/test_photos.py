@@ -481,7 +481,9 @@ def gone(pids, seconds=20):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="looks at /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=str)
+@pytest.mark.parametrize(
+  "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=str
+)
 def test_a_signal_to_the_whole_group_saves_and_leaves_no_worker(photo_dir, tmp_path, number):
   """Ctrl-C reaches the workers too, and must not keep the trainer from saving."""
   process = streaming(photo_dir, tmp_path / "run")

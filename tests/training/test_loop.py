@@ -283,7 +283,8 @@ def test_the_config_file_of_a_run_is_plain_data(finished):
   assert saved["data"]["image_shape"] == [8, 8, 1] and "jax" in saved["versions"]
 
 
-@pytest.mark.parametrize("last", [4, 99])  # Within the run, and beyond its end.
+# Within the run, and beyond its end.
+@pytest.mark.parametrize("last", [pytest.param(4, marks=pytest.mark.slow), 99])
 def test_a_profile_is_written_on_request(tiny_config, few_digits, tmp_path, last):
   config = of(tiny_config, log__profile_steps=(2, last), eval__every_epochs=1.0)
   loop.run(config, str(tmp_path / "run"), few_digits)
