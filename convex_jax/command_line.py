@@ -21,6 +21,17 @@ def parser(command: str, summary: str, example: str) -> argparse.ArgumentParser:
   )
 
 
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+  """Adds --workdir and --step, which say which checkpoint of which run is meant."""
+  parser.add_argument("--workdir", required=True, help="folder of the run")
+  parser.add_argument(
+    "--step",
+    default="latest",
+    type=lambda text: int(text) if text.isdigit() else text,
+    help="checkpoint: a step, latest or best (default: latest)",
+  )
+
+
 def exit_code(action: Callable[..., int], *args: Any) -> int:
   """What `action` returns; after an `Ended`, an OSError or a missing extra, its exit code.
 

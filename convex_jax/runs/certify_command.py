@@ -22,8 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     "Exit code 0: everything is proved; 4: not proved; 2: invalid input.",
     "python -m convex_jax certify --workdir=runs/mixer_ioc_digits",
   )
-  parser.add_argument("--workdir", required=True, help="folder of the run")
-  parser.add_argument("--step", default="latest", help="checkpoint: a step, latest or best")
+  command_line.add_run_options(parser)
   parser.add_argument("--kind", default="convex", choices=list(KINDS), help="what to prove")
   parser.add_argument(
     "--search_steps",
@@ -36,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _certify(args: argparse.Namespace) -> int:
   console = Console()
-  run = load(args.workdir, int(args.step) if args.step.isdigit() else args.step)
+  run = load(args.workdir, args.step)
   content = certified.certify_and_write(run, args.kind, args.search_steps)
   table = Table("logit", f"{content['kind']}?")
   for name, verdict in content["logits"].items():

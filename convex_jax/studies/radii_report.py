@@ -113,8 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     "Prints a table and writes radii.csv and radii.png into the run's folder.",
     "python -m convex_jax radii --workdir=runs/mixer_ioc_digits --norms=l1,l2 --examples=100",
   )
-  parser.add_argument("--workdir", required=True, help="folder of the run")
-  parser.add_argument("--step", default="latest", help="checkpoint: a step, latest or best")
+  command_line.add_run_options(parser)
   parser.add_argument("--norms", default=",".join(NORMS), help="default: %(default)s")
   parser.add_argument("--examples", type=int, default=200, help="test images (default: 200)")
   parser.add_argument("--data_dir", default="", help="folder of the data (default: the run's)")
@@ -123,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _report(args: argparse.Namespace) -> int:
   norms = norms_of(args.norms) or NORMS
-  run = load(args.workdir, int(args.step) if args.step.isdigit() else args.step)
+  run = load(args.workdir, args.step)
   measured = measure(run, norms, args.examples, args.data_dir)
   Console().print(write_report(run, measured, norms))
   return 0
