@@ -25,6 +25,8 @@ from convex_jax.proof.values import Known
 SAME = {"copy", "name", "optimization_barrier", "pvary", "reshard"}
 SAME |= {"sharding_constraint", "stop_gradient"}
 
+_IMPURE = ("callback", "ffi_call", "rng_uniform")  # Parts of the names of such primitives.
+
 # Applied to the low ends and to the high ends of their data: moves of elements, and functions
 # that are non-decreasing in each. The rest of their operands are indices.
 _ALL, _FIRST = slice(None), slice(1)
@@ -101,7 +103,7 @@ def fold(eqn, inputs: Sequence[Known]) -> list[Known]:
     Unknown: they cannot be enclosed.
   """
   name = eqn.primitive.name
-  if eqn.effects or "callback" in name or "ffi_call" in name:
+  if eqn.effects or any(impure in name for impure in _IMPURE):
     raise Unknown(f"{name}, a call whose result may change")
   if name in SAME or keeps_precision(eqn):
     return list(inputs)
