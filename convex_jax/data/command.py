@@ -69,7 +69,7 @@ def _check(args: argparse.Namespace) -> None:
     if len(decoded) != expected:
       raise UserError(
         f"Data set {args.name!r} in {builder.data_dir}: {split} has {len(decoded):,} examples;"
-        f" expected {expected:,}. Delete the folder and prepare it again"
+        f" expected {expected:,}. Move the folder aside and prepare it again"
       )
     mean, std = decoded.statistics()
     print(

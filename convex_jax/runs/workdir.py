@@ -92,6 +92,7 @@ class Workdir:
     self.config_file = of("config.json")
     self.metrics_file = of("metrics.jsonl")
     self.checkpoints = of("checkpoints")
+    self.damaged = of("damaged")
     self.certificate_file = of("certificate.json")
     self.counterexample_file = of("counterexample.npz")
     self.radii_table = of("radii.csv")

@@ -414,7 +414,7 @@ def test_damaged_descriptions_and_files_are_told(tmp_path, photo_dir):
 
   for wrong in ({**about, "format": 99}, {**about, "crc32": []}, {**about, "examples": 71}, []):
     pathlib.Path(path).write_text(json.dumps(wrong))
-    refuses("is damaged: .*Delete the folder")
+    refuses("is damaged: .*Move the folder aside")
   pathlib.Path(path).write_text("{")
   refuses("is damaged")
   pathlib.Path(path).write_text(json.dumps(about))

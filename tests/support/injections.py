@@ -362,7 +362,7 @@ def damaged(
     name = path.relative_to(newest).as_posix()
     try:
       told = refusal(lambda w=workdir: convex_jax.load(str(w)))
-      lines = manifest.quarantine_damaged(str(workdir / "checkpoints"))
+      lines = manifest.quarantine_damaged(str(workdir / "checkpoints"), str(workdir / "damaged"))
       named = len(lines) == 1 and name in lines[0] and f"Checkpoint {steps[-1]}: " in lines[0]
       found = manifest.steps_in(str(workdir / "checkpoints")) == steps[:-1]
       loads = i % 10 or convex_jax.load(str(workdir)).step == steps[-2]

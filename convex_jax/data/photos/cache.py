@@ -127,11 +127,13 @@ def read(
     images, labels = (np.load(f, mmap_mode="r") for f in _arrays(path))
     bad = _damaged(images, labels, about, size, f"checking {name} {split}", progress)
   except (OSError, ValueError, KeyError) as error:
-    raise UserError(f"{path} is damaged: {error}. Delete the folder, then: {command}") from error
+    raise UserError(
+      f"{path} is damaged: {error}. Move the folder aside, then: {command}"
+    ) from error
   if bad:
     raise UserError(
       f"{path}: images {bad[0] * BLOCK} to {bad[0] * BLOCK + BLOCK - 1} are damaged"
-      f" ({len(bad)} of {len(about['crc32'])} blocks). Delete the folder, then: {command}"
+      f" ({len(bad)} of {len(about['crc32'])} blocks). Move the folder aside, then: {command}"
     )
   replaced = about["replaced"]
   if len(replaced) > max_unreadable * len(labels):
