@@ -234,6 +234,7 @@ def _sweep(args: argparse.Namespace) -> int:
     for task in tasks:
       print(shlex.join([*task.job.arguments(), f"--workdir={task.workdir}"]))
     return 0
+  files.refuse_unwritable("--out", out)
   os.makedirs(out, exist_ok=True)
   with files.exclusive_lock(os.path.join(out, ".lock"), f"{out} is in use by another sweep"):
     found = jobs.in_order(run_all(tasks, out, args.data_dir, args.at_once), module)

@@ -25,7 +25,7 @@ from convex_jax.data.photos import cache, decode, stream, worker
 from convex_jax.data.photos.records import Records, source_of
 from convex_jax.errors import UserError
 from convex_jax.training import loop, program
-from tests.support import ROOT, SHARED_DATA, of, photos
+from tests.support import ROOT, SHARED_DATA, injections, of, photos
 from tests.support.bad_input import children, lost_workers, streaming
 
 
@@ -422,6 +422,31 @@ def test_damaged_descriptions_and_files_are_told(tmp_path, photo_dir):
   refuses("is damaged")
   os.remove(labels)
   refuses("is damaged")
+
+
+def test_beside_read_only_photographs_a_cache_goes_elsewhere(photo_dir, tmp_path, capsys):
+  args = ["cache", "imagenet2012", "--image_size=36", f"--data_dir={photo_dir}", "--workers=0"]
+  for _ in range(2):  # Again, as from a mount that has moved, links are made anew.
+    with injections.unwritable(photo_dir):
+      assert command.main(args) == 2
+      words = capsys.readouterr().err
+      assert "cannot be written: [Errno 30] Read-only" in words and "--to=FOLDER" in words
+      assert command.main([*args, f"--to={tmp_path}"]) == 0
+      got = cached(str(tmp_path), 36)
+    assert got.train.images.shape == (70, 36, 36, 3) and len(got.test) == 11
+    (link,) = tmp_path.glob("imagenet2012/5.1.0/*train.array_record*")
+    os.remove(link)
+    link.symlink_to(tmp_path / "moved")
+  records = datasets.load(config_of(photo_dir), 0, progress=False).train
+  want, _ = decode.central_crop(records.read(0)["image"], 36)
+  np.testing.assert_array_equal(got.train.images[0], want)
+
+
+def test_a_data_set_is_not_prepared_in_a_read_only_folder(tmp_path, capsys):
+  with injections.unwritable(tmp_path):
+    assert command.main(["prepare", "digits", f"--data_dir={tmp_path / 'data'}"]) == 2
+  assert "Read-only file system" in (words := capsys.readouterr().err)
+  assert "pass another folder: --data_dir" in words and "manual_dir" not in words
 
 
 def test_two_commands_do_not_write_one_cache(photo_dir):

@@ -21,7 +21,7 @@ from convex_jax.data.photos.records import Records
 from convex_jax.data.photos.stream import chunks
 from convex_jax.data.progress import track
 from convex_jax.data.splits import Split
-from convex_jax.errors import UserError
+from convex_jax.errors import Unsaved, UserError
 
 FORMAT = 1
 BLOCK = 256  # Images per checksum, and per chunk of a worker.
@@ -38,17 +38,36 @@ def _arrays(path: str) -> tuple[str, str]:
   return stem + "_images.npy", stem + "_labels.npy"
 
 
+def link(folder: str, target: str) -> None:
+  """Makes `target` a prepared data set of links to the files of `folder`, to put caches in."""
+  os.makedirs(target, exist_ok=True)
+  for entry in os.scandir(folder):
+    there = os.path.join(target, entry.name)
+    if os.path.islink(there):
+      os.remove(there)  # Of an earlier command; the data may have moved since.
+    if entry.is_file() and not os.path.exists(there):
+      os.symlink(os.path.abspath(entry.path), there)
+
+
 def write(name: str, folder: str, split: str, count: int, size: int, workers: int) -> str:
   """Decodes `count` records of a prepared data set, or resumes doing so; returns a message.
 
-  Raises `UserError` where the disk lacks room, or another command writes the same cache.
+  Raises `UserError` where the disk lacks room or refuses, or another command writes the same
+  cache.
   """
   path = path_of(folder, split, size)
   if os.path.exists(path):
     return f"{name} {split}: {path} already exists"
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  with files.exclusive_lock(path + ".lock", f"{path} is being written by another command"):
-    unreadable = _fill(path, name, folder, split, count, size, workers)
+  try:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with files.exclusive_lock(path + ".lock", f"{path} is being written by another command"):
+      unreadable = _fill(path, name, folder, split, count, size, workers)
+  except (OSError, Unsaved) as error:
+    raise UserError(
+      f"The cache of {name} cannot be written: {error}\n  To write it into another folder:"
+      f" python -m convex_jax data cache {name} --image_size={size} --data_dir=... --to=FOLDER;\n"
+      "  then train with --config.data.dir=FOLDER"
+    ) from error
   return f"{name} {split}: {count:,} images of {size} px in {path}, {unreadable} unreadable"
 
 
