@@ -52,6 +52,50 @@ def test_odd_images_are_read_as_pillow_reads_them(kind):
   assert np.abs(image - want).mean() < 1.5  # CMYK: two roundings.
 
 
+COLOURS, ALPHA = {0: 1, 2: 3, 3: 1, 4: 1, 6: 3}, (4, 6)  # By colour type.
+
+
+@pytest.mark.parametrize(
+  "kind,depth",
+  [
+    *((0, depth) for depth in (1, 2, 4, 8, 16)),
+    *((3, depth) for depth in (1, 2, 4, 8)),
+    *((kind, depth) for kind in (2, 4, 6) for depth in (8, 16)),
+  ],
+)
+def test_every_kind_of_png_is_scaled_to_8_bits(kind, depth):
+  """By the arithmetic of its standard: v * 255 / (2^depth - 1); a palette's colours."""
+  rng, most = np.random.default_rng(depth), 2**depth - 1
+  values = rng.integers(0, most + 1, (24, 24, COLOURS[kind] + (kind in ALPHA)))
+  values[0, 0], values[-1, -1] = 0, most
+  palette = rng.integers(0, 256, (most + 1 if kind == 3 else 0, 3)).astype(np.uint8)
+  extra = photos.chunk(b"PLTE", palette.tobytes()) if kind == 3 else b""
+  extra += photos.chunk(b"tRNS", bytes(2 * COLOURS[kind])) if kind not in ALPHA else b""
+  content = photos.png(values, depth, kind, extra)
+  want = np.broadcast_to(values[..., : COLOURS[kind]] * 255 / most, (24, 24, 3))
+  want = palette[values[..., 0]] if kind == 3 else want
+  image, state = decode.central_crop(content, 24)
+  off = 0 if depth < 16 else 0.5 if kind == 0 else 1  # Pillow cuts colours of 16 bits: v >> 8.
+  assert state == decode.FINE and np.abs(image - want).max() <= off
+  crop, state = decode.random_crop(content, np.random.default_rng(0), 24, (1.0, 1.0))
+  np.testing.assert_array_equal(crop, image)
+  channels = COLOURS[kind] if kind not in (3, 4) else 3 + (kind == 4)
+  if kind < 4:  # Another number of channels is refused, not guessed.
+    whole = decode.whole_image(content, (24, 24, channels))
+    assert whole.dtype == np.uint8
+    np.testing.assert_array_equal(np.broadcast_to(whole, (24, 24, 3)), image)
+  else:
+    with pytest.raises(decode.Unreadable, match="expected"):
+      decode.whole_image(content, (24, 24, 5))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint16])
+def test_other_formats_are_unreadable(dtype):
+  content = photos.encoded(PIL.Image.fromarray(np.ones((9, 9), dtype)), "TIFF")
+  with pytest.raises(decode.Unreadable):
+    decode.central_crop(content, 8)
+
+
 def test_a_damaged_image_is_told_and_its_good_part_kept():
   odd = photos.odd(np.random.default_rng(0))
   image, state = decode.central_crop(odd["cut"], 24)
