@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -358,6 +359,85 @@ def test_what_cannot_be_read_is_replaced_counted_and_named_up_to_a_share(tmp_pat
   strict.close()
 
 
+# What workers need.
+
+
+@pytest.mark.parametrize(
+  "code,line",
+  [
+    ("refuse()", 1),
+    ("def main():\n  refuse()\n\nmain()", 4),
+    ("import os\nif os.sep:\n  refuse()", 3),
+    ("for _ in range(1):\n  with open('/dev/null'):\n    refuse()\nif __name__: pass", 3),
+    ("if __name__ == '__main__':\n  pass\nrefuse()", 3),
+    ("def main():\n  refuse()\n\nif __name__ == '__main__':\n  main()", None),
+    ("if '__main__' == __name__ and True:\n  for _ in range(1):\n    refuse()", None),
+    ("import multiprocessing as m\nif m.parent_process() is None:\n  refuse()", None),
+  ],
+)
+def test_a_script_that_workers_would_run_again_is_told(tmp_path, monkeypatch, code, line):
+  path = tmp_path / "script.py"
+  path.write_text(code)
+  script = types.ModuleType("__main__")
+  script.__file__, script.refuse = str(path), stream.refuse_unguarded
+  monkeypatch.setitem(sys.modules, "__main__", script)
+  run = functools.partial(exec, compile(code, str(path), "exec"), vars(script))
+  if line is None:
+    return run()
+  with pytest.raises(UserError, match=rf"script\.py, line {line}: .*if __name__ == .__main__"):
+    run()
+  script.__spec__ = types.SimpleNamespace(name="package.__main__")  # Which workers do not import.
+  run()
+  del script.__file__  # A notebook.
+  run()
+
+
+@pytest.mark.skipif(not os.path.isdir(stream.SHARED), reason="no /dev/shm")
+@pytest.mark.parametrize(
+  "free,workers,ahead",  # In chunks of a megabyte.
+  [(1000, 2, 4), (20, 2, 4), (19, 2, 3), (8, 2, 1), (7, 2, 0), (64, 16, 1), (63, 16, 0), (0, 1, 0)],
+)
+def test_workers_are_ahead_as_far_as_shared_memory_reaches(monkeypatch, free, workers, ahead):
+  size = 10**6
+  blocks = free * (-(-size // 4096) + 3)
+  found = types.SimpleNamespace(f_bavail=blocks, f_blocks=2**40, f_frsize=4096)
+  monkeypatch.setattr(os, "statvfs", lambda _: found)
+  if ahead:
+    assert stream._ahead(size, workers) == ahead
+    return
+  words = rf"{workers} need [\d.]+ MB .* [\d.]+ MB free.*--shm-size.*fewer workers.* 0"
+  with pytest.raises(UserError, match=words):
+    stream._ahead(size, workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_little_shared_memory_is_told_before_any_worker_starts(photo_dir, monkeypatch, workers):
+  found = types.SimpleNamespace(f_bavail=16, f_blocks=16, f_frsize=4096)
+  monkeypatch.setattr(os, "statvfs", lambda _: found)
+  records = datasets.load(config_of(photo_dir, image_size=64), 0, progress=False).train
+  fed = stream.Stream(records, mesh.make_mesh(jax.devices()[:1]), workers, 0.0)
+  if not workers:  # One of the cures.
+    assert fed.train_plan(range(1), 8, seed=3)["image"].shape == (1, 8, 64, 64, 3)
+    return fed.close()
+  with pytest.raises(UserError, match=r"2 need 0\.9 MB of it, and /dev/shm has 0\.1 MB free"):
+    fed.train_plan(range(1), 8, seed=3)
+
+
+@pytest.mark.parametrize(
+  "error,words",
+  [
+    (RuntimeError("terminated unexpectedly with exit code -7."), "shared memory.*--shm-size"),
+    (OSError(28, "No space left on device"), "shared memory.*--shm-size"),
+    (RuntimeError("terminated unexpectedly with exit code -9."), "died.*out of memory, lower"),
+    (RuntimeError("terminated unexpectedly with exit code 1."), "died.*__main__"),
+    (OSError(38, "Function not implemented"), "died: .*Function not implemented"),
+  ],
+)
+def test_why_a_worker_died_is_told(error, words):
+  with pytest.raises(UserError, match=f"(?s){words}"), stream._explained():
+    raise error
+
+
 # Caches.
 
 
@@ -564,6 +644,7 @@ def test_a_signal_to_the_whole_group_saves_and_leaves_no_worker(photo_dir, tmp_p
     os.killpg(process.pid, number)
   _, errors = process.communicate(timeout=120)
   assert process.returncode == (-9 if number == signal.SIGKILL else 75), errors
+  assert number == signal.SIGKILL or "leaked" not in errors  # Shared memory, which Python frees.
   assert gone(workers)
 
 

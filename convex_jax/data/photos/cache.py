@@ -18,7 +18,7 @@ from convex_jax import files
 from convex_jax.data.photos import worker
 from convex_jax.data.photos.decode import UNREADABLE
 from convex_jax.data.photos.records import Records
-from convex_jax.data.photos.stream import chunks
+from convex_jax.data.photos.stream import Chunks
 from convex_jax.data.progress import track
 from convex_jax.data.splits import Split
 from convex_jax.errors import Unsaved, UserError
@@ -78,7 +78,7 @@ def _fill(
   records = Records(folder, split, np.arange(count), size, crop_area=(1.0, 1.0), eval_share=1.0)
   rows = worker.Evaluation(records, np.arange(BLOCK), BLOCK, count, BLOCK)
   blocks, first = -(-count // BLOCK), len(about["crc32"])
-  made = chunks(rows, first, blocks, workers)
+  made = Chunks(rows, first, blocks, workers)
   try:
     for i in track(range(first, blocks), f"decoding {name} {split}"):
       part, start = next(made), i * BLOCK
