@@ -176,9 +176,12 @@ def refuse_unguarded() -> None:
     return  # A notebook, say, or `python -m package`: workers import nothing of it.
   with contextlib.suppress(OSError, SyntaxError), tokenize.open(path) as file:
     for node in ast.walk(ast.parse(file.read())):
-      if isinstance(node, ast.If) and node.lineno <= frame.f_lineno <= (node.end_lineno or 0):
-        if re.search("__name__|_process", ast.unparse(node.test)):
-          return
+      if (
+        isinstance(node, ast.If)
+        and node.lineno <= frame.f_lineno <= (node.end_lineno or 0)
+        and re.search("__name__|_process", ast.unparse(node.test))
+      ):
+        return
     raise UserError(f"{path}, line {frame.f_lineno}: {UNGUARDED} Or set config.data.workers=0")
 
 
