@@ -423,6 +423,20 @@ def test_too_little_shared_memory_is_told_before_any_worker_starts(photo_dir, mo
     fed.train_plan(range(1), 8, seed=3)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("unshare") or os.getuid() > 0, reason="it mounts /dev/shm")
+def test_a_container_with_little_shared_memory(photo_dir):
+  small = 'mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 32; exec "$@"'
+  cached = ["data", "cache", "imagenet2012", "--image_size=40", f"--data_dir={photo_dir}"]
+  program = ["unshare", "-m", "sh", "-c", small, "sh", sys.executable, "-m", "convex_jax", *cached]
+  ended = subprocess.run([*program, "--workers=2"], cwd=ROOT, capture_output=True, text=True)
+  if ended.returncode == 32 or ended.stderr.startswith("unshare:"):
+    pytest.skip(ended.stderr)
+  assert ended.returncode == 2 and "docker run --shm-size" in ended.stderr
+  assert "Traceback" not in ended.stderr and "leaked" not in ended.stderr
+  assert subprocess.run([*program, "--workers=0"], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize(
   "error,words",
   [
@@ -430,6 +444,7 @@ def test_too_little_shared_memory_is_told_before_any_worker_starts(photo_dir, mo
     (OSError(28, "No space left on device"), "shared memory.*--shm-size"),
     (RuntimeError("terminated unexpectedly with exit code -9."), "died.*out of memory, lower"),
     (RuntimeError("terminated unexpectedly with exit code 1."), "died.*__main__"),
+    (RuntimeError("\n\n  An attempt ... its bootstrapping phase."), "^each decoding.*__main__"),
     (OSError(38, "Function not implemented"), "died: .*Function not implemented"),
   ],
 )

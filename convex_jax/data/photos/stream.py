@@ -146,6 +146,8 @@ def _explained() -> Iterator[None]:
   try:
     yield
   except (RuntimeError, OSError) as error:
+    if "bootstrapping" in str(error):  # This is a worker already, which imports the script.
+      raise UserError(UNGUARDED) from error
     code = re.search(r"exit code (-?\d+)", str(error))
     died, full = int(code[1]) if code else 0, getattr(error, "errno", 0) == errno.ENOSPC
     if full or died == -signal.SIGBUS:
