@@ -1,16 +1,20 @@
 """Atomic writes, JSON signed against damage, locks, and the refusal of bucket URLs."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from convex_jax.errors import Unsaved, UserError
 
+# Of an OSError where a file system is read-only, or a folder somebody else's.
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 MAX_JSON = 2**26  # Bytes; real files have thousands.
 
 
@@ -37,6 +41,23 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[Any]:
     if isinstance(error, OSError):
       raise Unsaved(f"{path} could not be written: {error.strerror or error}") from error
     raise
+
+
+def try_to_write(write: Callable[..., None], *args: Any) -> None:
+  """Calls `write`; where the storage does not take it, says so: what was printed holds."""
+  try:
+    write(*args)
+  except (Unsaved, OSError) as error:
+    print(f"{error}; the result above holds", file=sys.stderr, flush=True)
+
+
+def refuse_unwritable(flag: str, path: str) -> None:
+  """Raises `UserError` where no file can be written into a folder, or it cannot be made."""
+  there = os.path.abspath(path)
+  while not os.path.exists(there):
+    there = os.path.dirname(there)
+  if not os.path.isdir(there) or not os.access(there, os.W_OK):
+    raise UserError(f"{flag}={path}: {there} is not writable; pass another {flag}")
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:

@@ -40,6 +40,19 @@ def test_a_package_imports_only_those_before_it(path):
   assert here in FACES or ours <= allowed
 
 
+def test_no_message_advises_to_delete_anything():
+  """What is moved aside can be moved back."""
+  advice = re.compile(r"\b(delete|remove|erase|rm) ", re.IGNORECASE)
+  for path in FILES:
+    tree = ast.parse(path.read_text())
+    texts = {n: n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+    for node in ast.walk(tree):
+      if isinstance(node, ast.Expr):  # A docstring.
+        texts.pop(node.value, None)
+    wrong = [text for text in texts.values() if isinstance(text, str) and advice.search(text)]
+    assert not wrong, path
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_hidden_defaults_of_config_keys(path):
   """`config.get(key, default)` would be a key that configs/base.py does not show."""

@@ -49,10 +49,12 @@ def _cache(args: argparse.Namespace) -> None:
   if args.image_size < 1:
     raise UserError(f"--image_size={args.image_size}; expected an integer >= 1, in px")
   builder = datasets.open_prepared(args.name, args.data_dir)
-  workers = args.workers if args.workers >= 0 else cores()
+  workers, folder = args.workers if args.workers >= 0 else cores(), str(builder.data_dir)
+  if args.to:
+    source, folder = folder, str(prepare.builder_of(args.name, args.to, entry.config).data_dir)
+    cache.link(source, folder)
   for split in (entry.train, entry.test):
     count = builder.info.splits[split].num_examples
-    folder = str(builder.data_dir)
     print(cache.write(args.name, folder, split, count, args.image_size, workers))
 
 
@@ -69,7 +71,7 @@ def _check(args: argparse.Namespace) -> None:
     if len(decoded) != expected:
       raise UserError(
         f"Data set {args.name!r} in {builder.data_dir}: {split} has {len(decoded):,} examples;"
-        f" expected {expected:,}. Delete the folder and prepare it again"
+        f" expected {expected:,}. Move the folder aside and prepare it again"
       )
     mean, std = decoded.statistics()
     print(
@@ -115,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     commands[name].add_argument(
       "--image_size", type=int, default=0, required=needed, help="side of the cached images, in px"
     )
+  commands["cache"].add_argument(
+    "--to",
+    default="",
+    help="another folder for it, where that of the data is read-only: it is then a --data_dir,"
+    " with links to the data",
+  )
   commands["cache"].add_argument("--workers", type=int, default=-1, help="-1: one per core")
   return parser
 

@@ -98,7 +98,7 @@ def _damaged(name: str, folder: Any, error: Exception) -> UserError:
   reason = (str(error).splitlines() or [repr(error)])[0]
   return UserError(
     f"Data set {name!r} in {folder} is damaged: {reason}\n"
-    f"  Delete that folder, then: python -m convex_jax data prepare {name}"
+    f"  Move that folder aside, then: python -m convex_jax data prepare {name}"
   )
 
 

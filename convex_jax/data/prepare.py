@@ -30,6 +30,7 @@ from tensorflow_datasets.core.download import extractor
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
 
+from convex_jax import files
 from convex_jax.errors import UserError
 
 with registered.skip_registration():  # Found by `builder_of`, not by `tfds.load`.
@@ -172,10 +173,10 @@ def prepare(name: str, data_dir: str, manual_dir: str = "", variant: str = "") -
       builder.download_and_prepare(download_config=config, file_format="array_record")
   # requests' connection errors are OSErrors too.
   except (OSError, NonMatchingChecksumError) as error:
+    fix = "download the archives elsewhere and pass --manual_dir=<their folder>"
+    if getattr(error, "errno", None) in files.REFUSED:
+      fix = "pass another folder: --data_dir, or in training --config.data.dir"
     raise UserError(
-      f"Data set {name!r} could not be prepared in {builder.data_dir}: {error}\n"
-      "  If the network or a download fails: download the archives elsewhere and pass"
-      " --manual_dir=<their folder>\n"
-      "  If the folder cannot be written: pass another --data_dir"
+      f"Data set {name!r} could not be prepared in {builder.data_dir}: {error}\n  {fix}"
     ) from error
   return str(builder.data_dir)

@@ -22,7 +22,7 @@ from convex_jax import files
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.proof.certificate import Certificate, certify
-from convex_jax.proof.counterexample import in_float64
+from convex_jax.proof.counterexample import Counterexample, in_float64
 from convex_jax.proof.minimum import Minimum, minimise
 from convex_jax.proof.radii import Certifier, NotProved, proved
 from convex_jax.runs.run import Run
@@ -63,15 +63,13 @@ def digest(weights: Any) -> str:
   return hashed.hexdigest()
 
 
-def certify_and_write(run: Run, kind: str = "convex", search_steps: int = 200) -> dict[str, Any]:
-  """Certifies a run, writes its certificate.json, whole or not at all; returns the content.
-
-  Raises `Unsaved` where the storage does not take it.
-  """
+def certify_run(
+  run: Run, kind: str = "convex", search_steps: int = 200
+) -> tuple[dict[str, Any], Counterexample | None]:
+  """The content of a run's certificate.json, and the two inputs that refute it, if it is."""
   start = time.perf_counter()
   name, certificate = _certify(run, kind, search_steps)
   seconds = time.perf_counter() - start
-  workdir = Workdir(run.workdir)
   content: dict[str, Any] = {
     "format": FORMAT,
     "verdict": certificate.verdict,
@@ -88,13 +86,29 @@ def certify_and_write(run: Run, kind: str = "convex", search_steps: int = 200) -
   }
   if (found := certificate.counterexample) is not None:
     content["counterexample"] = {
-      "file": os.path.basename(workdir.counterexample_file),
+      "file": os.path.basename(Workdir(run.workdir).counterexample_file),
       "logit": run.class_names[found.output],
       "gap": found.gap,
     }
+  return content, found
+
+
+def write(run: Run, content: dict[str, Any], counterexample: Counterexample | None) -> None:
+  """Writes certificate.json into the run's folder, and counterexample.npz if there is one.
+
+  Each as a whole or not at all. Raises `Unsaved` where the storage does not take it.
+  """
+  workdir = Workdir(run.workdir)
+  if counterexample is not None:
     with files.atomic_write(workdir.counterexample_file, "wb") as file:
-      np.savez(file, a=found.a, b=found.b)
+      np.savez(file, a=counterexample.a, b=counterexample.b)
   files.write_json(workdir.certificate_file, content)
+
+
+def certify_and_write(run: Run, kind: str = "convex", search_steps: int = 200) -> dict[str, Any]:
+  """`certify_run`, then `write`; returns the content."""
+  content, counterexample = certify_run(run, kind, search_steps)
+  write(run, content, counterexample)
   return content
 
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from convex_jax import command_line
+from convex_jax import command_line, files
 from convex_jax.errors import NotProved
 from convex_jax.proof.certificate import KINDS
 from convex_jax.runs import certified
@@ -18,7 +18,8 @@ def main(argv: list[str] | None = None) -> int:
   parser = command_line.parser(
     "certify",
     "Prove, logit by logit, that a trained network is convex in its input, or name the first\n"
-    "operation that breaks convexity. Writes certificate.json into the run's folder.\n"
+    "operation that breaks convexity. Writes certificate.json into the run's folder; where that\n"
+    "is read-only, the verdict is printed alone.\n"
     "Exit code 0: everything is proved; 4: not proved; 2: invalid input.",
     "python -m convex_jax certify --workdir=runs/mixer_ioc_digits",
   )
@@ -36,11 +37,12 @@ def main(argv: list[str] | None = None) -> int:
 def _certify(args: argparse.Namespace) -> int:
   console = Console()
   run = load(args.workdir, args.step)
-  content = certified.certify_and_write(run, args.kind, args.search_steps)
+  content, counterexample = certified.certify_run(run, args.kind, args.search_steps)
   table = Table("logit", f"{content['kind']}?")
   for name, verdict in content["logits"].items():
     colour = {"PROVED": "green", "REFUTED": "red"}.get(verdict, "yellow")
     table.add_row(escape(name), f"[{colour}]{verdict}[/]")
   console.print(content["of"], table, sep="\n")
   console.print(certified.summary(content), markup=False, highlight=False)
+  files.try_to_write(certified.write, run, content, counterexample)
   return 0 if content["verdict"] == "PROVED" else NotProved.code

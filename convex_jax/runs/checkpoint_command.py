@@ -35,4 +35,6 @@ def _act(args: argparse.Namespace) -> int:
   found = manifest.faults(folder)
   for step, reason in found.items():
     print(f"step {step}: {reason or 'intact'}")
+  if words := manifest.left_alone(folder, found):
+    print(words)
   return UserError.code if any(found.values()) else 0

@@ -15,6 +15,7 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -220,8 +221,8 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
   """(step, {"params", "stats"}) as numpy arrays, on any machine.
 
   `step` is a number, "latest" or "best"; `which` is "ema", "raw", or "auto": averaged weights
-  if the run averaged them. Raises `UserError` when there is no such checkpoint, or it is
-  damaged.
+  if the run averaged them. Warns of files that are not the checkpoint's, which are left alone.
+  Raises `UserError` when there is no such checkpoint, or it is damaged.
   """
   found = manifest.saved_steps(folder)
   chosen = step
@@ -238,7 +239,9 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
   if reason := manifest.fault(path, int(chosen)):
     intact = [s for s, fault in manifest.faults(folder).items() if fault is None]
     raise UserError(f"checkpoint {chosen} in {folder}: {reason}; intact ones: {intact or 'none'}")
-  has_ema = os.path.isdir(os.path.join(path, "ema"))
+  if words := manifest.left_alone(folder, [int(chosen)]):
+    warnings.warn(words, stacklevel=3)  # Once, where `load` is called.
+  has_ema = any(name.startswith("ema/") for name in manifest.listed(path))
   if which == "ema" and not has_ema:
     raise UserError(
       f"checkpoint {chosen} in {folder} has no averaged weights; expected raw or auto"

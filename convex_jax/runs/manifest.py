@@ -3,14 +3,17 @@
 `manifest.json` in a checkpoint's folder holds its format and step, the accuracy where it was
 evaluated, the versions of the libraries, and the size in bytes and the SHA-256 of each file. A
 folder without a manifest was not finished. No path in a manifest is ever opened: the folder's
-own files are compared with it.
+own files are compared with it. Files that it does not list are left alone: desktops, file servers
+and editors put theirs anywhere.
 """
 
+import fnmatch
 import hashlib
+import itertools
 import os
-import shutil
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 
 import jax
@@ -23,11 +26,18 @@ from convex_jax.errors import UserError
 FORMAT = 1  # Of a checkpoint; incremented when older versions cannot read it.
 NAME = "manifest.json"
 LIBRARIES = ("convex_jax", "jax", "flax", "optax", "orbax-checkpoint")
+# Names, in lower case, that desktops, file servers and editors give to files which come and go:
+# no manifest lists them. Orbax uses none.
+STRAYS = (
+  *(".*", "*~", "#*#", "~$*", "*.swp", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+  *("@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__macosx"),
+)
 
 
 def seal(folder: str, step: int, accuracy: float | None) -> None:
   """Writes the manifest of a checkpoint whose files are all there."""
-  found = {name: [os.path.getsize(path), _sha256(path)] for name, path in _files(folder)}
+  own = {name: path for name, path in _files(folder) if not _is_stray(name)}
+  found = {name: [os.path.getsize(path), _sha256(path)] for name, path in own.items()}
   versions = {name: metadata.version(name) for name in LIBRARIES}
   content = {"format": FORMAT, "step": step, "accuracy": accuracy, "versions": versions}
   files.write_json(os.path.join(folder, NAME), content | {"files": found})
@@ -64,18 +74,15 @@ def fault(folder: str, step: int) -> str | None:
       f"{folder} has format {version}, written by convex_jax"
       f" {content.get('versions', {}).get('convex_jax')}; expected {FORMAT}. Install that version"
     )
-  if not isinstance(wanted, dict) or not all(
-    type(v) is list and len(v) == 2 for v in wanted.values()
-  ):
+  entries = list(wanted.values()) if isinstance(wanted, dict) else []
+  if not entries or not all(type(entry) is list and len(entry) == 2 for entry in entries):
     return f"{NAME} is damaged: it does not list files"
   if sealed_step != step:
     return f"it is the checkpoint of step {sealed_step}"
   there = dict(_files(folder))
-  for name in sorted(wanted.keys() | there.keys()):
+  for name in sorted(name for name in wanted if not _is_stray(name)):
     if name not in there:
       return f"{name} is missing"
-    if name not in wanted:
-      return f"unexpected file {name}"
     if not stat.S_ISREG(os.lstat(there[name]).st_mode):
       return f"{name} is not a regular file"
     size, digest = wanted[name]
@@ -86,10 +93,44 @@ def fault(folder: str, step: int) -> str | None:
   return None
 
 
+def listed(folder: str) -> list[str]:
+  """The files that a checkpoint's manifest lists; none where it cannot be read."""
+  try:
+    return list(files.read_json(os.path.join(folder, NAME))["files"])
+  except (files.Damaged, KeyError, TypeError, OSError):
+    return []
+
+
+def left_alone(folder: str, steps: Iterable[int]) -> str:
+  """A sentence about files in these checkpoints that no manifest lists; empty without any."""
+  names = []
+  for step in steps:
+    own = set(listed(path := os.path.join(folder, str(step))))
+    names += [f"{step}/{name}" for name, _ in _files(path) if own and name not in own]
+  if not names:
+    return ""
+  more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+  shown = ", ".join(map(ascii, sorted(names)[:3])) + more
+  return f"Left alone, since no manifest lists what is in {folder}: {shown}"
+
+
 def steps_in(folder: str) -> list[int]:
   """The steps that have a checkpoint, intact or not, oldest first."""
+  paths = {step: os.path.join(folder, str(step)) for step in _numbered(folder)}
+  return [step for step, path in paths.items() if not _holds_strays_alone(path)]
+
+
+def _numbered(folder: str) -> list[int]:
+  """The numbers that are names of folders in this one."""
   names = os.listdir(folder) if os.path.isdir(folder) else []
-  return sorted(int(name) for name in names if name.isdigit())
+  steps = [int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)]
+  return sorted(step for step in steps if os.path.isdir(os.path.join(folder, str(step))))
+
+
+def _holds_strays_alone(folder: str) -> bool:
+  """Whether a desktop's file is what is left of a checkpoint that was deleted."""
+  names = [name for name, _ in _files(folder)]
+  return bool(names) and all(map(_is_stray, names))
 
 
 def faults(folder: str) -> dict[int, str | None]:
@@ -97,8 +138,8 @@ def faults(folder: str) -> dict[int, str | None]:
   return {step: fault(os.path.join(folder, str(step)), step) for step in steps_in(folder)}
 
 
-def quarantine_damaged(folder: str) -> list[str]:
-  """Moves damaged and unfinished checkpoints to `damaged/`, next to the folder; says which.
+def quarantine_damaged(folder: str, aside: str) -> list[str]:
+  """Moves damaged and unfinished checkpoints to the folder `aside`; says which.
 
   Called by every process of a run; the first acts. Raises `UserError`, and moves nothing, where
   no checkpoint is intact; a single unfinished one is moved all the same, since that run was
@@ -107,7 +148,7 @@ def quarantine_damaged(folder: str) -> list[str]:
   lines, refusal = [], ""
   if jax.process_index() == 0:
     try:
-      lines = _set_aside(folder)
+      lines = _set_aside(folder, aside)
     except UserError as error:
       refusal = str(error)
   if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.bool_(refusal)):
@@ -117,8 +158,8 @@ def quarantine_damaged(folder: str) -> list[str]:
   return lines
 
 
-def _set_aside(folder: str) -> list[str]:
-  workdir, found = os.path.dirname(os.path.abspath(folder)), faults(folder)
+def _set_aside(folder: str, aside: str) -> list[str]:
+  found = faults(folder)
   wrong = {step: reason for step, reason in found.items() if reason is not None}
   unfinished = [step for step in wrong if not is_sealed(os.path.join(folder, str(step)))]
   if wrong and wrong == found and list(wrong) != unfinished[:1]:
@@ -126,17 +167,21 @@ def _set_aside(folder: str) -> list[str]:
     lines += [f"  step {step}: {reason}" for step, reason in wrong.items()]
     lines += ["  To start a new run, pass another --workdir."]
     if unfinished:
-      command = f"python -m convex_jax checkpoint seal {workdir}"
+      command = f"python -m convex_jax checkpoint seal {os.path.dirname(os.path.abspath(folder))}"
       lines += [f"  To trust those without a manifest: {command}"]
     raise UserError("\n".join(lines))
+  for step in _numbered(folder):
+    if step not in found:  # Orbax would take the folder for a checkpoint.
+      wrong[step] = "nothing of a checkpoint is in its folder"
   lines = []
   for step, reason in wrong.items():
-    target = os.path.join(workdir, "damaged", str(step))
-    shutil.rmtree(target, ignore_errors=True)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
+    names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(1)))
+    paths = (os.path.join(aside, name) for name in names)
+    target = next(path for path in paths if not os.path.lexists(path))
+    os.makedirs(aside, exist_ok=True)
     os.rename(os.path.join(folder, str(step)), target)
     lines.append(f"Checkpoint {step}: {reason}. Moved to {target}")
-  return lines
+  return lines + list(filter(None, [left_alone(folder, steps_in(folder))]))
 
 
 def saved_steps(folder: str) -> dict[int, float | None]:
@@ -154,6 +199,12 @@ def _files(folder: str) -> Iterator[tuple[str, str]]:
       relative = os.path.relpath(path, folder).replace(os.sep, "/")
       if relative not in (NAME, NAME + ".tmp"):
         yield relative, path
+
+
+def _is_stray(name: str) -> bool:
+  """Whether a file, or a folder that it is in, has one of the names `STRAYS`."""
+  parts = name.lower().split("/")
+  return any(fnmatch.fnmatchcase(part, stray) for part in parts for stray in STRAYS)
 
 
 def _sha256(path: str) -> str:

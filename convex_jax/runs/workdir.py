@@ -92,6 +92,7 @@ class Workdir:
     self.config_file = of("config.json")
     self.metrics_file = of("metrics.jsonl")
     self.checkpoints = of("checkpoints")
+    self.damaged = of("damaged")
     self.certificate_file = of("certificate.json")
     self.counterexample_file = of("counterexample.npz")
     self.radii_table = of("radii.csv")
@@ -171,7 +172,8 @@ class Workdir:
 
     Raises `UserError` where it holds another run, cannot be written, or is in use.
     """
-    self._check_writable()
+    files.refuse_url("--workdir", self.path)
+    files.refuse_unwritable("--workdir", self.path)
     if self.exists():
       self._check_same_run(config)
     is_new, lead = not os.path.exists(self.path), jax.process_index() == 0
@@ -184,14 +186,6 @@ class Workdir:
       finally:
         if lead and is_new and os.listdir(self.path) == [os.path.basename(self._lock)]:
           shutil.rmtree(self.path)  # Refused before it began.
-
-  def _check_writable(self) -> None:
-    files.refuse_url("--workdir", self.path)
-    there = os.path.abspath(self.path)
-    while not os.path.exists(there):
-      there = os.path.dirname(there)
-    if not os.path.isdir(there) or not os.access(there, os.W_OK):
-      raise UserError(f"--workdir={self.path}: {there} is not writable; pass another --workdir")
 
   def _check_same_run(self, config: Any) -> None:
     saved = self.description()["config"]

@@ -120,7 +120,7 @@ def refuse_other_configs(tasks: list[Task], before: Results) -> None:
     if found != task.digest:
       lines.append(f"{task.workdir} holds a run of another config ({found})")
   if lines:
-    fix = "  Pass another --out or --workdir, rename the variant, or delete the old results."
+    fix = "  Pass another --out or --workdir, rename the variant, or move the old results aside."
     raise UserError("\n".join([*lines, fix]))
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from convex_jax import command_line
+from convex_jax import command_line, files
 from convex_jax.data import datasets
 from convex_jax.errors import UserError
 from convex_jax.proof.radii import NORMS, Radius
@@ -60,13 +60,21 @@ def measure(run: Run, norms: Sequence[str], examples: int, data_dir: str = "") -
   return Measured(test.labels, radii)
 
 
-def write_report(run: Run, measured: Measured, norms: Sequence[str]) -> Table:
-  """Writes radii.csv and radii.png into the run's folder; returns a table to print."""
-  with open(Workdir(run.workdir).radii_table, "w", newline="") as file:
-    rows = csv.writer(file)
+def write(run: Run, measured: Measured, norms: Sequence[str]) -> None:
+  """Writes radii.csv and radii.png into the run's folder, each as a whole or not at all.
+
+  Raises `Unsaved` where the storage does not take them.
+  """
+  with files.atomic_write(Workdir(run.workdir).radii_table) as file:
+    rows = csv.writer(file, lineterminator="\n")
     rows.writerow(["example", "label", "predicted", *norms])
     for i, (label, r) in enumerate(zip(measured.labels, measured.radii, strict=True)):
       rows.writerow([i, int(label), r.predicted, *(f"{r.radii[n]:.6g}" for n in norms)])
+  _draw(run, measured, norms)
+
+
+def table_of(measured: Measured, norms: Sequence[str]) -> Table:
+  """Median radii and certified accuracies, to print."""
   n = len(measured.labels)
   multiples = {"1/4": 0.25, "1/2": 0.5, "1": 1.0, "2": 2.0}
   table = Table("norm", "median radius", *(f"at {q} x median" for q in multiples))
@@ -81,7 +89,6 @@ def write_report(run: Run, measured: Measured, norms: Sequence[str]) -> Table:
     " correctly and no change of that size, measured in that norm, can alter its class: by"
     " proof, not by attempted attacks."
   )
-  _draw(run, measured, norms)
   return table
 
 
@@ -101,7 +108,8 @@ def _draw(run: Run, measured: Measured, norms: Sequence[str]) -> None:
   figure.axes[0].set_ylabel("Certified accuracy (%)")
   model = run.config.model
   figure.suptitle(f"{model.name} {model.size} {model.parts}, {run.config.data.name}")
-  figure.savefig(Workdir(run.workdir).radii_figure, dpi=120)
+  with files.atomic_write(Workdir(run.workdir).radii_figure, "wb") as file:
+    figure.savefig(file, format="png", dpi=120)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     "radii",
     "Certified radii of the first test images of a proved network: within the radius, measured\n"
     "in that norm, no change of the image alters its class (of the network over the reals).\n"
-    "Prints a table and writes radii.csv and radii.png into the run's folder.",
+    "Prints a table and writes radii.csv and radii.png into the run's folder; where that is\n"
+    "read-only, the table is printed alone.",
     "python -m convex_jax radii --workdir=runs/mixer_ioc_digits --norms=l1,l2 --examples=100",
   )
   command_line.add_run_options(parser)
@@ -124,5 +133,6 @@ def _report(args: argparse.Namespace) -> int:
   norms = norms_of(args.norms) or NORMS
   run = load(args.workdir, args.step)
   measured = measure(run, norms, args.examples, args.data_dir)
-  Console().print(write_report(run, measured, norms))
+  Console().print(table_of(measured, norms))
+  files.try_to_write(write, run, measured, norms)
   return 0

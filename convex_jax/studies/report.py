@@ -153,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+  files.refuse_unwritable("--out", args.out)
   jax.config.update("jax_platforms", "cpu")  # Leave the accelerator to others.
   found, title, words = gather(args.runs), "Comparison of runs", ""
   if len(args.runs) == 1 and os.path.exists(os.path.join(args.runs[0], "sweep.py")):

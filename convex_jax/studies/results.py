@@ -223,6 +223,6 @@ def _read_csv(path: str, kind: type) -> list[Any]:
         items.append(kind(**{name: types[name](value) for name, value in text.items()}))
   except (TypeError, ValueError, csv.Error) as error:
     raise UserError(
-      f"{path}, line {number} is not a valid row: {error}\n  Fix the line, or delete the file."
+      f"{path}, line {number} is not a valid row: {error}\n  Fix the line, or move the file aside."
     ) from error
   return items

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -68,7 +68,10 @@ class Process:
           os.sched_setaffinity(self.popen.pid, cores[self.slot :: self._slots])
 
   def poll(self) -> str | None:
-    """None while it runs, then its outcome: "finished", "diverged", or what went wrong."""
+    """None while it runs, then its outcome: "finished" or "diverged".
+
+    Raises `UserError` where it failed.
+    """
     code = self.popen.poll()
     if code is None:
       return None
@@ -77,9 +80,11 @@ class Process:
     if code and not (self._certifies and code == NotProved.code):  # Not proved is a result.
       with open(self.log, errors="replace") as file:
         tail = "\n  ".join(["", *file.read().splitlines()[-8:]])
-      return f"{self.task.workdir} ended with exit code {code}, see {self.log}:{tail}"
-    if self._certifies or not _lacks_certificate(self.task.workdir):
+      raise UserError(f"{self.task.workdir} ended with exit code {code}, see {self.log}:{tail}")
+    if not _lacks_certificate(self.task.workdir):
       return "finished"
+    if self._certifies:  # The verdict is in the log; the storage did not take it.
+      raise UserError(f"{self.task.workdir} has no certificate, see {self.log}")
     self._certifies = True
     self._start(["convex_jax", "certify", f"--workdir={self.task.workdir}"])
     return None
@@ -108,7 +113,8 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
     workdir, known = Workdir(task.workdir), {row.key for row in found.rows}
     ended = workdir.exists() and workdir.rows("final")
     if task.key not in known and ended and not _lacks_certificate(task.workdir):
-      found = _add(found, task, "finished", out)
+      with contextlib.suppress(UserError):  # Told below, when it is run again.
+        found = _add(found, task, "finished", out)
   done = {row.key for row in found.rows}
   waiting = [task for task in tasks if task.key not in done]
   progress = Progress(
@@ -120,7 +126,7 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
   )
   processes: dict[Process, Any] = {}
   free, failures = list(range(at_once)), []
-  with progress, _stop_signals() as signals:
+  with progress, _stop_signals() as signals, _stopped_at_the_end(processes):
     total = progress.add_task("runs", total=len(tasks), completed=len(tasks) - len(waiting))
     while (waiting or processes) and not signals:
       while waiting and free:
@@ -130,23 +136,19 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
       time.sleep(POLL)
       for process, line in list(processes.items()):
         progress.update(line, completed=progress_of(process.task))
-        outcome = process.poll()
-        if outcome is None:
-          continue
+        try:
+          outcome = process.poll()
+          if outcome is None:
+            continue
+          found = _add(found, process.task, outcome, out)
+          words = _line(found.rows[-1])
+        except UserError as error:  # Of this run, which keeps no other from running.
+          failures.append(words := str(error))
         del processes[process]
         free.append(process.slot)
         progress.remove_task(line)
         progress.advance(total)
-        if outcome in ("finished", "diverged"):
-          found = _add(found, process.task, outcome, out)
-          outcome = _line(found.rows[-1])
-        else:
-          failures.append(outcome)
-        progress.console.print(outcome, markup=False, soft_wrap=True)
-    for process in processes:
-      process.popen.terminate()  # It saves, and ends.
-    for process in processes:
-      process.popen.wait()
+        progress.console.print(words, markup=False, soft_wrap=True)
   if signals:
     raise Stopped("Stopped; all runs saved. Run the same command to continue.")
   if failures:
@@ -155,11 +157,30 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
   return found
 
 
+@contextlib.contextmanager
+def _stopped_at_the_end(processes: Iterable[Process]) -> Iterator[None]:
+  """Ends the processes that still run at the end, whatever ends it: they save first."""
+  try:
+    yield
+  finally:
+    for process in processes:
+      process.popen.terminate()
+    for process in processes:
+      process.popen.wait()
+
+
 def _lacks_certificate(path: str) -> bool:
-  """Whether a finished run is still to be certified; a base twin need not be convex."""
+  """Whether a finished run is still to be certified; a base twin need not be convex.
+
+  So is one whose certificate is damaged: certifying writes it again.
+  """
   workdir = Workdir(path)
-  is_base = workdir.description()["config"]["model"]["parts"] == "base"
-  return not is_base and workdir.certificate() is None
+  if workdir.description()["config"]["model"]["parts"] == "base":
+    return False
+  try:
+    return workdir.certificate() is None
+  except UserError:
+    return True
 
 
 def _add(found: results.Results, task: Task, outcome: str, out: str) -> results.Results:
@@ -234,6 +255,7 @@ def _sweep(args: argparse.Namespace) -> int:
     for task in tasks:
       print(shlex.join([*task.job.arguments(), f"--workdir={task.workdir}"]))
     return 0
+  files.refuse_unwritable("--out", out)
   os.makedirs(out, exist_ok=True)
   with files.exclusive_lock(os.path.join(out, ".lock"), f"{out} is in use by another sweep"):
     found = jobs.in_order(run_all(tasks, out, args.data_dir, args.at_once), module)

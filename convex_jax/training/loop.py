@@ -67,7 +67,7 @@ def _run(config: Any, workdir: Workdir, examples: Data | None) -> dict[str, floa
     path = os.path.expanduser(config.init_from)
     public = load_public(program.model, path, program.image_shape, config.seed)
   console = Console(lead)
-  for line in manifest.quarantine_damaged(workdir.checkpoints):
+  for line in manifest.quarantine_damaged(workdir.checkpoints, workdir.damaged):
     console.print(line)
   if lead:
     workdir.describe(config, examples, program.parameters)

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from convex_jax.data.photos import cache, decode, stream, worker
 from convex_jax.data.photos.records import Records, source_of
 from convex_jax.errors import UserError
 from convex_jax.training import loop, program
-from tests.support import ROOT, SHARED_DATA, of, photos
+from tests.support import ROOT, SHARED_DATA, injections, of, photos
 from tests.support.bad_input import children, lost_workers, streaming
 
 
@@ -50,6 +51,50 @@ def test_odd_images_are_read_as_pillow_reads_them(kind):
     want = np.asarray(part.resize((24, 24), PIL.Image.Resampling.BILINEAR), int)
   assert state == decode.FINE and image.shape == (24, 24, 3) and image.dtype == np.uint8
   assert np.abs(image - want).mean() < 1.5  # CMYK: two roundings.
+
+
+COLOURS, ALPHA = {0: 1, 2: 3, 3: 1, 4: 1, 6: 3}, (4, 6)  # By colour type.
+
+
+@pytest.mark.parametrize(
+  "kind,depth",
+  [
+    *((0, depth) for depth in (1, 2, 4, 8, 16)),
+    *((3, depth) for depth in (1, 2, 4, 8)),
+    *((kind, depth) for kind in (2, 4, 6) for depth in (8, 16)),
+  ],
+)
+def test_every_kind_of_png_is_scaled_to_8_bits(kind, depth):
+  """By the arithmetic of its standard: v * 255 / (2^depth - 1); a palette's colours."""
+  rng, most = np.random.default_rng(depth), 2**depth - 1
+  values = rng.integers(0, most + 1, (24, 24, COLOURS[kind] + (kind in ALPHA)))
+  values[0, 0], values[-1, -1] = 0, most
+  palette = rng.integers(0, 256, (most + 1 if kind == 3 else 0, 3)).astype(np.uint8)
+  extra = photos.chunk(b"PLTE", palette.tobytes()) if kind == 3 else b""
+  extra += photos.chunk(b"tRNS", bytes(2 * COLOURS[kind])) if kind not in ALPHA else b""
+  content = photos.png(values, depth, kind, extra)
+  want = np.broadcast_to(values[..., : COLOURS[kind]] * 255 / most, (24, 24, 3))
+  want = palette[values[..., 0]] if kind == 3 else want
+  image, state = decode.central_crop(content, 24)
+  off = 0 if depth < 16 else 0.5 if kind == 0 else 1  # Pillow cuts colours of 16 bits: v >> 8.
+  assert state == decode.FINE and np.abs(image - want).max() <= off
+  crop, state = decode.random_crop(content, np.random.default_rng(0), 24, (1.0, 1.0))
+  np.testing.assert_array_equal(crop, image)
+  channels = COLOURS[kind] if kind not in (3, 4) else 3 + (kind == 4)
+  if kind < 4:  # Another number of channels is refused, not guessed.
+    whole = decode.whole_image(content, (24, 24, channels))
+    assert whole.dtype == np.uint8
+    np.testing.assert_array_equal(np.broadcast_to(whole, (24, 24, 3)), image)
+  else:
+    with pytest.raises(decode.Unreadable, match="expected"):
+      decode.whole_image(content, (24, 24, 5))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint16])
+def test_other_formats_are_unreadable(dtype):
+  content = photos.encoded(PIL.Image.fromarray(np.ones((9, 9), dtype)), "TIFF")
+  with pytest.raises(decode.Unreadable):
+    decode.central_crop(content, 8)
 
 
 def test_a_damaged_image_is_told_and_its_good_part_kept():
@@ -314,6 +359,100 @@ def test_what_cannot_be_read_is_replaced_counted_and_named_up_to_a_share(tmp_pat
   strict.close()
 
 
+# What workers need.
+
+
+@pytest.mark.parametrize(
+  "code,line",
+  [
+    ("refuse()", 1),
+    ("def main():\n  refuse()\n\nmain()", 4),
+    ("import os\nif os.sep:\n  refuse()", 3),
+    ("for _ in range(1):\n  with open('/dev/null'):\n    refuse()\nif __name__: pass", 3),
+    ("if __name__ == '__main__':\n  pass\nrefuse()", 3),
+    ("def main():\n  refuse()\n\nif __name__ == '__main__':\n  main()", None),
+    ("if '__main__' == __name__ and True:\n  for _ in range(1):\n    refuse()", None),
+    ("import multiprocessing as m\nif m.parent_process() is None:\n  refuse()", None),
+  ],
+)
+def test_a_script_that_workers_would_run_again_is_told(tmp_path, monkeypatch, code, line):
+  path = tmp_path / "script.py"
+  path.write_text(code)
+  script = types.ModuleType("__main__")
+  script.__file__, script.refuse = str(path), stream.refuse_unguarded
+  monkeypatch.setitem(sys.modules, "__main__", script)
+  run = functools.partial(exec, compile(code, str(path), "exec"), vars(script))
+  if line is None:
+    return run()
+  with pytest.raises(UserError, match=rf"script\.py, line {line}: .*if __name__ == .__main__"):
+    run()
+  script.__spec__ = types.SimpleNamespace(name="package.__main__")  # Which workers do not import.
+  run()
+  del script.__file__  # A notebook.
+  run()
+
+
+@pytest.mark.skipif(not os.path.isdir(stream.SHARED), reason="no /dev/shm")
+@pytest.mark.parametrize(
+  "free,workers,ahead",  # In chunks of a megabyte.
+  [(1000, 2, 4), (20, 2, 4), (19, 2, 3), (8, 2, 1), (7, 2, 0), (64, 16, 1), (63, 16, 0), (0, 1, 0)],
+)
+def test_workers_are_ahead_as_far_as_shared_memory_reaches(monkeypatch, free, workers, ahead):
+  size = 10**6
+  blocks = free * (-(-size // 4096) + 3)
+  found = types.SimpleNamespace(f_bavail=blocks, f_blocks=2**40, f_frsize=4096)
+  monkeypatch.setattr(os, "statvfs", lambda _: found)
+  if ahead:
+    assert stream._ahead(size, workers) == ahead
+    return
+  words = rf"{workers} need [\d.]+ MB .* [\d.]+ MB free.*--shm-size.*fewer workers.* 0"
+  with pytest.raises(UserError, match=words):
+    stream._ahead(size, workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_little_shared_memory_is_told_before_any_worker_starts(photo_dir, monkeypatch, workers):
+  found = types.SimpleNamespace(f_bavail=16, f_blocks=16, f_frsize=4096)
+  monkeypatch.setattr(os, "statvfs", lambda _: found)
+  records = datasets.load(config_of(photo_dir, image_size=64), 0, progress=False).train
+  fed = stream.Stream(records, mesh.make_mesh(jax.devices()[:1]), workers, 0.0)
+  if not workers:  # One of the cures.
+    assert fed.train_plan(range(1), 8, seed=3)["image"].shape == (1, 8, 64, 64, 3)
+    return fed.close()
+  with pytest.raises(UserError, match=r"2 need 0\.9 MB of it, and /dev/shm has 0\.1 MB free"):
+    fed.train_plan(range(1), 8, seed=3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("unshare") or os.getuid() > 0, reason="it mounts /dev/shm")
+def test_a_container_with_little_shared_memory(photo_dir):
+  small = 'mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 32; exec "$@"'
+  cached = ["data", "cache", "imagenet2012", "--image_size=40", f"--data_dir={photo_dir}"]
+  program = ["unshare", "-m", "sh", "-c", small, "sh", sys.executable, "-m", "convex_jax", *cached]
+  ended = subprocess.run([*program, "--workers=2"], cwd=ROOT, capture_output=True, text=True)
+  if ended.returncode == 32 or ended.stderr.startswith("unshare:"):
+    pytest.skip(ended.stderr)
+  assert ended.returncode == 2 and "docker run --shm-size" in ended.stderr
+  assert "Traceback" not in ended.stderr and "leaked" not in ended.stderr
+  assert subprocess.run([*program, "--workers=0"], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+  "error,words",
+  [
+    (RuntimeError("terminated unexpectedly with exit code -7."), "shared memory.*--shm-size"),
+    (OSError(28, "No space left on device"), "shared memory.*--shm-size"),
+    (RuntimeError("terminated unexpectedly with exit code -9."), "died.*out of memory, lower"),
+    (RuntimeError("terminated unexpectedly with exit code 1."), "died.*__main__"),
+    (RuntimeError("\n\n  An attempt ... its bootstrapping phase."), "^each decoding.*__main__"),
+    (OSError(38, "Function not implemented"), "died: .*Function not implemented"),
+  ],
+)
+def test_why_a_worker_died_is_told(error, words):
+  with pytest.raises(UserError, match=f"(?s){words}"), stream._explained():
+    raise error
+
+
 # Caches.
 
 
@@ -414,7 +553,7 @@ def test_damaged_descriptions_and_files_are_told(tmp_path, photo_dir):
 
   for wrong in ({**about, "format": 99}, {**about, "crc32": []}, {**about, "examples": 71}, []):
     pathlib.Path(path).write_text(json.dumps(wrong))
-    refuses("is damaged: .*Delete the folder")
+    refuses("is damaged: .*Move the folder aside")
   pathlib.Path(path).write_text("{")
   refuses("is damaged")
   pathlib.Path(path).write_text(json.dumps(about))
@@ -422,6 +561,31 @@ def test_damaged_descriptions_and_files_are_told(tmp_path, photo_dir):
   refuses("is damaged")
   os.remove(labels)
   refuses("is damaged")
+
+
+def test_beside_read_only_photographs_a_cache_goes_elsewhere(photo_dir, tmp_path, capsys):
+  args = ["cache", "imagenet2012", "--image_size=36", f"--data_dir={photo_dir}", "--workers=0"]
+  for _ in range(2):  # Again, as from a mount that has moved, links are made anew.
+    with injections.unwritable(photo_dir):
+      assert command.main(args) == 2
+      words = capsys.readouterr().err
+      assert "cannot be written: [Errno 30] Read-only" in words and "--to=FOLDER" in words
+      assert command.main([*args, f"--to={tmp_path}"]) == 0
+      got = cached(str(tmp_path), 36)
+    assert got.train.images.shape == (70, 36, 36, 3) and len(got.test) == 11
+    (link,) = tmp_path.glob("imagenet2012/5.1.0/*train.array_record*")
+    os.remove(link)
+    link.symlink_to(tmp_path / "moved")
+  records = datasets.load(config_of(photo_dir), 0, progress=False).train
+  want, _ = decode.central_crop(records.read(0)["image"], 36)
+  np.testing.assert_array_equal(got.train.images[0], want)
+
+
+def test_a_data_set_is_not_prepared_in_a_read_only_folder(tmp_path, capsys):
+  with injections.unwritable(tmp_path):
+    assert command.main(["prepare", "digits", f"--data_dir={tmp_path / 'data'}"]) == 2
+  assert "Read-only file system" in (words := capsys.readouterr().err)
+  assert "pass another folder: --data_dir" in words and "manual_dir" not in words
 
 
 def test_two_commands_do_not_write_one_cache(photo_dir):
@@ -495,6 +659,7 @@ def test_a_signal_to_the_whole_group_saves_and_leaves_no_worker(photo_dir, tmp_p
     os.killpg(process.pid, number)
   _, errors = process.communicate(timeout=120)
   assert process.returncode == (-9 if number == signal.SIGKILL else 75), errors
+  assert number == signal.SIGKILL or "leaked" not in errors  # Shared memory, which Python frees.
   assert gone(workers)
 
 

@@ -258,7 +258,8 @@ def test_a_report_is_written(tmp_path):
   radii = [Radius(1, {"l1": r, "l2": r / 2}) for r in (0.1, 0.2, 0.3, 0.4)]
   measured = radii_report.Measured(np.array([1, 1, 0, 1]), radii)
   assert measured.certified_accuracy("l1", 0.15) == 0.5  # 0.1 too small, 0.3 is wrong.
-  table = radii_report.write_report(make_run(workdir=str(tmp_path)), measured, ("l1", "l2"))
+  table = radii_report.table_of(measured, ("l1", "l2"))
+  radii_report.write(make_run(workdir=str(tmp_path)), measured, ("l1", "l2"))
   assert table.row_count == 2 and "75.0 %" in table.title
   lines = (tmp_path / "radii.csv").read_text().splitlines()
   assert lines[0] == "example,label,predicted,l1,l2" and lines[3] == "2,0,1,0.3,0.15"

@@ -1,15 +1,20 @@
 """The certificate of a run: written with it, asked for by the command."""
 
+import errno
 import json
+import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
 import convex_jax
-from convex_jax.runs import certified, certify_command
+from convex_jax.proof.radii import Radius
+from convex_jax.runs import certified, certify_command, checkpoint_command
+from convex_jax.studies import radii_report, report
 from convex_jax.training import loop
-from tests.support import of
+from tests.support import ROOT, injections, of
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,39 @@ def test_a_partly_convex_run_is_certified_in_its_features(run_of):
   assert certificate["verdict"] == "PROVED" and "features before the head" in certificate["of"]
 
 
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("kind,code", [("convex", 0), ("concave", 4)])
+def test_a_run_that_cannot_be_written_has_its_verdict(tmp_path, capsys, number, kind, code):
+  """The copy of a colleague's run, on a read-only mount: never an exit code of its own."""
+  workdir = tmp_path / "run"
+  shutil.copytree(ROOT / "tests" / "fixtures" / "run_1_1", workdir)
+  before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+  with injections.unwritable(tmp_path, number):
+    args = [f"--workdir={workdir}", f"--kind={kind}", "--search_steps=0"]
+    assert certify_command.main(args) == code
+  told = capsys.readouterr()
+  assert f"{'PROVED: 10' if code == 0 else 'UNKNOWN: 0'} of 10 logits are {kind}" in told.out
+  want = f"certificate.json could not be written: {os.strerror(number)}; the result above holds"
+  assert want in told.err
+  assert before == {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+
+
+def test_a_read_only_run_is_loaded_verified_measured_and_reported(tmp_path, capsys, monkeypatch):
+  workdir = tmp_path / "run"
+  shutil.copytree(ROOT / "tests" / "fixtures" / "run_1_1", workdir)
+  radii = radii_report.Measured(np.zeros(1), [Radius(0, {"l2": 0.5})])
+  monkeypatch.setattr(radii_report, "measure", lambda *_: radii)
+  with injections.unwritable(workdir):
+    assert convex_jax.load(str(workdir)).certificate["verdict"] == "PROVED"
+    assert checkpoint_command.main(["verify", str(workdir)]) == 0
+    assert radii_report.main([f"--workdir={workdir}", "--norms=l2"]) == 0
+    told = capsys.readouterr()
+    assert "radii.csv could not be written: Read-only" in told.err and "100.0 %" in told.out
+    assert report.main([str(workdir), f"--out={tmp_path / 'out'}"]) == 0
+    assert report.main([str(workdir), f"--out={workdir / 'out'}"]) == 2
+  assert "run is not writable; pass another --out" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
   assert certify_command.main([f"--workdir={tmp_path}"]) == 2
   assert "does not contain a run" in capsys.readouterr().err
@@ -73,5 +111,6 @@ def test_a_class_name_in_brackets_is_printed_as_it_is(monkeypatch, capsys):
   content = {"kind": "convex", "of": "", "logits": {"[/x]": "PROVED"}, "verdict": "PROVED"}
   content |= {"input": "image", "reason": "", "counterexample": None}
   monkeypatch.setattr(certify_command, "load", lambda *_: None)
-  monkeypatch.setattr(certified, "certify_and_write", lambda *_: content)
+  monkeypatch.setattr(certified, "certify_run", lambda *_: (content, None))
+  monkeypatch.setattr(certified, "write", lambda *_: None)
   assert certify_command.main(["--workdir=x"]) == 0 and "[/x]" in capsys.readouterr().out

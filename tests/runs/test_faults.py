@@ -13,11 +13,11 @@ import optax
 import pytest
 
 import convex_jax
-from convex_jax import mesh
+from convex_jax import files, mesh
 from convex_jax.errors import Diverged, Unsaved, UserError
 from convex_jax.runs import checkpoint_command, manifest
 from convex_jax.runs.checkpoints import Checkpoints
-from convex_jax.runs.workdir import FORMAT
+from convex_jax.runs.workdir import FORMAT, Workdir
 from convex_jax.training import loop, program, step
 from tests.support import bad_input, injections, of
 
@@ -239,7 +239,7 @@ def test_a_run_killed_in_its_first_save_begins_anew_and_says_so(
   _, _, ours = saved(tiny_config, few_digits, tmp_path / "checkpoints", count=1)
   ours.close()
   os.remove(tmp_path / "checkpoints" / "1" / "manifest.json")
-  lines = manifest.quarantine_damaged(str(tmp_path / "checkpoints"))
+  lines = manifest.quarantine_damaged(str(tmp_path / "checkpoints"), str(tmp_path / "damaged"))
   assert len(lines) == 1 and "Checkpoint 1: not finished (it has no manifest.json)" in lines[0]
   assert os.listdir(tmp_path / "checkpoints") == [] and os.listdir(tmp_path / "damaged") == ["1"]
 
@@ -262,10 +262,96 @@ def test_the_command_verifies_and_seals(tiny_config, few_digits, tmp_path, capsy
     and "0 bytes" in out
   )
   with pytest.raises(UserError, match=r"python -m convex_jax checkpoint seal"):
-    manifest.quarantine_damaged(str(tmp_path / "checkpoints"))
+    manifest.quarantine_damaged(str(tmp_path / "checkpoints"), str(tmp_path / "damaged"))
   assert checkpoint_command.main(["seal", str(tmp_path)]) == 2  # 3 stays damaged.
   assert capsys.readouterr().out.startswith("step 2: intact\nstep 3: ")
   assert checkpoint_command.main(["verify", str(tmp_path / "nothing")]) == 2
+
+
+PLACES = ["", "checkpoints", "checkpoints/20", "checkpoints/20/ema", "checkpoints/20/weights/d"]
+STRAYS = [".DS_Store", "._manifest.json", "Thumbs.db", "a.swp", "config.json~", ".nfs01", "Icon\r"]
+STRAYS += ["lost+found/x", "@eaDir/x", "__MACOSX/._x", "21", "notes.txt", "weights copy/_METADATA"]
+
+
+def with_strays(folder, names=STRAYS):
+  """A run, with files of a desktop anywhere in it."""
+  workdir = folder / "run"
+  shutil.copytree(injections.ROOT / "tests" / "fixtures" / "run_1_1", workdir)
+  paths = [workdir / place / name for place in PLACES for name in names]
+  for path in paths:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\0\0\0\1Bud1")
+  return workdir, paths
+
+
+def test_what_a_desktop_leaves_is_mentioned_and_left_alone(tmp_path, capsys, data_dir):
+  workdir, paths = with_strays(tmp_path)
+  with pytest.warns(UserWarning, match="Left alone, since no manifest lists .*DS_Store.* more"):
+    run = convex_jax.load(str(workdir))
+  want = np.load(workdir / "logits.npz")
+  np.testing.assert_allclose(run.logits(want["images"]), want["logits"], atol=1e-5)
+  assert checkpoint_command.main(["verify", str(workdir)]) == 0
+  out = capsys.readouterr().out
+  assert out.startswith("step 20: intact\nLeft alone") and out.count("Left alone") == 1
+  assert checkpoint_command.main(["seal", str(workdir)]) == 0
+  capsys.readouterr()
+  config = of(run.config.copy_and_resolve_references(), data__dir=data_dir)
+  config.steps = run.step  # Nothing to do but to restore and to evaluate.
+  loop.run(config, str(workdir))
+  out = capsys.readouterr().out
+  assert "at step 20 of 20" in out and out.count("Left alone") == 1
+  assert all(path.exists() for path in paths) and not (workdir / "damaged").exists()
+
+
+def test_weights_are_averages_where_the_manifest_says_so(tmp_path):
+  """Not where a folder of that name was put."""
+  workdir, _ = with_strays(tmp_path, ["x"])
+  path = str(workdir / "checkpoints" / "20" / manifest.NAME)
+  content = files.read_json(path)
+  own = {k: v for k, v in content["files"].items() if not k.startswith("ema/")}
+  files.write_json(path, content | {"files": own})
+  with (
+    pytest.warns(UserWarning, match="ema"),
+    pytest.raises(UserError, match="no averaged weights"),
+  ):
+    convex_jax.load(str(workdir), weights="ema")
+
+
+def test_no_stray_is_sealed_and_every_file_of_orbax_is(tiny_config, few_digits, tmp_path):
+  _, _, ours = saved(tiny_config, few_digits, tmp_path, count=1)
+  ours.close()
+  folder = tmp_path / "1"
+  there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+  assert set(manifest.listed(str(folder))) == there - {manifest.NAME}
+  for name in (".DS_Store", "weights/._d", "weights/@eaDir/d", "training/Thumbs.db"):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"x")
+  manifest.seal(str(folder), 1, None)
+  assert set(manifest.listed(str(folder))) == there - {manifest.NAME}
+
+
+def test_a_stray_that_an_older_version_sealed_may_change(tmp_path):
+  workdir, _ = with_strays(tmp_path, [])
+  path = str(workdir / "checkpoints" / "20" / manifest.NAME)
+  content = files.read_json(path)
+  content["files"] |= {".DS_Store": [1, "0"], "ema/._d": [1, "0"]}
+  files.write_json(path, content)
+  assert convex_jax.load(str(workdir)).step == 20
+
+
+def test_a_folder_with_nothing_of_a_checkpoint_is_none(tmp_path, capsys):
+  """What Finder leaves where a checkpoint was deleted; Orbax would take it for the newest."""
+  workdir, _ = with_strays(tmp_path, [])
+  (workdir / "checkpoints" / "30").mkdir()
+  (workdir / "checkpoints" / "30" / ".DS_Store").write_bytes(b"x")
+  assert convex_jax.load(str(workdir)).step == 20
+  assert checkpoint_command.main(["verify", str(workdir)]) == 0
+  for name in ("30", "30.1"):  # What was set aside before stays there.
+    (workdir / "checkpoints" / "30").mkdir(exist_ok=True)
+    (workdir / "checkpoints" / "30" / ".DS_Store").write_bytes(b"x")
+    ours = Workdir(str(workdir))
+    (line,) = manifest.quarantine_damaged(ours.checkpoints, ours.damaged)
+    assert line.endswith(f"damaged/{name}") and os.path.isdir(workdir / "damaged" / name)
 
 
 def test_what_8_devices_saved_fewer_restore(data_dir, tmp_path):
@@ -304,8 +390,6 @@ def test_mutated_descriptions_are_refused_or_change_nothing(whole, tmp_path):
 
 def test_a_config_that_lies_about_its_values_is_refused(whole, tmp_path):
   """Signed anew, as an attacker would."""
-  from convex_jax import files
-
   workdir = tmp_path / "run"
   shutil.copytree(whole.workdir, workdir)
   path = str(workdir / "config.json")

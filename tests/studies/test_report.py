@@ -372,5 +372,6 @@ def test_radii_of_no_norms_are_of_all(monkeypatch):
   asked = []
   monkeypatch.setattr(radii_report, "load", lambda *_: None)
   monkeypatch.setattr(radii_report, "measure", lambda run, norms, *_: asked.append(norms))
-  monkeypatch.setattr(radii_report, "write_report", lambda *_: "")
+  monkeypatch.setattr(radii_report, "table_of", lambda *_: "")
+  monkeypatch.setattr(radii_report, "write", lambda *_: None)
   assert radii_report.main(["--workdir=x", "--norms="]) == 0 and asked == [tuple(NORMS)]

@@ -104,6 +104,9 @@ class Ended:
   def wait(self):
     return self.code
 
+  def terminate(self):
+    self.code = 75
+
 
 def run_with(monkeypatch, tmp_path, ends, parts="paper", at_once=1):
   """`run_all` of jobs whose processes only end: {seed: (code of training, of certifying)}."""
@@ -116,7 +119,8 @@ def run_with(monkeypatch, tmp_path, ends, parts="paper", at_once=1):
     code, certificate = ends[seed][int(certifies)], workdir / "certificate.json"
     if not certifies:
       shutil.copytree(SAVED, workdir, dirs_exist_ok=True)
-      certificate.unlink()
+      certificate.write_text("{") if code == "damaged" else certificate.unlink()
+      code = 0 if code == "damaged" else code
       content = files.read_json(str(workdir / "config.json"))
       content["config"]["model"]["parts"], content["config"]["seed"] = parts, seed
       files.write_json(str(workdir / "config.json"), content)
@@ -149,6 +153,50 @@ def test_a_certifier_that_fails_makes_no_result(monkeypatch, tmp_path):
   with pytest.raises(UserError, match=r"exit code 1, see .*log\.txt"):
     run()
   assert not results.read(str(tmp_path)).rows
+
+
+def test_a_certifier_that_could_not_write_makes_no_result(monkeypatch, tmp_path):
+  run, _ = run_with(monkeypatch, tmp_path, {0: (0, 0)})
+  with pytest.raises(UserError, match=r"0 has no certificate, see .*log\.txt"):
+    run()
+  assert not results.read(str(tmp_path)).rows
+
+
+def test_a_damaged_certificate_is_written_again(monkeypatch, tmp_path):
+  run, started = run_with(monkeypatch, tmp_path, {0: ("damaged", 4)})
+  assert [row.certificate for row in run().rows] == ["REFUTED"]
+  assert started == [(0, False), (0, True)]
+  (tmp_path / "results.csv").unlink()  # Once more, where the run is found finished.
+  (tmp_path / "0" / "certificate.json").write_text("{")
+  monkeypatch.setattr(jobs, "refuse_other_configs", lambda *_: None)
+  assert [row.certificate for row in run().rows] == ["REFUTED"]
+
+
+def test_one_run_that_cannot_be_read_keeps_no_other_from_running(monkeypatch, tmp_path):
+  """A base need not be certified, but has a certificate, which is damaged."""
+  run, _ = run_with(monkeypatch, tmp_path, {0: ("damaged", 4), 1: (0, 4)}, parts="base")
+  with pytest.raises(UserError, match=r"(?s)0/certificate.json is damaged.*1 run failed"):
+    run()
+  assert [row.seed for row in results.read(str(tmp_path)).rows] == [1]
+  monkeypatch.setattr(jobs, "refuse_other_configs", lambda *_: None)
+  with pytest.raises(UserError, match=r"(?s)0/certificate.json is damaged.*1 run failed"):
+    run()  # Where it is found finished.
+
+
+def test_a_sweep_that_dies_leaves_no_process(monkeypatch, tmp_path):
+  run, _ = run_with(monkeypatch, tmp_path, {0: (None, 0), 1: (0, 4)}, at_once=2)
+  popen, alive = sweep.subprocess.Popen, []
+  monkeypatch.setattr(
+    sweep.subprocess, "Popen", lambda *a, **k: alive.append(popen(*a, **k)) or alive[-1]
+  )
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(results, "write", full)
+  with pytest.raises(OSError, match="No space left"):
+    run()
+  assert alive[0].poll() == 75  # Told to save and to end.
 
 
 def test_a_job_that_fails_keeps_no_other_from_running(monkeypatch, tmp_path):

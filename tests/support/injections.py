@@ -7,6 +7,7 @@ embedded digits, in processes of their own (`victim.py`) where a process is to b
 import collections
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from tensorboardX.proto import event_pb2
 
 import convex_jax
@@ -311,6 +313,41 @@ def signalled_while_saving(
   return chain(data_dir, folder, n, twice_while_saving, lambda rng: slow, 75, 60 + 30 * n, whole)[0]
 
 
+# A read-only copy: as a mount has it, and as tests see it that run as root.
+
+
+@contextlib.contextmanager
+def unwritable(folder: Any, number: int = errno.EROFS) -> Iterator[None]:
+  """Nothing below a folder can be written by what Python offers for it."""
+  inside = os.path.join(os.path.realpath(folder), "")
+
+  def is_below(path):
+    if not isinstance(path, str | os.PathLike):  # A file descriptor.
+      return False
+    where, name = os.path.split(os.path.abspath(path))  # Of a link, not of what it points to.
+    return os.path.join(os.path.realpath(where), name, "").startswith(inside)
+
+  def refused(function, writes=lambda *_, **__: True):
+    def patched(*args, **options):
+      paths = args[1:2] if function is symlink else args[:2]
+      if (below := list(filter(is_below, paths))) and writes(*args, **options):
+        raise OSError(number, os.strerror(number), os.fspath(below[-1]))
+      return function(*args, **options)
+
+    return patched
+
+  def opens_to_write(_, mode="r", *args, **options):
+    return any(letter in mode for letter in "wax+")
+
+  access, symlink = os.access, os.symlink
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("builtins.open", refused(open, opens_to_write))
+    for name in ("mkdir", "remove", "rename", "replace", "rmdir", "symlink", "truncate"):
+      patch.setattr(os, name, refused(getattr(os, name)))
+    patch.setattr(os, "access", lambda p, m: access(p, m) and not (m == os.W_OK and is_below(p)))
+    yield
+
+
 # Damage to what is stored.
 
 
@@ -362,7 +399,7 @@ def damaged(
     name = path.relative_to(newest).as_posix()
     try:
       told = refusal(lambda w=workdir: convex_jax.load(str(w)))
-      lines = manifest.quarantine_damaged(str(workdir / "checkpoints"))
+      lines = manifest.quarantine_damaged(str(workdir / "checkpoints"), str(workdir / "damaged"))
       named = len(lines) == 1 and name in lines[0] and f"Checkpoint {steps[-1]}: " in lines[0]
       found = manifest.steps_in(str(workdir / "checkpoints")) == steps[:-1]
       loads = i % 10 or convex_jax.load(str(workdir)).step == steps[-2]

@@ -18,10 +18,10 @@ from convex_jax import files
 from convex_jax.data.photos import worker
 from convex_jax.data.photos.decode import UNREADABLE
 from convex_jax.data.photos.records import Records
-from convex_jax.data.photos.stream import chunks
+from convex_jax.data.photos.stream import Chunks
 from convex_jax.data.progress import track
 from convex_jax.data.splits import Split
-from convex_jax.errors import UserError
+from convex_jax.errors import Unsaved, UserError
 
 FORMAT = 1
 BLOCK = 256  # Images per checksum, and per chunk of a worker.
@@ -38,17 +38,36 @@ def _arrays(path: str) -> tuple[str, str]:
   return stem + "_images.npy", stem + "_labels.npy"
 
 
+def link(folder: str, target: str) -> None:
+  """Makes `target` a prepared data set of links to the files of `folder`, to put caches in."""
+  os.makedirs(target, exist_ok=True)
+  for entry in os.scandir(folder):
+    there = os.path.join(target, entry.name)
+    if os.path.islink(there):
+      os.remove(there)  # Of an earlier command; the data may have moved since.
+    if entry.is_file() and not os.path.exists(there):
+      os.symlink(os.path.abspath(entry.path), there)
+
+
 def write(name: str, folder: str, split: str, count: int, size: int, workers: int) -> str:
   """Decodes `count` records of a prepared data set, or resumes doing so; returns a message.
 
-  Raises `UserError` where the disk lacks room, or another command writes the same cache.
+  Raises `UserError` where the disk lacks room or refuses, or another command writes the same
+  cache.
   """
   path = path_of(folder, split, size)
   if os.path.exists(path):
     return f"{name} {split}: {path} already exists"
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  with files.exclusive_lock(path + ".lock", f"{path} is being written by another command"):
-    unreadable = _fill(path, name, folder, split, count, size, workers)
+  try:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with files.exclusive_lock(path + ".lock", f"{path} is being written by another command"):
+      unreadable = _fill(path, name, folder, split, count, size, workers)
+  except (OSError, Unsaved) as error:
+    raise UserError(
+      f"The cache of {name} cannot be written: {error}\n  To write it into another folder:"
+      f" python -m convex_jax data cache {name} --image_size={size} --data_dir=... --to=FOLDER;\n"
+      "  then train with --config.data.dir=FOLDER"
+    ) from error
   return f"{name} {split}: {count:,} images of {size} px in {path}, {unreadable} unreadable"
 
 
@@ -59,7 +78,7 @@ def _fill(
   records = Records(folder, split, np.arange(count), size, crop_area=(1.0, 1.0), eval_share=1.0)
   rows = worker.Evaluation(records, np.arange(BLOCK), BLOCK, count, BLOCK)
   blocks, first = -(-count // BLOCK), len(about["crc32"])
-  made = chunks(rows, first, blocks, workers)
+  made = Chunks(rows, first, blocks, workers)
   try:
     for i in track(range(first, blocks), f"decoding {name} {split}"):
       part, start = next(made), i * BLOCK
@@ -127,11 +146,13 @@ def read(
     images, labels = (np.load(f, mmap_mode="r") for f in _arrays(path))
     bad = _damaged(images, labels, about, size, f"checking {name} {split}", progress)
   except (OSError, ValueError, KeyError) as error:
-    raise UserError(f"{path} is damaged: {error}. Delete the folder, then: {command}") from error
+    raise UserError(
+      f"{path} is damaged: {error}. Move the folder aside, then: {command}"
+    ) from error
   if bad:
     raise UserError(
       f"{path}: images {bad[0] * BLOCK} to {bad[0] * BLOCK + BLOCK - 1} are damaged"
-      f" ({len(bad)} of {len(about['crc32'])} blocks). Delete the folder, then: {command}"
+      f" ({len(bad)} of {len(about['crc32'])} blocks). Move the folder aside, then: {command}"
     )
   replaced = about["replaced"]
   if len(replaced) > max_unreadable * len(labels):

@@ -20,6 +20,7 @@ RATIO = (3 / 4, 4 / 3)  # Width over height of a crop, before it is resized.
 ATTEMPTS = 10  # At drawing a crop inside the image.
 # Raised by the decoders for bad bytes; simplejpeg raises KeyError for a truncated header.
 _ABOUT_BYTES = (ValueError, KeyError, OSError, SyntaxError, PIL.Image.DecompressionBombError)
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, of 8 bits a channel, by channels.
 FORMATS = ("JPEG", "PNG")  # Pillow has many more readers, one of which starts a program.
 FINE, DAMAGED, UNREADABLE = 0, 1, 2  # Decoded; decoded in part; not at all.
 
@@ -86,9 +87,10 @@ def whole_image(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
   """The pixels of an image of `shape` (H, W, C); raises `Unreadable` for any other."""
   try:
     with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-      found = (image.height, image.width, len(image.getbands()))
-      if found == shape:
-        return np.asarray(image).reshape(shape)
+      channels = shape[2] if image.mode == "P" else len(image.getbands())  # Any: of colours.
+      found = (image.height, image.width, channels)
+      if found == shape and channels in MODES:
+        return np.asarray(_in_8_bits(image, MODES[channels])).reshape(shape)
   except _ABOUT_BYTES as error:
     raise Unreadable(f"not a readable image: {error}") from error
   raise Unreadable(f"an image of {found} (height, width, channels); expected {shape}")
@@ -109,6 +111,18 @@ def shape_of(data: bytes) -> tuple[int, int]:
   return height, width
 
 
+def _in_8_bits(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+  """The image in a mode of 8 bits a channel; transparency is ignored, as TensorFlow ignores it.
+
+  Pillow itself clips grey of 16 bits at 255 (Pillow#3011).
+  """
+  if image.mode.startswith("I"):  # I;16, and I in some versions.
+    grey = np.round(np.asarray(image, np.float64) * (255 / 65535)).clip(0, 255)
+    image = PIL.Image.fromarray(grey.astype(np.uint8))
+  image.info.pop("transparency", None)  # Of which Pillow would warn, for each palette.
+  return image.convert(mode)
+
+
 def _decode(data: bytes, height: int, width: int, fast: bool) -> tuple[np.ndarray, int]:
   """RGB pixels of at least this height and width, and the state of the image."""
   want: dict[str, Any] = dict(min_height=height, min_width=width, fastdct=fast, fastupsample=fast)
@@ -120,7 +134,7 @@ def _decode(data: bytes, height: int, width: int, fast: bool) -> tuple[np.ndarra
     PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image,
   ):
     if image.format == "PNG" or image.mode == "CMYK":
-      return np.asarray(image.convert("RGB")), FINE
+      return np.asarray(_in_8_bits(image, "RGB")), FINE
   try:
     return simplejpeg.decode_jpeg(data, strict=False, **want), DAMAGED
   except _ABOUT_BYTES as error:
