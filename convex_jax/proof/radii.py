@@ -43,9 +43,12 @@ class NotProved(ValueError):
   """A function is not proved convex, so no radius holds; the message says what breaks it."""
 
 
-def proved(f: Callable[..., jax.Array], *args: Any) -> Value:
-  """`f(*args)` as a value of its last argument; raises `NotProved` unless proved convex."""
-  (output,), _ = interpreter.analyse(f, *args)
+def proved(f: Callable[..., jax.Array], *args: Any, argnums: int = -1) -> Value:
+  """`f(*args)` as a value of one argument; raises `NotProved` unless proved convex."""
+  outputs, _ = interpreter.analyse(f, *args, argnums=argnums)
+  if len(outputs) != 1:
+    raise ValueError(f"the function returns {len(outputs)} arrays; expected one")
+  (output,) = outputs
   if not isinstance(output, Value) or output.not_convex.any():
     raise NotProved(explain(culprit(output, "convex"), "convex"))
   return output

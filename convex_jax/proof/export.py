@@ -1,0 +1,528 @@
+"""A proved function inside a convex program, in CVXPY.
+
+Each operation that is not affine becomes a vector t of new variables, bounded on the side that the
+proof needs: t >= g(u) where g is convex, t <= g(u) where it is concave. What lies between is one
+sparse matrix for each pair of such vectors, read off the graph by differentiation. The output y
+then lies on or above f(x), and at the optimum of what DCP allows to be done with it, on f(x):
+
+    f(x) = min y  subject to the constraints                        elementwise,
+
+all outputs at once (Grant and Boyd 2008, "Graph Implementations for Nonsmooth Convex Programs").
+That every bound holds from the right side is checked again here, by the signs of the matrices, and
+does not rest on the proof's masks.
+"""
+
+import dataclasses
+import functools
+import graphlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import cvxpy as cp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from jax import lax
+
+from convex_jax.proof import log_sum_exp
+from convex_jax.proof.activations import COMPARISONS
+from convex_jax.proof.radii import proved
+from convex_jax.proof.values import Known, Operation, ScalarFunction, Value
+
+BATCH = 256  # Rows of a matrix that are computed together.
+
+_MOVES = {"broadcast_in_dim", "concatenate", "dynamic_slice", "dynamic_update_slice", "gather"}
+_MOVES |= {"expand_dims", "pad", "reshape", "rev", "scan", "scatter-add", "select_n", "slice"}
+_MOVES |= {"split", "squeeze", "stack", "tile", "transpose"}
+_SUMS = {"add", "add_any", "sub", "neg", "reduce_sum", "reduce_window_sum", "cumsum"}
+_BILINEAR = {"mul", "dot_general", "conv_general_dilated"}
+# Which entries an extreme is taken over: those that this sum adds.
+_EXTREMES: dict[str, Callable[[Operation, jax.Array], jax.Array]] = {
+  "reduce_m": lambda op, u: u.sum(op.params["axes"]),
+  "cumm": lambda op, u: lax.cumsum(u, op.params["axis"], op.params["reverse"]),
+  "reduce_window_m": lambda op, u: lax.reduce_window(
+    u, 0.0, lax.add, *(op.params[k] for k in _WINDOW)
+  ),
+}
+_WINDOW = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+_EXPONENTIALS: dict[str, Callable[[Any], Any]] = {
+  "exp": cp.exp,
+  "exp2": lambda u: cp.exp(math.log(2) * u),
+  "expm1": lambda u: cp.exp(u) - 1,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConvexProgram:
+  """A proved function y = f(x), as CVXPY sees it.
+
+  `y` is convex to CVXPY, so that its rules refuse it where a convex expression may not stand: it
+  may be minimised, be an argument of a convex non-decreasing function, or stand on the small side
+  of <=. If f is affine, so is `y`.
+
+  Attributes:
+    x: the input's entries, flat in C order, as `numpy.ravel` has them.
+    y: the outputs, flat likewise.
+    constraints: of x, y and the variables between them; a problem needs them all.
+  """
+
+  x: cp.Variable
+  y: cp.Expression
+  constraints: list[cp.Constraint]
+  _steps: list[Callable[[], None]]
+
+  def evaluate(self, x: np.ndarray) -> np.ndarray:
+    """Gives every variable the value that f's computation has at x; returns y = f(x), flat."""
+    self.x.value = np.ravel(x)
+    for step in self._steps:
+      step()
+    return np.asarray(self.y.value)
+
+
+def export_cvxpy(f: Callable[..., jax.Array], *args: Any, argnums: int = -1) -> ConvexProgram:
+  """The function `f(*args)` of one of its arguments as CVXPY expressions and constraints.
+
+  Args:
+    f: any JAX function that returns one array.
+    *args: its arguments, as for `certify`. Of the input, only shape and dtype matter.
+    argnums: which argument is the input; by default the last.
+
+  Returns:
+    The program, whose weights are float64. A concave f is exported as -f.
+
+  Raises:
+    NotProved: some output is not proved convex.
+    ValueError: an operation is proved and has no conic form here; the message says where it is.
+  """
+  output = proved(f, *args, argnums=argnums)
+  export = _Export(output)
+  y = export.affine([output])
+  if y.below.any():
+    raise ValueError(export.reason_of(y) or "an output that is not finite")
+  expression = y.expression
+  if y.above.any():  # One that CVXPY knows to be convex.
+    expression = cp.max(cp.reshape(expression, (y.size, 1), order="C"), axis=1)
+  return ConvexProgram(export.x.variable, expression, export.constraints, export.steps)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Vector:
+  """A flat CVXPY variable: the input, or the results of an operation that is not affine.
+
+  A feasible entry may lie above the number that it stands for, or below it. One that may do both
+  says nothing: the operation has no conic form, for this `reason`.
+  """
+
+  variable: cp.Variable
+  above: np.ndarray
+  below: np.ndarray
+  reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Affine:
+  """sum of matrix @ vector + offset, flat; and whether an entry may lie above or below its own."""
+
+  terms: list[tuple[scipy.sparse.csr_array, _Vector]]
+  offset: np.ndarray  # May be infinite: an entry that never is the maximum, say.
+  above: np.ndarray
+  below: np.ndarray
+
+  @property
+  def size(self) -> int:
+    return len(self.offset)
+
+  @property
+  def is_exact(self) -> bool:
+    return not (self.above.any() or self.below.any())
+
+  @functools.cached_property
+  def expression(self) -> cp.Expression:
+    """In CVXPY; 0 in place of an offset that is not finite."""
+    terms = [matrix @ vector.variable for matrix, vector in self.terms if matrix.nnz]
+    offset = cp.Constant(np.where(np.isfinite(self.offset), self.offset, 0.0))
+    return functools.reduce(cp.Expression.__add__, terms, offset)
+
+  def rows(self, chosen: np.ndarray) -> "_Affine":
+    terms = [(matrix[chosen], vector) for matrix, vector in self.terms]
+    return _Affine(terms, self.offset[chosen], self.above[chosen], self.below[chosen])
+
+
+class _NoConicFormError(Exception):
+  """An operation that cannot be written as a cone's constraints here."""
+
+
+class _Export:
+  """Variables and constraints for each value on the way to an output, in order."""
+
+  def __init__(self, output: Value):
+    self.constraints: list[cp.Constraint] = []
+    self.steps: list[Callable[[], None]] = []
+    self._plans: dict[int, _Plan] = {}  # Of each value that is neither affine nor the input.
+    self._vectors: dict[int, _Vector] = {}
+    values = self._in_order(output)
+    self._order = {id(value): i for i, value in enumerate(values)}
+    for value in values:
+      if value.made_by is None:
+        no = np.zeros(math.prod(value.shape), bool)
+        self.x = self._vectors[id(value)] = _Vector(cp.Variable(no.size), no, no)
+      elif id(value) in self._plans:
+        self._vectors[id(value)] = self._vector(value, self._plans[id(value)])
+
+  def _in_order(self, output: Value) -> list[Value]:
+    """Every value that the program needs, each after those that it is made of."""
+    found, graph, todo = {}, {}, [output]
+    while todo:
+      value = todo.pop()
+      if id(value) in found:
+        continue
+      found[id(value)], inputs = value, ()
+      if value.made_by is not None:
+        inputs = value.made_by.inputs
+        if not _is_affine(value.made_by):
+          self._plans[id(value)] = plan = _plan(value)
+          inputs = plan.inputs
+      values = [x for x in inputs if isinstance(x, Value)]
+      graph[id(value)] = [id(x) for x in values]
+      todo += values
+    return [found[key] for key in graphlib.TopologicalSorter(graph).static_order()]
+
+  def affine(self, inputs: Iterable[Value | Known]) -> _Affine:
+    """The entries of some values, one after the other, in terms of the variables so far."""
+    inputs, cone, leaves = list(inputs), {}, {}
+    todo = [x for x in inputs if isinstance(x, Value)]
+    while todo:
+      value = todo.pop()
+      if id(value) in self._vectors:
+        leaves[id(value)] = value
+      elif id(value) not in cone:
+        cone[id(value)] = value
+        todo += [x for x in value.made_by.inputs if isinstance(x, Value)]
+    between = sorted(cone.values(), key=lambda value: self._order[id(value)])
+
+    def compute(*arrays):
+      numbers = dict(zip(leaves, arrays, strict=True))
+
+      def read(x):
+        return jnp.asarray(x.array) if isinstance(x, Known) else numbers[id(x)]
+
+      for value in between:
+        numbers[id(value)] = _apply(value.made_by, [read(x) for x in value.made_by.inputs])
+      return jnp.concatenate([jnp.ravel(read(x)) for x in inputs])
+
+    offset, matrices = _matrices(compute, [value.shape for value in leaves.values()])
+    vectors = [self._vectors[key] for key in leaves]
+    above = below = np.isnan(offset)
+    for matrix, vector in zip(matrices, vectors, strict=True):
+      plus, minus = (matrix > 0).astype(float), (matrix < 0).astype(float)
+      above = above | (plus @ vector.above + minus @ vector.below > 0)
+      below = below | (plus @ vector.below + minus @ vector.above > 0)
+    return _Affine(list(zip(matrices, vectors, strict=True)), offset, above, below)
+
+  def reason_of(self, u: _Affine) -> str:
+    """Why some entries of `u` say nothing: the first operation that has no conic form."""
+    for matrix, vector in u.terms:
+      if vector.reason and matrix[:, vector.above & vector.below].nnz:
+        return vector.reason
+    return ""
+
+  def _vector(self, value: Value, plan: "_Plan") -> _Vector:
+    """The variables of the results of an operation, with their constraints."""
+    op, t = value.made_by, cp.Variable(math.prod(value.shape))
+    assert op is not None
+    u = self.affine(plan.inputs)
+    try:
+      bad = plan.build(self, t, u)
+    except _NoConicFormError:
+      bad = np.ones(t.size, bool)
+    masks = value.not_convex, value.not_concave
+    bad = bad | np.ravel(masks[0] if plan.sign > 0 else masks[1])
+    yes = np.ones(t.size, bool)
+    reason = self.reason_of(u) or f"{op.primitive} has no conic form, in {op.place}"
+    above, below = (yes, bad) if plan.sign > 0 else (bad, yes)
+    return _Vector(t, above, below, reason if bad.any() else "")
+
+  def define(self, variable: cp.Variable, value: Callable[[], Any]) -> None:
+    self.steps.append(lambda: variable.save_value(np.asarray(value())))
+
+  # How the results t of an operation are bounded by its arguments u. Each returns which results
+  # have no valid bound.
+
+  def extreme(self, t: cp.Variable, u: _Affine, members: scipy.sparse.csr_array, sign: int):
+    """t_i >= u_j for each member j of i (sign 1), or <= (sign -1)."""
+    of, rows = _present(u, members, -sign * np.inf)
+    part = u.rows(rows)
+    self.constraints.append(sign * (t[of] - part.expression) >= 0)
+
+    def value():
+      out = np.full(t.size, -np.inf)
+      np.maximum.at(out, of, sign * part.expression.value)
+      return sign * out
+
+    self.define(t, value)
+    return _any(t.size, of, part.below if sign > 0 else part.above)
+
+  def log_sum_exp(self, t: cp.Variable, u: _Affine, members: scipy.sparse.csr_array):
+    """t_i >= log(sum of exp(u_j) over the members j of i): sum of exp(u_j - t_i) <= 1."""
+    of, rows = _present(u, members, -np.inf)
+    part = u.rows(rows)
+    total = _matrix(of, np.arange(len(of)), (t.size, len(of)))
+    self.constraints.append(total @ cp.exp(part.expression - t[of]) <= 1)
+
+    def value():
+      numbers, peak = np.asarray(part.expression.value), np.full(t.size, -np.inf)
+      np.maximum.at(peak, of, numbers)
+      return peak + np.log(total @ np.exp(numbers - peak[of]))
+
+    self.define(t, value)
+    return _any(t.size, of, part.below)
+
+  def increasing(self, t: cp.Variable, u: _Affine, g: Callable[[Any], Any]):
+    """t >= g(u), for a convex non-decreasing g."""
+    bound = g(u.expression)
+    self.constraints.append(t >= bound)
+    self.define(t, lambda: bound.value)
+    return u.below | ~np.isfinite(u.offset)
+
+  def even(self, t: cp.Variable, u: _Affine, g: Callable[[Any], Any]):
+    """t >= g(|u|), for an even g that is convex and non-decreasing above 0."""
+    size = self._size(u)
+    bound = g(size)
+    self.constraints.append(t >= bound)
+    self.define(t, lambda: bound.value)
+    return (u.above & u.below) | ~np.isfinite(u.offset)
+
+  def _size(self, u: _Affine) -> Any:
+    """A bound on |u|: where the proof allows u to be convex, it is >= 0; where concave, <= 0."""
+    if u.is_exact:
+      return u.expression
+    size, parts = cp.Variable(u.size, nonneg=True), []
+    for sign, wrong in ((1, u.below), (-1, u.above)):
+      rows = np.flatnonzero(~wrong)
+      parts.append((rows, sign * u.rows(rows).expression))
+    self.constraints += [size[rows] >= part for rows, part in parts if len(rows)]
+
+    def value():
+      out = np.zeros(u.size)
+      for rows, part in parts:
+        np.maximum.at(out, rows, part.value)
+      return out
+
+    self.define(size, value)
+    return size
+
+  def kinked(self, t: cp.Variable, z: _Affine, half: "_Half", f: ScalarFunction, sign: int):
+    """t >= f(z), f convex (sign 1), or t <= f(z), f concave (sign -1), with one kink c.
+
+    If both sides are affine, f is their maximum. Otherwise it is the least of
+
+        left(z - b) + right(c + b) - f(c)    over b >= 0 with z - b <= c,
+
+    as slopes do not fall at the kink; for a concave f, the greatest.
+    """
+    u, c = z.expression, _flat(f.kink, half.shape)
+    if np.all(f.left_affine) and np.all(f.right_affine):
+      sides = [half.of(u, side) for side in (-1, 1)]
+      self.constraints += [sign * (t - side) >= 0 for side in sides]
+      self.define(t, lambda: sign * np.maximum(*(sign * side.value for side in sides)))
+    else:
+      b = cp.Variable(z.size, nonneg=True)
+      at = half.of(cp.Constant(c), -1).value
+      bound = half.of(u - b, -1) + half.of(c + b, 1) - at
+      constraint = sign * (t - bound) >= 0
+      if not constraint.is_dcp():
+        raise _NoConicFormError
+      self.constraints += [u - b <= c, constraint]
+      self.define(b, lambda: np.maximum(u.value - c, 0.0))
+      self.define(t, lambda: bound.value)
+    rising, falling = (_flat(x, half.shape) for x in (f.rising, f.falling))
+    too_low, too_high = (z.below, z.above) if sign > 0 else (z.above, z.below)
+    curved = _flat(f.convex if sign > 0 else f.concave, half.shape)
+    bad = np.where(rising, too_low, np.where(falling, too_high, too_low | too_high))
+    return bad | ~curved | ~np.isfinite(z.offset)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+  """What an operation is made of, and how its results are bounded."""
+
+  inputs: tuple[Value | Known, ...]
+  build: Callable[[_Export, cp.Variable, _Affine], np.ndarray]
+  sign: int = 1  # 1: bounded from below, as convex functions are; -1: from above.
+
+
+def _is_affine(op: Operation) -> bool:
+  """Whether the operation is an affine map of the inputs that are not known."""
+  values = [x for x in op.inputs if isinstance(x, Value)]
+  name = op.primitive
+  if op.scalar is not None or not all(x.is_real for x in values):
+    return False
+  if name == "add" and log_sum_exp.exponents(op) is not None:
+    return False
+  if name == "div":
+    return isinstance(op.inputs[1], Known)
+  if name in ("max", "min", "clamp"):  # With bounds that do not bind.
+    return len(values) == 1 and all(np.isinf(x.array).all() for x in op.inputs if x is not values[0])
+  return name in _MOVES or name in _SUMS or (name in _BILINEAR and len(values) == 1)
+
+
+def _apply(op: Operation, arrays: list[jax.Array]) -> jax.Array:
+  """An affine operation on float64 arrays."""
+  if op.primitive == "scan":  # The border of an unrolled loop.
+    return jnp.stack(arrays) if op.index is None else arrays[0][op.index]
+  changed = {}
+  if op.params.get("preferred_element_type") is not None:
+    changed["preferred_element_type"] = np.dtype(np.float64)
+  out = op.bind(*arrays, **changed)
+  return out[op.index] if op.primitive == "split" else out
+
+
+def _plan(value: Value) -> _Plan:
+  """How to bound the results of an operation that is not affine."""
+  op = value.made_by
+  assert op is not None
+  name, inputs = op.primitive, op.inputs
+  if op.scalar is not None:
+    z, f = op.scalar
+    sign = 1 if np.any(f.convex) else -1
+    half = _Half(op, z, np.asarray(f.kink))
+    return _Plan((z,), functools.partial(_Export.kinked, half=half, f=f, sign=sign), sign)
+  if (found := log_sum_exp.exponents(op)) is not None:
+    u, axes = found
+    members = _members(lambda x: x.sum(axes), u.shape)
+    return _Plan((u,), functools.partial(_Export.log_sum_exp, members=members))
+  if name == "custom_jvp_call" or name in ("max", "min"):
+    both = tuple(_wide(x, op.shape) for x in inputs)
+    members = scipy.sparse.hstack([scipy.sparse.eye_array(math.prod(op.shape))] * 2, "csr")
+    if name == "custom_jvp_call":  # A logaddexp: no other is left in the graph.
+      return _Plan(both, functools.partial(_Export.log_sum_exp, members=members))
+    return _extreme(both, members, name)
+  if name == "clamp":
+    low, x, high = inputs
+    if isinstance(low, Known) and isinstance(high, Known):
+      bound, sign = (low, "max") if np.isposinf(high.array).all() else (high, "min")
+      if sign == "max" or np.isneginf(low.array).all():
+        members = scipy.sparse.hstack([scipy.sparse.eye_array(math.prod(op.shape))] * 2, "csr")
+        return _extreme((x, _wide(bound, op.shape)), members, sign)
+  for prefix, add in _EXTREMES.items():
+    if name in (f"{prefix}ax", f"{prefix}in"):
+      shape = inputs[0].shape
+      return _extreme(inputs, _members(functools.partial(add, op), shape), name)
+  if name in _EXPONENTIALS:
+    return _Plan(inputs, functools.partial(_Export.increasing, g=_EXPONENTIALS[name]))
+  if name == "abs":
+    return _Plan(inputs, functools.partial(_Export.even, g=cp.abs))
+  power = {"square": 2, "integer_pow": op.params.get("y")}.get(name)
+  if name == "mul" and inputs[0] is inputs[1]:
+    power, inputs = 2, inputs[:1]
+  if power is not None and power > 0 and power % 2 == 0:
+    return _Plan(inputs, functools.partial(_Export.even, g=lambda u: cp.power(u, power)))
+  return _Plan((), lambda export, t, u: np.ones(t.size, bool))
+
+
+def _extreme(inputs, members: scipy.sparse.csr_array, name: str) -> _Plan:
+  sign = 1 if name.endswith("max") else -1
+  return _Plan(inputs, functools.partial(_Export.extreme, members=members, sign=sign), sign)
+
+
+class _Half:
+  """A scalar function on one side of its kink, as a CVXPY expression of its argument."""
+
+  def __init__(self, op: Operation, root: Value, kink: np.ndarray):
+    self.shape = op.shape
+    self._op, self._root, self._kink = op, root, kink
+
+  def of(self, at: cp.Expression, side: int) -> cp.Expression:
+    """The function, continued beyond the kink; `side` is -1 below it, 1 above it."""
+    return self._operation(self._op, at, side)
+
+  def _node(self, node: Value | Known, at, side: int):
+    if node is self._root:
+      return at
+    if isinstance(node, Known):
+      return cp.Constant(_flat(node.array, self.shape))
+    if node.made_by is None:
+      raise _NoConicFormError
+    return self._operation(node.made_by, at, side)
+
+  def _operation(self, op: Operation, at, side: int):
+    name, inputs = op.primitive, op.inputs
+    if name == "select_n" and len(inputs) == 3 and isinstance(inputs[0], Value):
+      test = inputs[0].made_by
+      if test is None or test.primitive not in COMPARISONS:
+        raise _NoConicFormError
+      chosen = COMPARISONS[test.primitive](self._compare(*test.inputs, side), 0)
+      return self._node(inputs[1 + chosen], at, side)
+    if name in ("max", "min"):
+      first = (self._compare(*inputs, side) > 0) == (name == "max")
+      return self._node(inputs[0 if first else 1], at, side)
+    parts = [self._node(x, at, side) for x in inputs]
+    if name in _EXPONENTIALS:
+      return _EXPONENTIALS[name](*parts)
+    if name == "abs" and inputs[0] is self._root and not self._kink.any():
+      return side * parts[0]
+    if name in ("add", "add_any", "sub", "neg"):
+      return parts[0] + parts[1] if "add" in name else -parts[-1] + (parts[0] if name == "sub" else 0)
+    if name == "mul":
+      return cp.multiply(*parts)
+    if name == "div" and isinstance(inputs[1], Known):
+      return cp.multiply(1 / parts[1].value, parts[0])
+    raise _NoConicFormError
+
+  def _compare(self, a: Any, b: Any, side: int) -> int:
+    """The sign of a - b, one being the argument and the other its kink."""
+    for x, y, sign in ((a, b, side), (b, a, -side)):
+      if x is self._root and isinstance(y, Known) and np.array_equal(y.array, self._kink):
+        return sign
+    raise _NoConicFormError
+
+
+def _matrices(
+  f: Callable[..., jax.Array], shapes: Sequence[tuple[int, ...]]
+) -> tuple[np.ndarray, list[scipy.sparse.csr_array]]:
+  """(f(0), its matrix for each argument), for an affine f of float64 arrays to flat ones."""
+  with jax.enable_x64(True):
+    zeros = [jnp.zeros(shape, jnp.float64) for shape in shapes]
+    offset, pull = jax.vjp(f, *zeros)
+    count = len(offset)
+    blocks: list[list[scipy.sparse.csr_array]] = [[] for _ in zeros]
+    rows = jax.jit(jax.vmap(pull))
+    for start in range(0, count if zeros else 0, BATCH):
+      units = np.eye(min(count, BATCH), count, start)  # Rows past the end are 0.
+      for block, dense in zip(blocks, rows(units), strict=True):
+        block.append(scipy.sparse.csr_array(np.reshape(dense, (len(units), -1))))
+    return np.array(offset), [scipy.sparse.vstack(block, "csr")[:count] for block in blocks]
+
+
+def _members(add: Callable[[jax.Array], jax.Array], shape) -> scipy.sparse.csr_array:
+  """Which entries each entry of a sum adds, (results, arguments)."""
+  return _matrices(lambda u: jnp.ravel(add(u)), [shape])[1][0]
+
+
+def _present(u: _Affine, members, absent: float) -> tuple[np.ndarray, np.ndarray]:
+  """Pairs (i, j), j a member of i, without members that are the constant `absent`."""
+  of, rows = members.nonzero()
+  kept = u.offset[rows] != absent
+  return of[kept], rows[kept]
+
+
+def _any(size: int, of: np.ndarray, bad: np.ndarray) -> np.ndarray:
+  """Which results have a bad member, or none at all."""
+  out = np.ones(size, bool)
+  out[of] = False
+  out[of[bad]] = True
+  return out
+
+
+def _matrix(rows, columns, shape) -> scipy.sparse.csr_array:
+  return scipy.sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape)
+
+
+def _flat(x: Any, shape: tuple[int, ...]) -> np.ndarray:
+  return np.broadcast_to(np.asarray(x), shape).ravel()
+
+
+def _wide(x: Value | Known, shape: tuple[int, ...]) -> Value | Known:
+  return Known(np.broadcast_to(x.array, shape)) if isinstance(x, Known) else x
