@@ -32,6 +32,8 @@ from convex_jax.proof.radii import proved
 from convex_jax.proof.values import Known, Operation, ScalarFunction, Value
 
 BATCH = 256  # Rows of a matrix that are computed together.
+LARGEST = 10**8  # Entries of the second derivatives of a product of two affine values.
+ROUNDING = 1e-9  # Relative; how far below 0 an eigenvalue of a convex form may be computed.
 
 _MOVES = {"broadcast_in_dim", "concatenate", "dynamic_slice", "dynamic_update_slice", "gather"}
 _MOVES |= {"expand_dims", "pad", "reshape", "rev", "scan", "scatter-add", "select_n", "slice"}
@@ -162,64 +164,30 @@ class _Export:
     self.steps: list[Callable[[], None]] = []
     self._plans: dict[int, _Plan] = {}  # Of each value that is neither affine nor the input.
     self._vectors: dict[int, _Vector] = {}
-    values = self._in_order(output)
-    self._order = {id(value): i for i, value in enumerate(values)}
-    for value in values:
+    for value in _in_order([output], self._inputs_of):
       if value.made_by is None:
         no = np.zeros(math.prod(value.shape), bool)
         self.x = self._vectors[id(value)] = _Vector(cp.Variable(no.size), no, no)
       elif id(value) in self._plans:
         self._vectors[id(value)] = self._vector(value, self._plans[id(value)])
 
-  def _in_order(self, output: Value) -> list[Value]:
-    """Every value that the program needs, each after those that it is made of."""
-    found, graph, todo = {}, {}, [output]
-    while todo:
-      value = todo.pop()
-      if id(value) in found:
-        continue
-      found[id(value)], inputs = value, ()
-      if value.made_by is not None:
-        inputs = value.made_by.inputs
-        if not _is_affine(value.made_by):
-          self._plans[id(value)] = plan = _plan(value)
-          inputs = plan.inputs
-      values = [x for x in inputs if isinstance(x, Value)]
-      graph[id(value)] = [id(x) for x in values]
-      todo += values
-    return [found[key] for key in graphlib.TopologicalSorter(graph).static_order()]
+  def _inputs_of(self, value: Value) -> Sequence[Value | Known]:
+    """What the program makes a value of."""
+    if value.made_by is None or _is_affine(value.made_by):
+      return value.made_by.inputs if value.made_by else ()
+    self._plans[id(value)] = plan = _plan(value.made_by)
+    return plan.inputs
 
   def affine(self, inputs: Iterable[Value | Known]) -> _Affine:
     """The entries of some values, one after the other, in terms of the variables so far."""
-    inputs, cone, leaves = list(inputs), {}, {}
-    todo = [x for x in inputs if isinstance(x, Value)]
-    while todo:
-      value = todo.pop()
-      if id(value) in self._vectors:
-        leaves[id(value)] = value
-      elif id(value) not in cone:
-        cone[id(value)] = value
-        todo += [x for x in value.made_by.inputs if isinstance(x, Value)]
-    between = sorted(cone.values(), key=lambda value: self._order[id(value)])
-
-    def compute(*arrays):
-      numbers = dict(zip(leaves, arrays, strict=True))
-
-      def read(x):
-        return jnp.asarray(x.array) if isinstance(x, Known) else numbers[id(x)]
-
-      for value in between:
-        numbers[id(value)] = _apply(value.made_by, [read(x) for x in value.made_by.inputs])
-      return jnp.concatenate([jnp.ravel(read(x)) for x in inputs])
-
-    offset, matrices = _matrices(compute, [value.shape for value in leaves.values()])
-    vectors = [self._vectors[key] for key in leaves]
+    offset, terms = _read_off(inputs, lambda value: id(value) in self._vectors)
     above = below = np.isnan(offset)
-    for matrix, vector in zip(matrices, vectors, strict=True):
+    known = [(matrix, self._vectors[id(value)]) for matrix, value in terms]
+    for matrix, vector in known:
       plus, minus = (matrix > 0).astype(float), (matrix < 0).astype(float)
       above = above | (plus @ vector.above + minus @ vector.below > 0)
       below = below | (plus @ vector.below + minus @ vector.above > 0)
-    return _Affine(list(zip(matrices, vectors, strict=True)), offset, above, below)
+    return _Affine(known, offset, above, below)
 
   def reason_of(self, u: _Affine) -> str:
     """Why some entries of `u` say nothing: the first operation that has no conic form."""
@@ -286,13 +254,61 @@ class _Export:
     self.define(t, lambda: bound.value)
     return u.below | ~np.isfinite(u.offset)
 
-  def even(self, t: cp.Variable, u: _Affine, g: Callable[[Any], Any]):
-    """t >= g(|u|), for an even g that is convex and non-decreasing above 0."""
-    size = self._size(u)
-    bound = g(size)
+  def even(self, t: cp.Variable, u: _Affine, g: Callable[[Any], Any], sums: Any = None):
+    """t >= g(|u|), or sums of it, for a g that is convex and non-decreasing above 0."""
+    bound = g(self._size(u))
+    bad = (u.above & u.below) | ~np.isfinite(u.offset)
+    if sums is not None:
+      bound, bad = sums @ bound, sums @ bad > 0
     self.constraints.append(t >= bound)
     self.define(t, lambda: bound.value)
-    return (u.above & u.below) | ~np.isfinite(u.offset)
+    return bad
+
+  def norm(self, t: cp.Variable, u: _Affine, weights: scipy.sparse.csr_array, offset: np.ndarray):
+    """t_i >= sqrt(sum of weights_ij u_j^2 + offset_i), weights and offset >= 0."""
+    length = 1 + int(np.diff(weights.indptr).max())  # Of the longest row, and the offset.
+    rows = np.repeat(np.arange(t.size), np.diff(weights.indptr))
+    places = rows * length + np.arange(len(rows)) - weights.indptr[rows]
+    scales = scipy.sparse.csr_array(
+      (np.sqrt(weights.data), (places, weights.indices)), (t.size * length, u.size)
+    )
+    last = np.zeros((t.size, length))
+    last[:, -1] = np.sqrt(offset)
+    entries = scales @ self._size(u) + last.ravel()
+    bound = cp.norm(cp.reshape(entries, last.shape, order="C"), 2, axis=1)
+    self.constraints.append(t >= bound)
+    self.define(t, lambda: bound.value)
+    return weights @ ((u.above & u.below) | ~np.isfinite(u.offset)) > 0
+
+  def quadratic(self, t: cp.Variable, u: _Affine, op: Operation):
+    """t >= a quadratic form of the input, a product of two affine values, by factorisation."""
+    x, (left, right) = self.x.variable, op.inputs
+    if not u.is_exact or t.size * x.size**2 > LARGEST:
+      raise _NoConicFormError
+    terms = [m for m, vector in u.terms if vector is self.x]
+    matrix = terms[0].toarray()
+    cut = math.prod(left.shape)
+
+    def product(point):
+      flat = matrix @ point + u.offset
+      parts = flat[:cut].reshape(left.shape), flat[cut:].reshape(right.shape)
+      return jnp.ravel(_apply(op, list(parts)))
+
+    with jax.enable_x64(True):
+      origin = jnp.zeros(x.size)
+      at, slope = (np.asarray(g(origin)) for g in (product, jax.jacrev(product)))
+      curvature, axes = np.linalg.eigh(np.asarray(jax.hessian(product)(origin)) / 2)
+    if (curvature < -ROUNDING * np.abs(curvature).max()).any():
+      raise _NoConicFormError
+    roots = np.sqrt(np.maximum(curvature, 0))[:, None] * axes
+    roots = np.swapaxes(roots, 1, 2).reshape(-1, x.size)
+    sums = _matrix(
+      np.repeat(np.arange(t.size), x.size), np.arange(len(roots)), (t.size, len(roots))
+    )
+    bound = sums @ cp.square(roots @ x) + slope @ x + at
+    self.constraints.append(t >= bound)
+    self.define(t, lambda: bound.value)
+    return np.zeros(t.size, bool)
 
   def _size(self, u: _Affine) -> Any:
     """A bound on |u|: where the proof allows u to be convex, it is >= 0; where concave, <= 0."""
@@ -364,7 +380,9 @@ def _is_affine(op: Operation) -> bool:
   if name == "div":
     return isinstance(op.inputs[1], Known)
   if name in ("max", "min", "clamp"):  # With bounds that do not bind.
-    return len(values) == 1 and all(np.isinf(x.array).all() for x in op.inputs if x is not values[0])
+    return len(values) == 1 and all(
+      np.isinf(x.array).all() for x in op.inputs if x is not values[0]
+    )
   return name in _MOVES or name in _SUMS or (name in _BILINEAR and len(values) == 1)
 
 
@@ -379,10 +397,8 @@ def _apply(op: Operation, arrays: list[jax.Array]) -> jax.Array:
   return out[op.index] if op.primitive == "split" else out
 
 
-def _plan(value: Value) -> _Plan:
+def _plan(op: Operation) -> _Plan:
   """How to bound the results of an operation that is not affine."""
-  op = value.made_by
-  assert op is not None
   name, inputs = op.primitive, op.inputs
   if op.scalar is not None:
     z, f = op.scalar
@@ -414,12 +430,70 @@ def _plan(value: Value) -> _Plan:
     return _Plan(inputs, functools.partial(_Export.increasing, g=_EXPONENTIALS[name]))
   if name == "abs":
     return _Plan(inputs, functools.partial(_Export.even, g=cp.abs))
-  power = {"square": 2, "integer_pow": op.params.get("y")}.get(name)
-  if name == "mul" and inputs[0] is inputs[1]:
-    power, inputs = 2, inputs[:1]
-  if power is not None and power > 0 and power % 2 == 0:
-    return _Plan(inputs, functools.partial(_Export.even, g=lambda u: cp.power(u, power)))
-  return _Plan((), lambda export, t, u: np.ones(t.size, bool))
+  if name == "cosh":
+    return _Plan(inputs, functools.partial(_Export.even, g=lambda u: (cp.exp(u) + cp.exp(-u)) / 2))
+  if name in ("integer_pow", "pow") and (power := _power(op)) >= 1:
+    return _Plan(inputs[:1], functools.partial(_Export.even, g=lambda u: cp.power(u, power)))
+  if (u := _squared(op)) is not None:
+    sums = _members(functools.partial(_apply_squared, op), u.shape)
+    return _Plan((u,), functools.partial(_Export.even, g=cp.square, sums=sums))
+  if name in ("dot_general", "mul"):
+    return _Plan(inputs, functools.partial(_Export.quadratic, op=op))
+  if name == "sqrt":
+    return _norm(op)
+  return _Plan((), _no_form)
+
+
+def _no_form(*_: Any):
+  raise _NoConicFormError
+
+
+def _power(op: Operation) -> float:
+  """The exponent of a power; 0 where it is not one known number."""
+  if op.primitive == "integer_pow":
+    return op.params["y"]
+  y = op.inputs[1]
+  return float(y.array.flat[0]) if isinstance(y, Known) and np.ptp(y.array) == 0 else 0.0
+
+
+def _squared(op: Operation) -> Value | None:
+  """The value whose squares, or sums of them, are the operation's results."""
+  u = op.inputs[0]
+  if op.primitive == "square" or (op.primitive == "integer_pow" and op.params["y"] == 2):
+    return u if isinstance(u, Value) else None
+  if op.primitive not in ("mul", "dot_general") or u is not op.inputs[1]:
+    return None
+  if op.primitive == "dot_general":  # No row meets another.
+    (left, right), (batch, same) = op.params["dimension_numbers"]
+    if (tuple(left), tuple(batch)) != (tuple(right), tuple(same)):
+      return None
+    if len(left) + len(batch) < len(u.shape):
+      return None
+  return u if isinstance(u, Value) else None
+
+
+def _apply_squared(op: Operation, squares: jax.Array) -> jax.Array:
+  """The results of such an operation, from the squares."""
+  return _apply(op, [squares, jnp.ones_like(squares)]) if op.primitive == "dot_general" else squares
+
+
+def _norm(op: Operation) -> _Plan:
+  """The root of a sum of squares, weights >= 0 included, and a number >= 0."""
+  offset, terms = _read_off(op.inputs, lambda v: v.made_by is None or not _is_affine(v.made_by))
+  inputs, weights = [], []
+  for matrix, value in terms:
+    u = _squared(value.made_by) if value.made_by else None
+    if matrix.nnz and (u is None or matrix.min() < 0):
+      return _Plan((), _no_form)
+    if u is not None:
+      inputs.append(u)
+      weights.append(matrix @ _members(functools.partial(_apply_squared, value.made_by), u.shape))
+  if not inputs or not (offset >= 0).all():
+    return _Plan((), _no_form)
+  build = functools.partial(
+    _Export.norm, weights=scipy.sparse.hstack(weights, "csr"), offset=offset
+  )
+  return _Plan(tuple(inputs), build)
 
 
 def _extreme(inputs, members: scipy.sparse.csr_array, name: str) -> _Plan:
@@ -464,7 +538,9 @@ class _Half:
     if name == "abs" and inputs[0] is self._root and not self._kink.any():
       return side * parts[0]
     if name in ("add", "add_any", "sub", "neg"):
-      return parts[0] + parts[1] if "add" in name else -parts[-1] + (parts[0] if name == "sub" else 0)
+      return (
+        parts[0] + parts[1] if "add" in name else -parts[-1] + (parts[0] if name == "sub" else 0)
+      )
     if name == "mul":
       return cp.multiply(*parts)
     if name == "div" and isinstance(inputs[1], Known):
@@ -477,6 +553,44 @@ class _Half:
       if x is self._root and isinstance(y, Known) and np.array_equal(y.array, self._kink):
         return sign
     raise _NoConicFormError
+
+
+def _in_order(
+  outputs: Iterable[Value | Known], inputs_of: Callable[[Value], Sequence[Value | Known]]
+) -> list[Value]:
+  """Outputs and what they are made of, each value after its inputs."""
+  found, graph, todo = {}, {}, [x for x in outputs if isinstance(x, Value)]
+  while todo:
+    value = todo.pop()
+    if id(value) not in found:
+      found[id(value)] = value
+      inputs = [x for x in inputs_of(value) if isinstance(x, Value)]
+      graph[id(value)] = [id(x) for x in inputs]
+      todo += inputs
+  return [found[key] for key in graphlib.TopologicalSorter(graph).static_order()]
+
+
+def _read_off(
+  outputs: Iterable[Value | Known], is_leaf: Callable[[Value], bool]
+) -> tuple[np.ndarray, list[tuple[scipy.sparse.csr_array, Value]]]:
+  """Flat outputs as offset + sum of matrix @ leaf, all operations between being affine."""
+  outputs = list(outputs)
+  values = _in_order(outputs, lambda v: () if is_leaf(v) else v.made_by.inputs)
+  leaves = [v for v in values if is_leaf(v)]
+
+  def compute(*arrays):
+    numbers = {id(v): array for v, array in zip(leaves, arrays, strict=True)}
+
+    def read(x):
+      return jnp.asarray(x.array) if isinstance(x, Known) else numbers[id(x)]
+
+    for value in values:
+      if id(value) not in numbers:
+        numbers[id(value)] = _apply(value.made_by, [read(x) for x in value.made_by.inputs])
+    return jnp.concatenate([jnp.ravel(read(x)) for x in outputs])
+
+  offset, matrices = _matrices(compute, [leaf.shape for leaf in leaves])
+  return offset, list(zip(matrices, leaves, strict=True))
 
 
 def _matrices(
