@@ -8,13 +8,12 @@ then lies on or above f(x), and at the optimum of what DCP allows to be done wit
     f(x) = min y  subject to the constraints                        elementwise,
 
 all outputs at once (Grant and Boyd 2008, "Graph Implementations for Nonsmooth Convex Programs").
-That every bound holds from the right side is checked again here, by the signs of the matrices, and
-does not rest on the proof's masks.
+That each vector is bounded on the right side for what is made of it is checked again here, by the
+signs of the matrices.
 """
 
 import dataclasses
 import functools
-import graphlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -26,20 +25,16 @@ import numpy as np
 import scipy.sparse
 from jax import lax
 
-from convex_jax.proof import log_sum_exp
+from convex_jax.proof import affine_maps, log_sum_exp
 from convex_jax.proof.activations import COMPARISONS
+from convex_jax.proof.affine_maps import Input, Matrix, is_affine
 from convex_jax.proof.radii import proved
 from convex_jax.proof.values import Known, Operation, ScalarFunction, Value
 
-BATCH = 256  # Rows of a matrix that are computed together.
 LARGEST = 10**8  # Entries of the second derivatives of a product of two affine values.
 ROUNDING = 1e-9  # Relative; how far below 0 an eigenvalue of a convex form may be computed.
 
-_MOVES = {"broadcast_in_dim", "concatenate", "dynamic_slice", "dynamic_update_slice", "gather"}
-_MOVES |= {"expand_dims", "pad", "reshape", "rev", "scan", "scatter-add", "select_n", "slice"}
-_MOVES |= {"split", "squeeze", "stack", "tile", "transpose"}
-_SUMS = {"add", "add_any", "sub", "neg", "reduce_sum", "reduce_window_sum", "cumsum"}
-_BILINEAR = {"mul", "dot_general", "conv_general_dilated"}
+_WINDOW = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
 # Which entries an extreme is taken over: those that this sum adds.
 _EXTREMES: dict[str, Callable[[Operation, jax.Array], jax.Array]] = {
   "reduce_m": lambda op, u: u.sum(op.params["axes"]),
@@ -48,7 +43,6 @@ _EXTREMES: dict[str, Callable[[Operation, jax.Array], jax.Array]] = {
     u, 0.0, lax.add, *(op.params[k] for k in _WINDOW)
   ),
 }
-_WINDOW = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
 _EXPONENTIALS: dict[str, Callable[[Any], Any]] = {
   "exp": cp.exp,
   "exp2": lambda u: cp.exp(math.log(2) * u),
@@ -99,10 +93,10 @@ def export_cvxpy(f: Callable[..., jax.Array], *args: Any, argnums: int = -1) -> 
     ValueError: an operation is proved and has no conic form here; the message says where it is.
   """
   output = proved(f, *args, argnums=argnums)
-  export = _Export(output)
+  export = _Export(output, math.prod(args[argnums].shape))
   y = export.affine([output])
-  if y.below.any():
-    raise ValueError(export.reason_of(y) or "an output that is not finite")
+  if (y.below | y.infinite).any():
+    raise ValueError(export.reason_of(y) or "the signs of its weights do not bound every output")
   expression = y.expression
   if y.above.any():  # One that CVXPY knows to be convex.
     expression = cp.max(cp.reshape(expression, (y.size, 1), order="C"), axis=1)
@@ -127,7 +121,7 @@ class _Vector:
 class _Affine:
   """sum of matrix @ vector + offset, flat; and whether an entry may lie above or below its own."""
 
-  terms: list[tuple[scipy.sparse.csr_array, _Vector]]
+  terms: list[tuple[Matrix, _Vector]]
   offset: np.ndarray  # May be infinite: an entry that never is the maximum, say.
   above: np.ndarray
   below: np.ndarray
@@ -135,6 +129,10 @@ class _Affine:
   @property
   def size(self) -> int:
     return len(self.offset)
+
+  @property
+  def infinite(self) -> np.ndarray:
+    return ~np.isfinite(self.offset)
 
   @property
   def is_exact(self) -> bool:
@@ -159,28 +157,29 @@ class _NoConicFormError(Exception):
 class _Export:
   """Variables and constraints for each value on the way to an output, in order."""
 
-  def __init__(self, output: Value):
+  def __init__(self, output: Value, size: int):
+    no = np.zeros(size, bool)
+    self.x = _Vector(cp.Variable(size), no, no)
     self.constraints: list[cp.Constraint] = []
     self.steps: list[Callable[[], None]] = []
     self._plans: dict[int, _Plan] = {}  # Of each value that is neither affine nor the input.
     self._vectors: dict[int, _Vector] = {}
-    for value in _in_order([output], self._inputs_of):
+    for value in affine_maps.in_order([output], self._inputs_of):
       if value.made_by is None:
-        no = np.zeros(math.prod(value.shape), bool)
-        self.x = self._vectors[id(value)] = _Vector(cp.Variable(no.size), no, no)
+        self._vectors[id(value)] = self.x
       elif id(value) in self._plans:
         self._vectors[id(value)] = self._vector(value, self._plans[id(value)])
 
-  def _inputs_of(self, value: Value) -> Sequence[Value | Known]:
+  def _inputs_of(self, value: Value) -> Sequence[Input]:
     """What the program makes a value of."""
-    if value.made_by is None or _is_affine(value.made_by):
+    if value.made_by is None or is_affine(value.made_by):
       return value.made_by.inputs if value.made_by else ()
     self._plans[id(value)] = plan = _plan(value.made_by)
     return plan.inputs
 
-  def affine(self, inputs: Iterable[Value | Known]) -> _Affine:
+  def affine(self, inputs: Iterable[Input]) -> _Affine:
     """The entries of some values, one after the other, in terms of the variables so far."""
-    offset, terms = _read_off(inputs, lambda value: id(value) in self._vectors)
+    offset, terms = affine_maps.read_off(inputs, lambda value: id(value) in self._vectors)
     above = below = np.isnan(offset)
     known = [(matrix, self._vectors[id(value)]) for matrix, value in terms]
     for matrix, vector in known:
@@ -218,53 +217,51 @@ class _Export:
   # How the results t of an operation are bounded by its arguments u. Each returns which results
   # have no valid bound.
 
-  def extreme(self, t: cp.Variable, u: _Affine, members: scipy.sparse.csr_array, sign: int):
+  def extreme(self, t: cp.Variable, u: _Affine, members: Matrix, sign: int):
     """t_i >= u_j for each member j of i (sign 1), or <= (sign -1)."""
-    of, rows = _present(u, members, -sign * np.inf)
-    part = u.rows(rows)
+    of, part = _present(u, members, -sign * np.inf)
     self.constraints.append(sign * (t[of] - part.expression) >= 0)
 
     def value():
       out = np.full(t.size, -np.inf)
-      np.maximum.at(out, of, sign * part.expression.value)
+      np.maximum.at(out, of, sign * _number(part.expression))
       return sign * out
 
     self.define(t, value)
-    return _any(t.size, of, part.below if sign > 0 else part.above)
+    return _any(t.size, of, part.infinite | (part.below if sign > 0 else part.above))
 
-  def log_sum_exp(self, t: cp.Variable, u: _Affine, members: scipy.sparse.csr_array):
+  def log_sum_exp(self, t: cp.Variable, u: _Affine, members: Matrix):
     """t_i >= log(sum of exp(u_j) over the members j of i): sum of exp(u_j - t_i) <= 1."""
-    of, rows = _present(u, members, -np.inf)
-    part = u.rows(rows)
+    of, part = _present(u, members, -np.inf)
     total = _matrix(of, np.arange(len(of)), (t.size, len(of)))
     self.constraints.append(total @ cp.exp(part.expression - t[of]) <= 1)
 
     def value():
-      numbers, peak = np.asarray(part.expression.value), np.full(t.size, -np.inf)
+      numbers, peak = _number(part.expression), np.full(t.size, -np.inf)
       np.maximum.at(peak, of, numbers)
       return peak + np.log(total @ np.exp(numbers - peak[of]))
 
     self.define(t, value)
-    return _any(t.size, of, part.below)
+    return _any(t.size, of, part.infinite | part.below)
 
   def increasing(self, t: cp.Variable, u: _Affine, g: Callable[[Any], Any]):
     """t >= g(u), for a convex non-decreasing g."""
     bound = g(u.expression)
     self.constraints.append(t >= bound)
     self.define(t, lambda: bound.value)
-    return u.below | ~np.isfinite(u.offset)
+    return u.below | u.infinite
 
   def even(self, t: cp.Variable, u: _Affine, g: Callable[[Any], Any], sums: Any = None):
     """t >= g(|u|), or sums of it, for a g that is convex and non-decreasing above 0."""
     bound = g(self._size(u))
-    bad = (u.above & u.below) | ~np.isfinite(u.offset)
+    bad = (u.above & u.below) | u.infinite
     if sums is not None:
       bound, bad = sums @ bound, sums @ bad > 0
     self.constraints.append(t >= bound)
     self.define(t, lambda: bound.value)
     return bad
 
-  def norm(self, t: cp.Variable, u: _Affine, weights: scipy.sparse.csr_array, offset: np.ndarray):
+  def norm(self, t: cp.Variable, u: _Affine, weights: Matrix, offset: np.ndarray):
     """t_i >= sqrt(sum of weights_ij u_j^2 + offset_i), weights and offset >= 0."""
     length = 1 + int(np.diff(weights.indptr).max())  # Of the longest row, and the offset.
     rows = np.repeat(np.arange(t.size), np.diff(weights.indptr))
@@ -278,21 +275,21 @@ class _Export:
     bound = cp.norm(cp.reshape(entries, last.shape, order="C"), 2, axis=1)
     self.constraints.append(t >= bound)
     self.define(t, lambda: bound.value)
-    return weights @ ((u.above & u.below) | ~np.isfinite(u.offset)) > 0
+    return weights @ ((u.above & u.below) | u.infinite) > 0
 
   def quadratic(self, t: cp.Variable, u: _Affine, op: Operation):
     """t >= a quadratic form of the input, a product of two affine values, by factorisation."""
     x, (left, right) = self.x.variable, op.inputs
-    if not u.is_exact or t.size * x.size**2 > LARGEST:
-      raise _NoConicFormError
     terms = [m for m, vector in u.terms if vector is self.x]
+    if not u.is_exact or u.infinite.any() or not terms or t.size * x.size**2 > LARGEST:
+      raise _NoConicFormError
     matrix = terms[0].toarray()
     cut = math.prod(left.shape)
 
     def product(point):
       flat = matrix @ point + u.offset
       parts = flat[:cut].reshape(left.shape), flat[cut:].reshape(right.shape)
-      return jnp.ravel(_apply(op, list(parts)))
+      return jnp.ravel(affine_maps.apply(op, list(parts)))
 
     with jax.enable_x64(True):
       origin = jnp.zeros(x.size)
@@ -323,7 +320,7 @@ class _Export:
     def value():
       out = np.zeros(u.size)
       for rows, part in parts:
-        np.maximum.at(out, rows, part.value)
+        np.maximum.at(out, rows, _number(part))
       return out
 
     self.define(size, value)
@@ -338,63 +335,36 @@ class _Export:
 
     as slopes do not fall at the kink; for a concave f, the greatest.
     """
+    if z.size != t.size:
+      raise _NoConicFormError
     u, c = z.expression, _flat(f.kink, half.shape)
     if np.all(f.left_affine) and np.all(f.right_affine):
       sides = [half.of(u, side) for side in (-1, 1)]
-      self.constraints += [sign * (t - side) >= 0 for side in sides]
-      self.define(t, lambda: sign * np.maximum(*(sign * side.value for side in sides)))
+      constraints = [sign * (t - side) >= 0 for side in sides]
+      self.define(t, lambda: sign * np.maximum(*(sign * _number(side) for side in sides)))
     else:
       b = cp.Variable(z.size, nonneg=True)
-      at = half.of(cp.Constant(c), -1).value
-      bound = half.of(u - b, -1) + half.of(c + b, 1) - at
-      constraint = sign * (t - bound) >= 0
-      if not constraint.is_dcp():
-        raise _NoConicFormError
-      self.constraints += [u - b <= c, constraint]
-      self.define(b, lambda: np.maximum(u.value - c, 0.0))
+      bound = half.of(u - b, -1) + half.of(c + b, 1) - half.of(cp.Constant(c), -1).value
+      constraints = [u - b <= c, sign * (t - bound) >= 0]
+      self.define(b, lambda: np.maximum(_number(u) - c, 0.0))
       self.define(t, lambda: bound.value)
+    if not all(constraint.is_dcp() for constraint in constraints):
+      raise _NoConicFormError
+    self.constraints += constraints
     rising, falling = (_flat(x, half.shape) for x in (f.rising, f.falling))
     too_low, too_high = (z.below, z.above) if sign > 0 else (z.above, z.below)
     curved = _flat(f.convex if sign > 0 else f.concave, half.shape)
     bad = np.where(rising, too_low, np.where(falling, too_high, too_low | too_high))
-    return bad | ~curved | ~np.isfinite(z.offset)
+    return bad | ~curved | z.infinite
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Plan:
   """What an operation is made of, and how its results are bounded."""
 
-  inputs: tuple[Value | Known, ...]
+  inputs: tuple[Input, ...]
   build: Callable[[_Export, cp.Variable, _Affine], np.ndarray]
   sign: int = 1  # 1: bounded from below, as convex functions are; -1: from above.
-
-
-def _is_affine(op: Operation) -> bool:
-  """Whether the operation is an affine map of the inputs that are not known."""
-  values = [x for x in op.inputs if isinstance(x, Value)]
-  name = op.primitive
-  if op.scalar is not None or not all(x.is_real for x in values):
-    return False
-  if name == "add" and log_sum_exp.exponents(op) is not None:
-    return False
-  if name == "div":
-    return isinstance(op.inputs[1], Known)
-  if name in ("max", "min", "clamp"):  # With bounds that do not bind.
-    return len(values) == 1 and all(
-      np.isinf(x.array).all() for x in op.inputs if x is not values[0]
-    )
-  return name in _MOVES or name in _SUMS or (name in _BILINEAR and len(values) == 1)
-
-
-def _apply(op: Operation, arrays: list[jax.Array]) -> jax.Array:
-  """An affine operation on float64 arrays."""
-  if op.primitive == "scan":  # The border of an unrolled loop.
-    return jnp.stack(arrays) if op.index is None else arrays[0][op.index]
-  changed = {}
-  if op.params.get("preferred_element_type") is not None:
-    changed["preferred_element_type"] = np.dtype(np.float64)
-  out = op.bind(*arrays, **changed)
-  return out[op.index] if op.primitive == "split" else out
 
 
 def _plan(op: Operation) -> _Plan:
@@ -407,12 +377,13 @@ def _plan(op: Operation) -> _Plan:
     return _Plan((z,), functools.partial(_Export.kinked, half=half, f=f, sign=sign), sign)
   if (found := log_sum_exp.exponents(op)) is not None:
     u, axes = found
-    members = _members(lambda x: x.sum(axes), u.shape)
+    members = affine_maps.members(lambda x: x.sum(axes), u.shape)
     return _Plan((u,), functools.partial(_Export.log_sum_exp, members=members))
-  if name == "custom_jvp_call" or name in ("max", "min"):
+  is_logaddexp = name == "custom_jvp_call" and log_sum_exp.is_logaddexp(op.eqn)
+  if is_logaddexp or name in ("max", "min"):
     both = tuple(_wide(x, op.shape) for x in inputs)
-    members = scipy.sparse.hstack([scipy.sparse.eye_array(math.prod(op.shape))] * 2, "csr")
-    if name == "custom_jvp_call":  # A logaddexp: no other is left in the graph.
+    members = _pairs(op.shape)
+    if is_logaddexp:
       return _Plan(both, functools.partial(_Export.log_sum_exp, members=members))
     return _extreme(both, members, name)
   if name == "clamp":
@@ -420,22 +391,21 @@ def _plan(op: Operation) -> _Plan:
     if isinstance(low, Known) and isinstance(high, Known):
       bound, sign = (low, "max") if np.isposinf(high.array).all() else (high, "min")
       if sign == "max" or np.isneginf(low.array).all():
-        members = scipy.sparse.hstack([scipy.sparse.eye_array(math.prod(op.shape))] * 2, "csr")
-        return _extreme((x, _wide(bound, op.shape)), members, sign)
+        return _extreme((x, _wide(bound, op.shape)), _pairs(op.shape), sign)
   for prefix, add in _EXTREMES.items():
     if name in (f"{prefix}ax", f"{prefix}in"):
       shape = inputs[0].shape
-      return _extreme(inputs, _members(functools.partial(add, op), shape), name)
+      return _extreme(inputs, affine_maps.members(functools.partial(add, op), shape), name)
   if name in _EXPONENTIALS:
     return _Plan(inputs, functools.partial(_Export.increasing, g=_EXPONENTIALS[name]))
   if name == "abs":
     return _Plan(inputs, functools.partial(_Export.even, g=cp.abs))
   if name == "cosh":
     return _Plan(inputs, functools.partial(_Export.even, g=lambda u: (cp.exp(u) + cp.exp(-u)) / 2))
-  if name in ("integer_pow", "pow") and (power := _power(op)) >= 1:
+  if name in ("integer_pow", "pow") and (power := _power(op)) > 1:
     return _Plan(inputs[:1], functools.partial(_Export.even, g=lambda u: cp.power(u, power)))
   if (u := _squared(op)) is not None:
-    sums = _members(functools.partial(_apply_squared, op), u.shape)
+    sums = affine_maps.members(functools.partial(_apply_squared, op), u.shape)
     return _Plan((u,), functools.partial(_Export.even, g=cp.square, sums=sums))
   if name in ("dot_general", "mul"):
     return _Plan(inputs, functools.partial(_Export.quadratic, op=op))
@@ -474,21 +444,30 @@ def _squared(op: Operation) -> Value | None:
 
 def _apply_squared(op: Operation, squares: jax.Array) -> jax.Array:
   """The results of such an operation, from the squares."""
-  return _apply(op, [squares, jnp.ones_like(squares)]) if op.primitive == "dot_general" else squares
+  return (
+    affine_maps.apply(op, [squares, jnp.ones_like(squares)])
+    if op.primitive == "dot_general"
+    else squares
+  )
 
 
 def _norm(op: Operation) -> _Plan:
   """The root of a sum of squares, weights >= 0 included, and a number >= 0."""
-  offset, terms = _read_off(op.inputs, lambda v: v.made_by is None or not _is_affine(v.made_by))
+  offset, terms = affine_maps.read_off(
+    op.inputs, lambda v: v.made_by is None or not is_affine(v.made_by)
+  )
   inputs, weights = [], []
   for matrix, value in terms:
-    u = _squared(value.made_by) if value.made_by else None
+    operation = value.made_by
+    u = _squared(operation) if operation else None
     if matrix.nnz and (u is None or matrix.min() < 0):
       return _Plan((), _no_form)
-    if u is not None:
+    if operation is not None and u is not None:
       inputs.append(u)
-      weights.append(matrix @ _members(functools.partial(_apply_squared, value.made_by), u.shape))
-  if not inputs or not (offset >= 0).all():
+      weights.append(
+        matrix @ affine_maps.members(functools.partial(_apply_squared, operation), u.shape)
+      )
+  if not inputs or not ((offset >= 0) & np.isfinite(offset)).all():
     return _Plan((), _no_form)
   build = functools.partial(
     _Export.norm, weights=scipy.sparse.hstack(weights, "csr"), offset=offset
@@ -496,7 +475,7 @@ def _norm(op: Operation) -> _Plan:
   return _Plan(tuple(inputs), build)
 
 
-def _extreme(inputs, members: scipy.sparse.csr_array, name: str) -> _Plan:
+def _extreme(inputs, members: Matrix, name: str) -> _Plan:
   sign = 1 if name.endswith("max") else -1
   return _Plan(inputs, functools.partial(_Export.extreme, members=members, sign=sign), sign)
 
@@ -527,99 +506,47 @@ class _Half:
       test = inputs[0].made_by
       if test is None or test.primitive not in COMPARISONS:
         raise _NoConicFormError
-      chosen = COMPARISONS[test.primitive](self._compare(*test.inputs, side), 0)
+      chosen = COMPARISONS[test.primitive](self._compare(test.inputs, side), 0)
       return self._node(inputs[1 + chosen], at, side)
     if name in ("max", "min"):
-      first = (self._compare(*inputs, side) > 0) == (name == "max")
+      first = (self._compare(inputs, side) > 0) == (name == "max")
       return self._node(inputs[0 if first else 1], at, side)
     parts = [self._node(x, at, side) for x in inputs]
     if name in _EXPONENTIALS:
       return _EXPONENTIALS[name](*parts)
     if name == "abs" and inputs[0] is self._root and not self._kink.any():
       return side * parts[0]
-    if name in ("add", "add_any", "sub", "neg"):
-      return (
-        parts[0] + parts[1] if "add" in name else -parts[-1] + (parts[0] if name == "sub" else 0)
-      )
+    if name in ("add", "sub"):
+      return parts[0] + (parts[1] if name == "add" else -parts[1])
+    if name == "neg":
+      return -parts[0]
     if name == "mul":
       return cp.multiply(*parts)
     if name == "div" and isinstance(inputs[1], Known):
       return cp.multiply(1 / parts[1].value, parts[0])
     raise _NoConicFormError
 
-  def _compare(self, a: Any, b: Any, side: int) -> int:
+  def _compare(self, pair: Sequence[Any], side: int) -> int:
     """The sign of a - b, one being the argument and the other its kink."""
+    a, b = pair
     for x, y, sign in ((a, b, side), (b, a, -side)):
       if x is self._root and isinstance(y, Known) and np.array_equal(y.array, self._kink):
         return sign
     raise _NoConicFormError
 
 
-def _in_order(
-  outputs: Iterable[Value | Known], inputs_of: Callable[[Value], Sequence[Value | Known]]
-) -> list[Value]:
-  """Outputs and what they are made of, each value after its inputs."""
-  found, graph, todo = {}, {}, [x for x in outputs if isinstance(x, Value)]
-  while todo:
-    value = todo.pop()
-    if id(value) not in found:
-      found[id(value)] = value
-      inputs = [x for x in inputs_of(value) if isinstance(x, Value)]
-      graph[id(value)] = [id(x) for x in inputs]
-      todo += inputs
-  return [found[key] for key in graphlib.TopologicalSorter(graph).static_order()]
+def _pairs(shape: tuple[int, ...]) -> Matrix:
+  """Entry i of each of two arrays of a shape as the members of i."""
+  return scipy.sparse.hstack([scipy.sparse.eye_array(math.prod(shape))] * 2, "csr")
 
 
-def _read_off(
-  outputs: Iterable[Value | Known], is_leaf: Callable[[Value], bool]
-) -> tuple[np.ndarray, list[tuple[scipy.sparse.csr_array, Value]]]:
-  """Flat outputs as offset + sum of matrix @ leaf, all operations between being affine."""
-  outputs = list(outputs)
-  values = _in_order(outputs, lambda v: () if is_leaf(v) else v.made_by.inputs)
-  leaves = [v for v in values if is_leaf(v)]
-
-  def compute(*arrays):
-    numbers = {id(v): array for v, array in zip(leaves, arrays, strict=True)}
-
-    def read(x):
-      return jnp.asarray(x.array) if isinstance(x, Known) else numbers[id(x)]
-
-    for value in values:
-      if id(value) not in numbers:
-        numbers[id(value)] = _apply(value.made_by, [read(x) for x in value.made_by.inputs])
-    return jnp.concatenate([jnp.ravel(read(x)) for x in outputs])
-
-  offset, matrices = _matrices(compute, [leaf.shape for leaf in leaves])
-  return offset, list(zip(matrices, leaves, strict=True))
-
-
-def _matrices(
-  f: Callable[..., jax.Array], shapes: Sequence[tuple[int, ...]]
-) -> tuple[np.ndarray, list[scipy.sparse.csr_array]]:
-  """(f(0), its matrix for each argument), for an affine f of float64 arrays to flat ones."""
-  with jax.enable_x64(True):
-    zeros = [jnp.zeros(shape, jnp.float64) for shape in shapes]
-    offset, pull = jax.vjp(f, *zeros)
-    count = len(offset)
-    blocks: list[list[scipy.sparse.csr_array]] = [[] for _ in zeros]
-    rows = jax.jit(jax.vmap(pull))
-    for start in range(0, count if zeros else 0, BATCH):
-      units = np.eye(min(count, BATCH), count, start)  # Rows past the end are 0.
-      for block, dense in zip(blocks, rows(units), strict=True):
-        block.append(scipy.sparse.csr_array(np.reshape(dense, (len(units), -1))))
-    return np.array(offset), [scipy.sparse.vstack(block, "csr")[:count] for block in blocks]
-
-
-def _members(add: Callable[[jax.Array], jax.Array], shape) -> scipy.sparse.csr_array:
-  """Which entries each entry of a sum adds, (results, arguments)."""
-  return _matrices(lambda u: jnp.ravel(add(u)), [shape])[1][0]
-
-
-def _present(u: _Affine, members, absent: float) -> tuple[np.ndarray, np.ndarray]:
-  """Pairs (i, j), j a member of i, without members that are the constant `absent`."""
+def _present(u: _Affine, members: Matrix, absent: float) -> tuple[np.ndarray, _Affine]:
+  """(i, u_j) of all pairs, j a member of i, without members that are the constant `absent`."""
   of, rows = members.nonzero()
   kept = u.offset[rows] != absent
-  return of[kept], rows[kept]
+  if not kept.any():
+    raise _NoConicFormError
+  return of[kept], u.rows(rows[kept])
 
 
 def _any(size: int, of: np.ndarray, bad: np.ndarray) -> np.ndarray:
@@ -630,13 +557,17 @@ def _any(size: int, of: np.ndarray, bad: np.ndarray) -> np.ndarray:
   return out
 
 
-def _matrix(rows, columns, shape) -> scipy.sparse.csr_array:
+def _matrix(rows, columns, shape) -> Matrix:
   return scipy.sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape)
+
+
+def _number(expression: cp.Expression) -> np.ndarray:
+  return np.asarray(expression.value)
 
 
 def _flat(x: Any, shape: tuple[int, ...]) -> np.ndarray:
   return np.broadcast_to(np.asarray(x), shape).ravel()
 
 
-def _wide(x: Value | Known, shape: tuple[int, ...]) -> Value | Known:
-  return Known(np.broadcast_to(x.array, shape)) if isinstance(x, Known) else x
+def _wide(x: Value | Known, shape: tuple[int, ...]) -> Value | np.ndarray:
+  return x if isinstance(x, Value) else np.broadcast_to(x.array, shape)
