@@ -28,7 +28,7 @@ from jax import lax
 from convex_jax.proof import affine_maps, log_sum_exp
 from convex_jax.proof.activations import COMPARISONS
 from convex_jax.proof.affine_maps import Input, Matrix, is_affine
-from convex_jax.proof.radii import proved
+from convex_jax.proof.certificate import proved
 from convex_jax.proof.values import Known, Operation, ScalarFunction, Value
 
 LARGEST = 10**8  # Entries of the second derivatives of a product of two affine values.

@@ -14,8 +14,8 @@ import pytest
 
 from convex_jax.models import catalog
 from convex_jax.proof import export, export_cvxpy, interpreter
+from convex_jax.proof.certificate import NotProved
 from convex_jax.proof.minimum import minimise
-from convex_jax.proof.radii import NotProved
 from tests.support import ROOT, mutants
 
 N = 4
@@ -241,6 +241,8 @@ def test_what_is_not_proved_is_refused(function, message):
 def test_several_outputs_are_refused():
   with pytest.raises(ValueError, match="returns 2 arrays; expected one"):
     export_cvxpy(lambda x: (x, x), jnp.ones(N))
+  with pytest.raises(NotProved, match="does not depend on the input"):
+    export_cvxpy(lambda x: jnp.ones(2), jnp.ones(N))
 
 
 @pytest.fixture
@@ -260,6 +262,31 @@ def believing(monkeypatch):
   monkeypatch.setattr(export._Export, "_vector", without_masks)
 
 
+FORM = np.float32(np.round(FIRST @ FIRST.T) + 2 * np.eye(N))
+QUADRATIC = {  # Whose rules look at more than signs.
+  "norm": lambda x: jnp.linalg.norm(x @ FIRST - SHIFT),
+  "norms": lambda x: jnp.linalg.norm((x @ FIRST).reshape(2, 4), axis=1) @ LAST[:2],
+  "root of 1 + squares": lambda x: jnp.sqrt(1 + x**2),
+  "root of a mean": lambda x: jnp.sqrt(jnp.mean(nn.softplus(x @ FIRST) ** 2)),
+  "product with itself": lambda x: x @ x,
+  "form": lambda x: x @ FORM @ x + 3 * x[0],
+  "product": lambda x: (x + 1) * (2 * x + 2),
+  "squares of convex values": lambda x: nn.elu(nn.relu(x @ FIRST) ** 2) @ LAST,
+  "powers": lambda x: nn.relu(x @ FIRST) ** 2.5 @ LAST + nn.relu(x[:2]) ** 3,
+  "cosh": lambda x: jnp.cosh(x) + jnp.zeros(N).at[jnp.array([1, 1, 2])].add(jnp.abs(x[1:])),
+  "masked maximum": lambda x: jnp.max(x, where=jnp.arange(N) > 1, initial=-jnp.inf),
+}
+
+
+@pytest.mark.parametrize("name", QUADRATIC)
+def test_what_further_rules_prove_has_its_values(name, believing):
+  function, x = QUADRATIC[name], np.random.default_rng(3).standard_normal(N)
+  program, y = export_cvxpy(function, jnp.ones(N)), exact(function, x)
+  np.testing.assert_allclose(program.evaluate(x), y, rtol=1e-12, atol=1e-12)
+  solve(program, cp.sum(program.y), [program.x == x])
+  np.testing.assert_allclose(program.y.value, y, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
   "function",
   [
@@ -272,6 +299,8 @@ def believing(monkeypatch):
     lambda x: jax.nn.logsumexp(-nn.elu(x)),
     lambda x: jnp.exp(-jnp.exp(x)),
     lambda x: x[0] * x[1],
+    lambda x: jnp.sqrt(x[0] ** 2 - x[1] ** 2),
+    lambda x: -jnp.sqrt(x @ x),
     nn.gelu,
     nn.selu,
   ],
