@@ -333,7 +333,9 @@ class _Export:
 
         left(z - b) + right(c + b) - f(c)    over b >= 0 with z - b <= c,
 
-    as slopes do not fall at the kink; for a concave f, the greatest.
+    as slopes do not fall at the kink; for a concave f, the greatest. The second bound holds by
+    itself where the right side is affine and continues the slope of the left one, as ELU's does:
+    left, convex beyond c, then lies above right there. Solvers are faster without it.
     """
     if z.size != t.size:
       raise _NoConicFormError
@@ -345,7 +347,9 @@ class _Export:
     else:
       b = cp.Variable(z.size, nonneg=True)
       bound = half.of(u - b, -1) + half.of(c + b, 1) - half.of(cp.Constant(c), -1).value
-      constraints = [u - b <= c, sign * (t - bound) >= 0]
+      constraints = [sign * (t - bound) >= 0]
+      if not (np.all(f.right_affine) and np.array_equal(*f.slopes)):
+        constraints.append(u - b <= c)
       self.define(b, lambda: np.maximum(_number(u) - c, 0.0))
       self.define(t, lambda: bound.value)
     if not all(constraint.is_dcp() for constraint in constraints):
