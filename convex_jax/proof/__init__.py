@@ -20,10 +20,30 @@ line in the source code.
     print(certify(network, weights, x))  # PROVED, if second >= 0 and last >= 0.
 
 Convexity then pays: `radii` certifies how far an input may move before its class can change,
-`minimum` bounds a convex function's least value over a box. The package needs jax, numpy and
-scipy, and nothing else of convex_jax.
+`minimum` bounds a convex function's least value over a box, and `export_cvxpy` puts it into a convex
+program (this one needs cvxpy). The package needs jax, numpy and scipy, and nothing else of
+convex_jax.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from convex_jax.proof.certificate import Certificate, certify
 
-__all__ = ["Certificate", "certify"]
+if TYPE_CHECKING:
+  from convex_jax.proof.export import export_cvxpy
+
+__all__ = ["Certificate", "certify", "export_cvxpy"]
+
+
+def __getattr__(name: str) -> Any:
+  """`export_cvxpy`, imported on first use: CVXPY is an extra."""
+  if name != "export_cvxpy":
+    raise AttributeError(f"{__name__} has no attribute {name!r}; it has {', '.join(__all__)}")
+  try:
+    from convex_jax.proof.export import export_cvxpy
+  except ModuleNotFoundError as error:
+    if error.name != "cvxpy":
+      raise
+    message = "export_cvxpy needs cvxpy: pip install 'convex_jax[cvxpy]'"
+    raise ModuleNotFoundError(message, name="cvxpy") from error
+  return export_cvxpy

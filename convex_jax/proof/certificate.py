@@ -104,3 +104,25 @@ def certify(
     used = search_function or f
     counterexample = search(used, args, argnums, ~proved, kind, box, search_steps, seed)
   return Certificate(kind, proved, explain(operation, kind), operation, counterexample)
+
+
+class NotProved(ValueError):
+  """A function is not proved convex, so what rests on a proof fails; the message says why."""
+
+
+def proved(f: Callable[..., Any], *args: Any, argnums: int = -1) -> Value:
+  """The one output of `f(*args)` as a value of the input; arguments as for `certify`.
+
+  Raises:
+    NotProved: it is not proved convex, or does not depend on the input.
+    ValueError: as `certify`; or the function returns several arrays.
+  """
+  outputs, _ = interpreter.analyse(f, *args, argnums=argnums)
+  if len(outputs) != 1:
+    raise ValueError(f"the function returns {len(outputs)} arrays; expected one")
+  (output,) = outputs
+  if not isinstance(output, Value):
+    raise NotProved("the output does not depend on the input")
+  if output.not_convex.any():
+    raise NotProved(explain(culprit(output, "convex"), "convex"))
+  return output

@@ -290,8 +290,8 @@ def _split(eqn, x: Value, op: Operation) -> list[Value | Known]:
   cuts = np.cumsum(eqn.params["sizes"])[:-1]
   parts = [np.split(mask, cuts, eqn.params["axis"]) for mask in x.masks]
   return [
-    Value(tidy(nc, nc.shape), tidy(nk, nk.shape), op, x.is_real)
-    for nc, nk in zip(*parts, strict=True)
+    Value(tidy(nc, nc.shape), tidy(nk, nk.shape), dataclasses.replace(op, index=i), x.is_real)
+    for i, (nc, nk) in enumerate(zip(*parts, strict=True))
   ]
 
 
@@ -299,7 +299,7 @@ def _row(x: Value | Known, i: int, place: Place) -> Value | Known:
   if isinstance(x, Known):
     low = x.low[i]
     return Known(low, low if x.low is x.high else x.high[i], x.origins, x.varies)
-  return _moved([x], x.not_convex[i], x.not_concave[i], place)
+  return _moved([x], x.not_convex[i], x.not_concave[i], place, i)
 
 
 def _stack(rows: Sequence[Value | Known], place: Place) -> Value | Known:
@@ -314,11 +314,13 @@ def _stack(rows: Sequence[Value | Known], place: Place) -> Value | Known:
   return _moved(rows, not_convex, not_concave, place)
 
 
-def _moved(inputs: Sequence[Any], not_convex, not_concave, place: Place) -> Value:
+def _moved(
+  inputs: Sequence[Any], not_convex, not_concave, place: Place, row: int | None = None
+) -> Value:
   """A value at the border of a loop, through which no second look goes."""
   values = [x for x in inputs if isinstance(x, Value)]
   order = max((v.made_by.order for v in values if v.made_by), default=0)
-  op = Operation("scan", None, tuple(inputs), place, order)
+  op = Operation("scan", None, tuple(inputs), place, order, row)
   shape, is_real = not_convex.shape, all(v.is_real for v in values)
   return Value(tidy(not_convex, shape), tidy(not_concave, shape), op, is_real)
 

@@ -21,18 +21,16 @@ from convex_jax.proof.values import Known, Masks, Operation, Value, uniform
 _RESHAPES = ("reshape", "broadcast_in_dim", "squeeze")
 
 
-def log_of_sum(op: Operation, x: Value | Known) -> Masks | None:
-  """log(sum(exp(u))), the sum over some axes or over nothing."""
-  inner = _exponents(x)
-  if inner is None:
-    return None
-  exponent, axes = inner
-  nc = exponent.not_convex.any(axes) if axes is not None else exponent.not_convex
-  return np.broadcast_to(nc.reshape(op.shape), op.shape), uniform(True, op.shape)
+def exponents(op: Operation) -> tuple[Value, tuple[int, ...]] | None:
+  """(u, axes) where the operation completes log(sum(exp(u))), the sum over `axes`."""
+  if op.primitive == "log":
+    found = _exponents(op.inputs[0])
+    return found and (found[0], found[1] or ())
+  return _shifted_exponents(*op.inputs) if op.primitive == "add" else None
 
 
-def shifted_log_of_sum(op: Operation, a, b) -> Masks | None:
-  """log(sum(exp(u - c))) + c, which is log(sum(exp(u))) for finite c."""
+def _shifted_exponents(a, b) -> tuple[Value, tuple[int, ...]] | None:
+  """The same for log(sum(exp(u - c))) + c, which is log(sum(exp(u))) for finite c."""
   for log, shift in ((a, b), (b, a)):
     if not isinstance(log, Value) or log.made_by is None or log.made_by.primitive != "log":
       continue
@@ -45,12 +43,21 @@ def shifted_log_of_sum(op: Operation, a, b) -> Masks | None:
       continue
     kept = tuple(n for i, n in enumerate(exponent.shape) if i not in axes)
     if u.shape == exponent.shape and _same_along(c, shift, exponent.shape, axes, kept):
-      nc = np.asarray(u.not_convex.any(axes))
-      return nc.reshape(op.shape), uniform(True, op.shape)
+      return u, axes
   return None
 
 
-PATTERNS = {"log": log_of_sum, "add": shifted_log_of_sum}
+def masks(op: Operation, *_: Value | Known) -> Masks | None:
+  """Those of a log-sum-exp that the operation completes; None where it does not."""
+  found = exponents(op)
+  if found is None:
+    return None
+  u, axes = found
+  nc = np.asarray(u.not_convex.any(axes)).reshape(op.shape)
+  return nc, uniform(True, op.shape)
+
+
+PATTERNS = {"log": masks, "add": masks}
 
 
 def _exponents(x: Any) -> tuple[Value, tuple[int, ...] | None] | None:

@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convex_jax.proof import interpreter, slopes
+from convex_jax.proof import slopes
+from convex_jax.proof.certificate import NotProved, proved
 from convex_jax.proof.counterexample import in_float64
-from convex_jax.proof.explanation import culprit, explain
-from convex_jax.proof.values import Value
 
 NORMS = ("l1", "l2", "linf")
 DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
@@ -37,18 +36,6 @@ class Radius:
 
   predicted: int
   radii: dict[str, float]  # By norm, in the certifier's units.
-
-
-class NotProved(ValueError):
-  """A function is not proved convex, so no radius holds; the message says what breaks it."""
-
-
-def proved(f: Callable[..., jax.Array], *args: Any) -> Value:
-  """`f(*args)` as a value of its last argument; raises `NotProved` unless proved convex."""
-  (output,), _ = interpreter.analyse(f, *args)
-  if not isinstance(output, Value) or output.not_convex.any():
-    raise NotProved(explain(culprit(output, "convex"), "convex"))
-  return output
 
 
 class Certifier:

@@ -100,6 +100,7 @@ class Operation:
   inputs: tuple["Known | Value", ...]
   place: Place
   order: int
+  index: int | None = None  # Which part a split makes, which row the border of a loop.
   scalar: "tuple[Value, ScalarFunction] | None" = None  # (z, f) where the result is f(z).
   note: str = ""  # Why `scalar` is neither convex nor concave.
 

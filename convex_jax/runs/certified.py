@@ -21,10 +21,10 @@ import numpy as np
 from convex_jax import files
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
-from convex_jax.proof.certificate import Certificate, certify
+from convex_jax.proof.certificate import Certificate, NotProved, certify, proved
 from convex_jax.proof.counterexample import Counterexample, in_float64
 from convex_jax.proof.minimum import Minimum, minimise
-from convex_jax.proof.radii import Certifier, NotProved, proved
+from convex_jax.proof.radii import Certifier
 from convex_jax.runs.run import Run
 from convex_jax.runs.workdir import Workdir
 
