@@ -52,6 +52,8 @@ def _reader(path: str) -> Any:
   """The function that reads a file, by its first bytes."""
   with open(path, "rb") as file:
     first = file.read(9)
+  if first[8:] == b"{":  # After its length, which may start with any bytes, the header.
+    return _read_safetensors
   if first.startswith(b"PK"):
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
       if any(os.path.basename(name) == "data.pkl" for name in archive.namelist()):
@@ -59,8 +61,6 @@ def _reader(path: str) -> Any:
     return _read_npz
   if first.startswith(b"\x80"):  # A pickle: torch's format before release 1.6.
     return _read_torch
-  if first[8:] == b"{":  # After its length, the header.
-    return _read_safetensors
   raise UserError(f"{path} holds no weights; {_WHAT}. Download it again")
 
 
