@@ -9,7 +9,6 @@ from convex_jax import __main__
 from convex_jax.data.catalog import IMAGENET
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
-from convex_jax.models.public import importer
 from convex_jax.models.variables import apply
 from convex_jax.runs.workdir import Workdir
 from convex_jax.training import evaluation, loop, pretrained, schema
@@ -117,6 +116,4 @@ def test_the_scaling_of_timms_file_is_that_of_the_official_one(config, few_digit
   np.savez(tmp_path / "timm.npz", **as_timm(official()))
   config = of(config, init_from=str(tmp_path / "timm.npz"), model__gelu="erf")
   public, examples = pretrained.start(config, few_digits)
-  assert (
-    examples.statistics == HALF and importer.NAMES["mixer"].pixels(public.mapped.values()) == "half"
-  )
+  assert public.pixels == "half" and examples.statistics == HALF

@@ -13,6 +13,7 @@ are all written by `torch.save`.
 import argparse
 import contextlib
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -138,8 +139,10 @@ def _read_torch(path: str) -> Arrays:
       dense = tensor.detach().to_dense()
       arrays[key] = (dense.float() if dense.is_floating_point() else dense).numpy()
   except Exception as error:  # Damage makes torch raise almost anything.
+    held = re.search(r"GLOBAL (\S+)", str(error))  # torch's own advice is to execute the file.
+    reason = f"it holds a {held[1]}" if held else _first_line(error)
     raise UserError(
-      f"{path} holds more than weights, or is damaged: {_first_line(error)}\n  nothing in it was"
+      f"{path} holds more than weights, or is damaged: {reason}\n  nothing in it was"
       " executed; if you trust its source, load it in torch, save only its state dict, and use that"
     ) from error
   if not arrays:
