@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
   config.skip_spikes = 0.0
   # Minutes, after which the run saves and stops, to be resumed; 0: no limit.
   config.time_limit = 0.0
-  config.init_from = ""  # Public weights to start from (.npz, .safetensors, .pth); "": random.
+  config.init_from = ""  # Public weights to start from (.npz, .safetensors, .pth, ...); "": random.
   # If > 0, weights are averaged with this decay, and the average is evaluated.
   config.ema_decay = 0.0
 
@@ -39,6 +39,9 @@ def get_config() -> ConfigDict:
   config.data.classes = ()  # Names of the classes to keep, in this order; (): all.
   config.data.dir = ""  # Folder of prepared data; "": TFDS's default (~/tensorflow_datasets).
   config.data.image_size = 32  # Side of the network's input, px; images are resized on the device.
+  # Mean and deviation that pixels are scaled by. own: the data set's; imagenet; half: to -1..1;
+  # unit: to 0..1; auto: as the network of `init_from` saw them, without one the data set's own.
+  config.data.normalise = "auto"
   config.data.flip = False  # Mirror left and right with probability 1/2.
   config.data.crop_padding = 0  # Pad with this many black px on each side, then crop at random.
   config.data.whiten = False  # Decorrelate neighbouring pixels and colours, before any resize.

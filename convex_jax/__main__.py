@@ -7,6 +7,7 @@ from convex_jax import command_line
 
 COMMANDS = {  # Name: (module, whose `main(argv)` returns the exit code; what it does).
   "train": ("convex_jax.main", "train a network, or resume its training"),
+  "evaluate": ("convex_jax.evaluate", "accuracy of public weights on a data set"),
   "certify": ("convex_jax.runs.certify_command", "prove that a trained network is convex"),
   "radii": ("convex_jax.studies.radii_report", "certified radii of a proved network's test images"),
   "report": ("convex_jax.studies.report", "compare runs: tables, figures, one HTML page"),

@@ -51,8 +51,12 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _train(args: argparse.Namespace, overrides: list[str]) -> int:
-  if args.config is None:
+def configure(file: str | None, overrides: list[str]) -> Any:
+  """A checked config, in a process that is prepared to compute with JAX.
+
+  Raises `UserError` with everything that is wrong with the config.
+  """
+  if file is None:
     raise UserError("Missing option --config, for example --config=configs/mixer_ioc.py:digits")
   # From here on what the extra `train` installs is needed; `--help` works without it.
   from absl import logging
@@ -62,12 +66,20 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
   logging.set_verbosity(logging.ERROR)  # TFDS and Orbax talk at length below that.
   runtime.keep_compiled_programs()
   runtime.tune_cpu()
+  from convex_jax.training import schema
+
+  config = load_config(file, overrides)
+  schema.check(config)
+  return config
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+  # Checked before the others are waited for; `loop.run` checks its own callers'.
+  config = configure(args.config, overrides)
   from convex_jax.runs import checkpoints
-  from convex_jax.training import loop, schema
+  from convex_jax.training import loop
 
   checkpoints.quieten_orbax()
-  config = load_config(args.config, overrides)
-  schema.check(config)  # Before the others are waited for; `loop.run` checks its own callers'.
   if args.distributed == "on" or (args.distributed == "auto" and _in_cluster()):
     _join(args)
   name, _ = os.path.splitext(os.path.basename(args.config.partition(":")[0]))

@@ -7,6 +7,13 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # Mean and deviation o
 # Of ImageNet's training images, pixels in 0..1; used by every published recipe.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+# By `config.data.normalise`: what networks with public weights were trained with.
+SCALINGS: dict[str, Statistics] = {
+  "imagenet": IMAGENET,
+  "half": ((0.5,) * 3, (0.5,) * 3),  # -1..1: the official Mixer's.
+  "unit": ((0.0,) * 3, (1.0,) * 3),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from convex_jax.data import prepare
-from convex_jax.data.catalog import DATASETS, Dataset, Statistics
+from convex_jax.data.catalog import DATASETS, SCALINGS, Dataset, Statistics
 from convex_jax.data.photos import cache, decode
 from convex_jax.data.photos.records import Records, source_of
 from convex_jax.data.progress import track
@@ -49,6 +49,22 @@ class Data:
       return self.known_statistics
     assert isinstance(self.train, Split)
     return self.train.statistics()
+
+  def scaled(self, normalise: str) -> "Data":
+    """With the statistics that `config.data.normalise` names; "own": as they are.
+
+    Raises `UserError` where those are of colour images and these are grey.
+    """
+    if normalise == "own":
+      return self
+    mean, std = SCALINGS[normalise]
+    channels = self.train.image_shape[-1]
+    if channels != len(mean) and len({*mean}) > 1:
+      raise UserError(
+        f"Pixels are to be scaled as {normalise!r}, channel by channel, and the images have"
+        f" {channels}; set --config.data.normalise to own, half or unit"
+      )
+    return dataclasses.replace(self, known_statistics=(mean[:channels], std[:channels]))
 
 
 def open_prepared(name: str, data_dir: str) -> Any:

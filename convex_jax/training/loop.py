@@ -2,7 +2,7 @@
 
 import collections
 import contextlib
-import os
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,12 +14,12 @@ from convex_jax import mesh as meshes
 from convex_jax.data import datasets
 from convex_jax.data.datasets import Data
 from convex_jax.errors import Lost, Stopped
-from convex_jax.models.public.importer import Public, load_public
+from convex_jax.models.public.importer import Public
 from convex_jax.runs import certified, manifest
 from convex_jax.runs.checkpoints import Checkpoints
 from convex_jax.runs.run import Run
 from convex_jax.runs.workdir import Workdir
-from convex_jax.training import schema, step
+from convex_jax.training import pretrained, schema, step
 from convex_jax.training.console import Console, parameter_table
 from convex_jax.training.profiling import Profiler
 from convex_jax.training.program import MAX_IN_FLIGHT, Program
@@ -60,12 +60,8 @@ def _run(config: Any, workdir: Workdir, examples: Data | None) -> dict[str, floa
     examples = datasets.load(config.data, config.seed, progress=lead)
   meshes.check_equal_hosts([device.process_index for device in jax.devices()])
   meshes.check_divisible(jax.device_count(), config.batch_size, config.fsdp)
+  public, examples = _scaled(config, workdir, examples)  # Refused before anything is written.
   program = Program(config, examples, meshes.make_mesh(fsdp=config.fsdp))
-  public = None
-  if config.init_from and not manifest.steps_in(workdir.checkpoints):
-    # Refused before anything is written.
-    path = os.path.expanduser(config.init_from)
-    public = load_public(program.model, path, program.image_shape, config.seed)
   console = Console(lead)
   for line in manifest.quarantine_damaged(workdir.checkpoints, workdir.damaged):
     console.print(line)
@@ -97,7 +93,7 @@ def _run(config: Any, workdir: Workdir, examples: Data | None) -> dict[str, floa
     if checkpoints.latest_step() is None:
       console.print(parameter_table(state.params, program.constraints))
       if public is not None:
-        console.print(f"Weights from {config.init_from}: {public}")
+        console.print(pretrained.words(config, public, examples))
     else:
       console.print(f"Resumed {workdir.path} at step {int(state.step)} of {program.total_steps}")
     profile = config.log.profile_steps if lead else (0, 0)
@@ -109,6 +105,17 @@ def _run(config: Any, workdir: Workdir, examples: Data | None) -> dict[str, floa
     recorder.evaluated("final", int(state.step), figures)
   _finish(program, state, figures, workdir, console)
   return figures
+
+
+def _scaled(config: Any, workdir: Workdir, examples: Data) -> tuple[Public | None, Data]:
+  """The public weights that a run starts from, if any, and the data, scaled for it."""
+  if config.init_from and manifest.steps_in(workdir.checkpoints) and workdir.exists():
+    about = workdir.description()["data"]  # The file may be gone.
+    statistics = tuple(about["mean"]), tuple(about["std"])
+    return None, dataclasses.replace(examples, known_statistics=statistics)
+  if config.init_from:
+    return pretrained.start(config, examples)
+  return None, examples.scaled("own" if config.data.normalise == "auto" else config.data.normalise)
 
 
 def _first_state(program: Program, checkpoints: Checkpoints, public: Public | None) -> step.State:

@@ -44,3 +44,19 @@ class Evaluation(clu_metrics.Collection):
   loss: clu_metrics.Average.from_output("loss")  # pyright: ignore[reportInvalidTypeForm]
   accuracy: clu_metrics.Accuracy
   calibration_error: CalibrationError
+
+
+def _in_top_five(logits, labels, **_) -> jax.Array:
+  """Whether fewer than five logits exceed the label's, (B,)."""
+  of_label = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+  return ((logits > of_label).sum(-1) < 5).astype(jnp.float32)
+
+
+@struct.dataclass
+class WithTopFive(clu_metrics.Collection):
+  """`Evaluation`, and the fraction of labels among the five largest logits."""
+
+  loss: clu_metrics.Average.from_output("loss")  # pyright: ignore[reportInvalidTypeForm]
+  accuracy: clu_metrics.Accuracy
+  calibration_error: CalibrationError
+  top5_accuracy: clu_metrics.Average.from_fun(_in_top_five)  # pyright: ignore[reportInvalidTypeForm]

@@ -15,9 +15,9 @@ from convex_jax import mesh as meshes
 from convex_jax.data import augment, batches, preprocess
 from convex_jax.data.datasets import Data
 from convex_jax.errors import Diverged
-from convex_jax.models import catalog, constraints
+from convex_jax.models import constraints
 from convex_jax.models.variables import init_variables
-from convex_jax.training import metrics, optimizer, step
+from convex_jax.training import metrics, optimizer, pretrained, step
 
 MAX_IN_FLIGHT = 16  # Calls dispatched ahead; with more, CPU collectives deadlock (jax 0.10).
 
@@ -27,15 +27,11 @@ class Program:
 
   def __init__(self, config: Any, examples: Data, mesh: jax.sharding.Mesh):
     self.config, self.examples, self.mesh = config, examples, mesh
-    shape = examples.train.image_shape
-    self.image_shape = (config.data.image_size, config.data.image_size, shape[-1])
     self.total_steps = config.steps or self._whole_calls(config.epochs)
     self._eval_every = self._whole_calls(config.eval.every_epochs)
     self.epochs = self.total_steps * config.batch_size / len(examples.train)
     self.decides = "valid_accuracy" if examples.valid else "test_accuracy"
-    self.model = catalog.build(
-      config.model, classes=len(examples.class_names), dtype=jnp.dtype(config.dtype)
-    )
+    self.model, self.image_shape = pretrained.network_of(config, examples)
     boxed = jax.eval_shape(lambda: init_variables(self.model, jax.random.key(0), self.image_shape))
     self.parameters = optax.tree.size(boxed["params"])
     self.constraints = constraints.constraints_of(boxed["params"])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from convex_jax.config_files import flatten
-from convex_jax.data.catalog import DATASETS
+from convex_jax.data.catalog import DATASETS, SCALINGS
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.constraints import PROJECTIONS
@@ -112,6 +112,7 @@ RULES = {
   ),
   "data.dir": TEXT,
   "data.image_size": integer(1),
+  "data.normalise": one_of(("auto", "own", *SCALINGS)),
   "data.flip": SWITCH,
   "data.crop_padding": integer(0),
   "data.jitter": number(0, 1),
@@ -209,6 +210,11 @@ def _clashes_of_data(data: Any) -> Iterator[str]:
         yield (
           f"config.data.{key} is {data[key]!r}, which config.data.loader='stream' does not support"
         )
+  if data.normalise == "imagenet" and DATASETS[data.name].image_shape[-1] != 3:
+    yield (
+      f"config.data.normalise is 'imagenet', but {data.name!r} has no colours; expected auto, own,"
+      " half or unit"
+    )
   if data.cache_size and not natural and not DATASETS[data.name].synthetic:
     yield f"config.data.cache_size is {data.cache_size}, but {data.name!r} has no cache; expected 0"
   elif data.cache_size and data.cache_size < data.image_size:

@@ -171,10 +171,11 @@ def eval_step(
   *,
   model: nn.Module,
   prepare: Callable[[jax.Array], jax.Array],
-) -> Evaluation:
+  evaluation: type[Any] = Evaluation,
+) -> Any:
   """Masked sums over a batch {image_BxHxWxC uint8, label_B, mask_B} at inference."""
   logits_BxK = apply(model, weights, prepare(batch["image"]))
-  return Evaluation.single_from_model_output(
+  return evaluation.single_from_model_output(
     loss=cross_entropy(logits_BxK, batch["label"]),
     logits=logits_BxK,
     labels=batch["label"],

@@ -3,8 +3,14 @@
 The networks of timm and torchvision; where neither has one, a literal torch version of the
 published structure. In float64, so that a difference is one of the architecture and not of
 rounding. Needs the `parity` extra, which `make parity` installs.
+
+One thing differs by design: torch's BatchNorm keeps a running variance that is unbiased, n / (n - 1)
+times that of the batch, Flax's keeps the batch's own; n is the number of values per channel. At
+inference with the same stored statistics the networks agree; after a training step the part of the
+running variance that is new does so once that factor is removed, as `step_of_torch` does.
 """
 
+import argparse
 import functools
 
 import jax
@@ -18,10 +24,14 @@ torchvision = pytest.importorskip("torchvision")
 from safetensors.numpy import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
+from convex_jax import config_files  # noqa: E402
+from convex_jax.data import catalog as catalog_of_data  # noqa: E402
+from convex_jax.data import datasets  # noqa: E402
+from convex_jax.errors import UserError  # noqa: E402
 from convex_jax.models import catalog  # noqa: E402
 from convex_jax.models.public.importer import load_public  # noqa: E402
 from convex_jax.models.variables import apply  # noqa: E402
-from convex_jax.training import step  # noqa: E402
+from convex_jax.training import evaluation, pretrained, step  # noqa: E402
 from tests.support import peers  # noqa: E402
 
 slow = pytest.mark.slow
@@ -207,22 +217,109 @@ def test_the_official_npz_has_tanh_gelu(tmp_path):
   assert errors["tanh"] < 1e-7 < 1e-5 < errors["erf"], errors
 
 
+class Custom:
+  """Of a class that torch does not know to be harmless."""
+
+
 def test_a_torch_file_is_read_and_its_pickles_are_not(tmp_path):
-  import argparse
-
-  from convex_jax.errors import UserError
-
   net, model = randomise(peers.CycleMLP(CLASSES)), build_ours(dict(name="cycle_mlp", size="B1"))
   torch.save({"model": net.state_dict()}, tmp_path / "weights.pth")
   public = load_public(model, str(tmp_path / "weights.pth"), (32, 32, 3))
   np.testing.assert_array_equal(
     public.weights["params"]["head"]["kernel"], net.head.weight.detach().T
   )
-  torch.save({"model": net.state_dict(), "args": argparse.Namespace()}, tmp_path / "training.pth")
-  with pytest.raises(UserError, match="nothing in it was executed"):
+  torch.save({"model": net.state_dict(), "args": Custom()}, tmp_path / "training.pth")
+  with pytest.raises(UserError, match=r"it holds a \S*Custom\n  nothing in it was executed"):
     load_public(model, str(tmp_path / "training.pth"), (32, 32, 3))
   state = net.state_dict()
   state["network.0.0.attn.sfc_h.offset"] = -state["network.0.0.attn.sfc_h.offset"]
   torch.save(state, tmp_path / "other.pth")
   with pytest.raises(UserError, match="those of another architecture"):
     load_public(model, str(tmp_path / "other.pth"), (32, 32, 3))
+
+
+def checkpoints(net):
+  """{name: (what torch.save is given, words of the importer)} of trainers in use."""
+  optimizer = torch.optim.Adam(net.parameters())
+  net(torch.ones(2, 3, 32, 32)).sum().backward()
+  optimizer.step()
+  state = net.state_dict()
+  ema = {key: value + 1 for key, value in state.items()}
+  averaged = torch.optim.swa_utils.AveragedModel(net)
+  args, best = argparse.Namespace(lr=0.1), np.float64(0.8)
+  under = {f"model.{key}": value for key, value in state.items()}
+  beside = {"epoch": 3, "optimizer": optimizer.state_dict(), "args": args, "best_acc1": best}
+  return {
+    "bare": (state, ""),
+    "imagenet.pth.tar": (
+      {"state_dict": {f"module.{k}": v for k, v in state.items()}, **beside},
+      "",
+    ),
+    "lightning.ckpt": ({"state_dict": under, "optimizer_states": [optimizer.state_dict()]}, ""),
+    "deit.pth": ({"model": state, "model_ema": ema, **beside}, "the average 'model_ema.'"),
+    "timm.pth.tar": ({"state_dict": state, "state_dict_ema": ema, **beside}, "state_dict_ema"),
+    "ema.pt": ({"model_ema": state}, ""),
+    "tutorial.bin": (
+      {"model_state_dict": state, "optimizer_state_dict": optimizer.state_dict()},
+      "",
+    ),
+    "averaged.pt": (averaged.state_dict(), "not read: n_averaged"),
+    "bfloat16.pt": ({key: value.bfloat16() for key, value in state.items()}, ""),
+    "compiled.pt": ({f"_orig_mod.module.{k}": v for k, v in state.items()}, ""),
+  }
+
+
+def test_what_trainers_save_is_read_whatever_wraps_it(tmp_path):
+  net, model = randomise(peers.AllCNN(CLASSES)), build_ours(dict(name="all_cnn", size="c"))
+  given = checkpoints(net)
+  for name, (content, words) in given.items():
+    for new in (True, False):  # A zip archive since torch 1.6, a pickle before.
+      path = str(tmp_path / name)
+      torch.save(content, path, _use_new_zipfile_serialization=new)
+      public = load_public(model, path, (32, 32, 3))
+      ema = 1.0 if "ema" in words else 0.0
+      want = net.class_conv.bias.detach().numpy() + np.float32(ema)
+      tolerance = 0.01 if name == "bfloat16.pt" else 0
+      np.testing.assert_allclose(public.weights["params"]["head"]["bias"], want, rtol=tolerance)
+      assert len(public.mapped) == 18 and not public.fresh and words in str(public), name
+
+
+PUBLISHED = [  # (network, config, its further keys, pixels as the network sees them)
+  pytest.param(
+    lambda: timm.create_model("mixer_b16_224"),
+    "mixer.py:imagenet2012,B/16",
+    ["--config.model.gelu=erf"],
+    ((0.5,) * 3, (0.5,) * 3),
+    id="mixer-b16",
+  ),
+  pytest.param(
+    lambda: torchvision.models.densenet121(),
+    "densenet.py:imagenet2012",
+    [],
+    catalog_of_data.IMAGENET,
+    id="densenet121",
+  ),
+]
+
+
+@slow
+@pytest.mark.parametrize("make_net,file,more,scaling", PUBLISHED)
+def test_a_published_file_is_evaluated_as_in_torch(
+  make_net, file, more, scaling, photo_dir, tmp_path
+):
+  """Loss and accuracies of random weights on photographs, from the file to the figures."""
+  net = randomise(make_net()).eval()
+  path = str(tmp_path / "net.pth.tar")
+  torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, path)
+  more = [f"--config.data.dir={photo_dir}", "--config.batch_size=8", *more]
+  config = config_files.load([f"--config=configs/{file}", f"--config.init_from={path}", *more])
+  with jax.enable_x64(False):
+    public, examples = pretrained.start(config, datasets.load(config.data, 0, progress=False))
+    got = evaluation.evaluate(config, public, examples)
+  split = examples.test.first(len(examples.test))
+  mean, std = (torch.tensor(numbers)[:, None, None] for numbers in scaling)
+  images = (torch.tensor(split.images).permute(0, 3, 1, 2) / 255 - mean) / std
+  logits, labels = net(images).detach(), torch.tensor(split.labels, dtype=torch.long)
+  ranks = (logits > logits[torch.arange(len(labels)), labels][:, None]).sum(1).numpy()
+  assert got["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+  assert got["accuracy"] == np.mean(ranks < 1) and got["top5_accuracy"] == np.mean(ranks < 5)

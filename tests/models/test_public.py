@@ -1,15 +1,22 @@
 """Public weight files: where their arrays go, and which files are refused."""
 
+import pathlib
+import sys
+import zipfile
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from safetensors.numpy import save_file
 
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.public import files as public_files
 from convex_jax.models.public import importer
+from convex_jax.models.variables import init_variables
 from convex_jax.runs import run
 from convex_jax.training import loop
 from tests.support import of
@@ -57,6 +64,223 @@ def test_every_array_finds_its_place(save):
   assert len(public.mapped) == len(official()) and not public.fresh and not public.unused
   got = public.weights["params"]["block_1"]["token_mixing"]["dense_1"]["kernel"]
   np.testing.assert_array_equal(got, official()["MixerBlock_1/token_mixing/Dense_1/kernel"])
+
+
+def under(prefix, arrays):
+  return {prefix + key: array for key, array in arrays.items()}
+
+
+def as_timm(arrays):
+  """The same network under timm's names, with torch's layouts and counters."""
+  names = {"LayerNorm_0": "norm1", "LayerNorm_1": "norm2", "Dense_0": "fc1", "Dense_1": "fc2"}
+  names |= {"token_mixing": "mlp_tokens", "channel_mixing": "mlp_channels", "stem": "stem.proj"}
+  names |= {"pre_head_layer_norm": "norm", "kernel": "weight", "scale": "weight"}
+  timm = {}
+  for key, array in arrays.items():
+    words = [names.get(word, word) for word in key.replace("MixerBlock_", "blocks/").split("/")]
+    if words[-1] == "weight":
+      array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    timm[".".join(words)] = np.ascontiguousarray(array)
+  return timm
+
+
+def assert_same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a.weights, b.weights)
+
+
+PREFIXES = ["module.", "model.", "backbone.", "_orig_mod.", "net.module.", "state_dict.model."]
+
+
+@pytest.mark.parametrize("prefix", [*PREFIXES, "a.b_c.0.", "blocks."])
+def test_any_prefix_common_to_all_keys_is_stripped(prefix, save):
+  want = importer.load_public(build(), save(official()), SHAPE)
+  path = save(under(prefix, as_timm(official())), "public.safetensors")
+  got = importer.load_public(build(gelu="erf"), path, SHAPE)
+  assert_same(got, want)
+  assert got.mapped["params/stem/bias"] == f"{prefix}stem.proj.bias" and not got.fresh
+  got = importer.load_public(build(), save(under(prefix.replace(".", "/"), official())), SHAPE)
+  assert_same(got, want)
+
+
+BESIDE = {  # {another entry of a file: (its arrays, what is said of it)}
+  "optimizer": (under("optimizer.state.", {"0.exp_avg": np.ones(3)}), "not read: optimizer"),
+  "moments": (under("opt/0/mu/", official()) | under("opt/0/nu/", official()), "not read: opt"),
+  "counters": ({"epoch": np.int64(3), "model.n_averaged": np.int64(3)}, "not read: epoch"),
+  "another": ({"criterion.weight": np.ones(1000)}, "not read: criterion"),
+  "best": ({"best_acc1": np.float32(3)}, "not read: best_acc1"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("prefix", ["params/", "model.", "state_dict."])
+def test_what_stands_beside_a_network_is_not_read_and_said(name, prefix, save):
+  beside, words = BESIDE[name]
+  got = importer.load_public(build(), save(under(prefix, official()) | beside), SHAPE)
+  assert_same(got, importer.load_public(build(), save(official()), SHAPE))
+  assert words in str(got)
+
+
+@pytest.mark.parametrize(
+  "raw,average",
+  [
+    ("model.", "model_ema."),
+    ("state_dict.", "state_dict_ema."),
+    ("state_dict.model.", "state_dict.ema_model.module."),
+    ("params/", "ema/params/"),
+    ("net.", "swa_net."),
+  ],
+)
+def test_of_a_network_and_its_average_the_average_is_taken_and_said(raw, average, save):
+  theirs = {key: array + 1 for key, array in official().items()}
+  path = save(under(raw, official()) | under(average, theirs))
+  got = importer.load_public(build(), path, SHAPE)
+  assert_same(got, importer.load_public(build(), save(theirs, "theirs.npz"), SHAPE))
+  assert f"taken from the average {average!r}, not from {raw!r}" in str(got)
+  alone = importer.load_public(build(), save(under(average, theirs)), SHAPE)
+  assert_same(alone, got)
+
+
+def test_an_average_without_all_arrays_is_not_taken(save):
+  theirs = {key: array for key, array in official().items() if "head" not in key}
+  path = save(under("model.", official()) | under("model_ema.", theirs))
+  got = importer.load_public(build(), path, SHAPE)
+  assert_same(got, importer.load_public(build(), save(official()), SHAPE))
+  assert "taken from 'model.', since the average 'model_ema.' lacks arrays" in str(got)
+
+
+def test_two_networks_are_refused_by_their_prefixes(save):
+  path = save(under("student.", official()) | under("teacher.", official()))
+  with pytest.raises(UserError, match=r"'student.' \(30\), 'teacher.' \(30\); expected one"):
+    importer.load_public(build(), path, SHAPE)
+  split = under("module.", official())
+  split["head/kernel"] = split.pop("module.head/kernel")
+  with pytest.raises(UserError, match=r"head/kernel stand outside 'module.'"):
+    importer.load_public(build(), save(split), SHAPE)
+
+
+@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+def test_a_file_of_another_architecture_is_refused_for_that_and_nothing_else(gelu, save):
+  names = ["conv0.weight", "norm0.weight", "denseblock1.denselayer1.conv1.weight"]
+  path = save({f"module.features.{name}": np.ones(3) for name in names})
+  with pytest.raises(UserError, match=r"holds no model 'mixer'.*module.features.conv0") as refused:
+    importer.load_public(build(gelu=gelu), path, SHAPE)
+  message = str(refused.value)
+  assert "gelu" not in message and all(message.count(name) == 1 for name in names)
+
+
+def test_a_key_is_listed_once(save):
+  arrays = under("module.", official())
+  arrays["module.MixerBlock_7/LayerNorm_0/bias"] = arrays.pop("module.stem/bias")
+  with pytest.raises(UserError) as refused:
+    importer.load_public(build(), save(arrays), SHAPE)
+  lines = str(refused.value).splitlines()
+  assert sum("MixerBlock_7/LayerNorm_0/bias" in line for line in lines) == 1
+  assert sum("stem/bias" in line for line in lines) == 1
+  assert len(lines) == 4
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64])
+@pytest.mark.parametrize("name", ["public.npz", "public.safetensors"])
+def test_any_precision_loads(dtype, name, save):
+  arrays = {key: array.astype(dtype) for key, array in official().items()}
+  got = importer.load_public(build(), save(arrays, name), SHAPE)
+  want = {key: array.astype(np.float32) for key, array in arrays.items()}
+  assert_same(got, importer.load_public(build(), save(want, "float32.npz"), SHAPE))
+  assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(got.weights))
+
+
+@pytest.mark.parametrize("suffix", ["npz", "ckpt", "pt", "pth.tar", "bin", "pth", "weights", ""])
+def test_the_content_of_a_file_counts_and_not_its_name(suffix, save, tmp_path):
+  for kind in ("npz", "safetensors"):
+    path = pathlib.Path(save(official(), f"public.{kind}"))
+    got = importer.load_public(build(), str(path.rename(tmp_path / f"file.{suffix}")), SHAPE)
+    assert len(got.mapped) == len(official())
+
+
+@pytest.mark.parametrize("magic", [b"\x80\x02", b"PK"])
+def test_the_length_of_a_header_is_no_magic_number(magic, tmp_path):
+  """A safetensors file starts with it, and it may spell what other formats start with."""
+  length = int.from_bytes(magic, "little")
+  header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
+  path = tmp_path / "public"
+  path.write_bytes(length.to_bytes(8, "little") + header + np.float32(3).tobytes())
+  assert public_files.read(str(path))["a"] == 3
+
+
+def test_a_torch_file_without_torch_names_the_cure(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
+  with zipfile.ZipFile(tmp_path / "new.bin", "w") as archive:
+    archive.writestr("archive/data.pkl", b"\x80\x02.")
+  (tmp_path / "old.ckpt").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9")
+  for name in ("new.bin", "old.ckpt"):
+    with pytest.raises(UserError, match=f"{name} is a torch file and torch is not installed"):
+      public_files.read(str(tmp_path / name))
+
+
+def test_a_torch_that_can_be_made_to_execute_a_file_is_refused(tmp_path, monkeypatch):
+  class Torch:
+    __version__ = (2, 5, 1)
+
+  monkeypatch.setitem(sys.modules, "torch", Torch)
+  (tmp_path / "old.ckpt").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9")
+  with pytest.raises(UserError, match=r"expected 2\.6 or newer"):
+    public_files.read(str(tmp_path / "old.ckpt"))
+
+
+@pytest.mark.parametrize("parts", ["base", "ioc"])
+def test_a_file_without_a_head_gets_a_fresh_one(parts, save):
+  arrays = {key: array for key, array in official().items() if not key.startswith("head")}
+  got = importer.load_public(build(parts), save(arrays), SHAPE)
+  assert {"params/head/bias", "params/head/kernel"} <= {*got.fresh}
+  assert "the head is a new one: the file has none" in str(got)
+  other = importer.load_public(build(parts, classes=3), save(official()), SHAPE)
+  assert "the head is a new one: the file's has 10 classes" in str(other)
+
+
+@pytest.mark.parametrize("parts", ["base", "ioc"])
+def test_another_image_size_is_named(parts, save):
+  with pytest.raises(
+    UserError, match=r"8 px and this one of 16 px; set --config.data.image_size=8"
+  ):
+    importer.load_public(build(parts), save(official()), (16, 16, 1))
+  with pytest.raises(UserError) as refused:  # Another size of the network as well.
+    importer.load_public(build(parts, channels=8), save(official()), (16, 16, 1))
+  assert "see config.model.size and config.data.image_size" in str(refused.value)
+
+
+def test_only_what_is_fresh_is_drawn(save):
+  """As the network itself would be drawn, with the same seed."""
+  got = importer.load_public(build("ioc", classes=3), save(official()), SHAPE, seed=5)
+  want = init_variables(build("ioc", classes=3), jax.random.key(5), SHAPE)
+  want = traverse_util.flatten_dict(nn.meta.unbox(want), sep="/")
+  flat = traverse_util.flatten_dict(got.weights, sep="/")
+  assert len(got.fresh) > 5
+  for leaf in got.fresh:
+    np.testing.assert_allclose(flat[leaf], want[leaf], rtol=1e-6)
+
+
+PIXELS = {  # {case: (network, a key, pixels, words)}
+  "official": ("mixer", {}, "stem/kernel", "half", ""),
+  "timm": ("mixer", dict(gelu="erf"), "blocks.0.norm1.weight", "half", "miil"),
+  "own": ("mixer", dict(gelu="erf"), "mixer_blocks.0.token_mix.0.weight", "own", "epsilon 1e-5"),
+  "densenet": ("densenet", {}, "features.norm5.weight", "imagenet", ""),
+  "tf": ("efficientnet", {}, "bn1.weight", "imagenet", "config.model.variant=torch"),
+  "torch": ("efficientnet", dict(variant="torch"), "bn1.weight", "imagenet", "model.variant=tf"),
+  "torchvision": ("efficientnet", dict(variant="torch"), "features.0.1.weight", "imagenet", ""),
+  "cycle_mlp": ("cycle_mlp", {}, "norm.weight", "imagenet", ""),
+  "mlp": ("mlp", {}, "2.weight", "own", ""),
+  "all_cnn": ("all_cnn", {}, "conv1.weight", "own", ""),
+}
+
+
+@pytest.mark.parametrize("case", PIXELS)
+def test_what_a_file_cannot_tell_is_assumed_and_said(case):
+  name, fields, key, pixels, words = PIXELS[case]
+  size = "800x3" if name == "mlp" else "c" if name == "all_cnn" else "tiny"
+  model, names = catalog.create_model(name, size, **fields), importer.NAMES[name]
+  assert names.pixels([key]) == pixels
+  told = "\n".join(names.untold(model, [key]))
+  assert words in told and (words or not told)
 
 
 def test_the_older_naming_and_its_unit_axes(save):
@@ -272,7 +496,8 @@ def test_a_run_starts_from_public_weights(
   config.optimizer.learning_rate = 1e-9
   workdir = str(tmp_path / "run")
   loop.run(config, workdir, few_digits)
-  assert "Weights from" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "Weights from" in out and "scaled by mean 0.5 and deviation 0.5" in out
   got = run.load(workdir).params["block_0"]["token_mixing"]["dense_0"]["kernel"]
   np.testing.assert_allclose(got, official()["MixerBlock_0/token_mixing/Dense_0/kernel"], atol=1e-6)
   # A file that does not fit leaves nothing behind that the corrected command would meet.
@@ -280,6 +505,7 @@ def test_a_run_starts_from_public_weights(
   with pytest.raises(UserError, match=r"nowhere.npz does not exist"):
     loop.run(wrong, str(tmp_path / "other"), few_digits)
   assert not (tmp_path / "other" / "config.json").exists()
-  # Once there are checkpoints, the public file may go.
+  # Once there are checkpoints, the public file may go; pixels are scaled as before.
   (tmp_path / "public.npz").unlink()
   loop.run(config, workdir, few_digits)
+  assert (run.load(workdir).mean, run.load(workdir).std) == ((0.5,), (0.5,))

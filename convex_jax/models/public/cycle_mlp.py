@@ -41,4 +41,5 @@ def _is_cycle(key: str, offset: np.ndarray) -> bool:
   return np.array_equal(pairs, want)
 
 
-NAMES = Names(RULES, constants=(r".*\.sfc_[hw]\.offset", _is_cycle))
+_OFFSETS = r"network\.[0246]\.\d+\.attn\.sfc_[hw]\.offset"
+NAMES = Names(RULES, pixels=lambda _: "imagenet", constants=(_OFFSETS, _is_cycle))

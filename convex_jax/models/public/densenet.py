@@ -14,4 +14,4 @@ RULES: list[Rule] = [
   (r"features\.transition(\d+)\.conv", lambda m: f"transition_{m[1]}"),
 ]
 
-NAMES = Names(RULES)
+NAMES = Names(RULES, pixels=lambda _: "imagenet")

@@ -54,9 +54,13 @@ RULES: list[Rule] = [
 ]
 
 
+def _is_torchvisions(keys: Collection[str]) -> bool:
+  return any(key.startswith("features.") for key in keys)
+
+
 def _fields(model: Any, path: str, keys: Collection[str]) -> dict[str, Any]:
   """torchvision's networks pad evenly; a file of timm's may be of either variant."""
-  if not any(key.startswith("features.") for key in keys):
+  if not _is_torchvisions(keys):
     return {}
   if model.width >= 1.6:
     raise UserError(
@@ -66,4 +70,19 @@ def _fields(model: Any, path: str, keys: Collection[str]) -> dict[str, Any]:
   return {"variant": "torch"}
 
 
-NAMES = Names(RULES, fields=_fields)
+def _untold(model: Any, keys: Collection[str]) -> list[str]:
+  """timm's files of either variant, and those with blurred strides, have the same names."""
+  if _is_torchvisions(keys):
+    return []
+  other = {"tf": "torch", "torch": "tf"}[model.variant]
+  names = {"tf": "tf_efficientnet_*", "torch": "efficientnet_b*"}
+  return [
+    f"read as timm's {names[model.variant]} (config.model.variant={model.variant}), which the file"
+    f" cannot tell: for {names[other]} set --config.model.variant={other}; efficientnet_blur_* is"
+    " another network",
+    "pixels of those with ap_in1k, ra4_e3600 or pruned in their name are scaled by"
+    " --config.data.normalise=half",
+  ]
+
+
+NAMES = Names(RULES, fields=_fields, pixels=lambda _: "imagenet", untold=_untold)

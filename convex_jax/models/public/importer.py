@@ -1,12 +1,12 @@
 """Imports public weights: `load_public(model, path, image_shape)`.
 
-`files` reads a file's arrays. A rule of the architecture (`NAMES`) turns a public
-module's name into ours; the leaf's name and the rank of the array determine the rest: torch
-keeps (out, in) and OIHW, we keep (in, out) and HWIO.
+`files` reads a file's arrays, `networks` finds among them those of the network. A rule of the
+architecture (`NAMES`) turns a public module's name into ours; the leaf's name and the rank of the
+array determine the rest: torch keeps (out, in) and OIHW, we keep (in, out) and HWIO.
 
-Some facts are not in a file and are left to the caller: how pixels were scaled in training (to
--1..1 for the official Mixer), and the `variant` of timm's EfficientNets, whose tf_ forms use the
-names of the others. The LayerNorms of the report's own Mixer have epsilon 1e-5, ours 1e-6.
+Some facts are not in a file. What its network was trained with by those who publish under its
+names is assumed, and said: how pixels were scaled (`Public.pixels`), and whatever else networks
+with the same names differ in (`Public.notes`).
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from convex_jax.models.parts import Parts
 from convex_jax.models.public import all_cnn, cycle_mlp, densenet, efficientnet, mixer, mlp
 from convex_jax.models.public.files import Arrays, read
 from convex_jax.models.public.names import Names
+from convex_jax.models.public.networks import Network, find_network
 from convex_jax.models.variables import init_variables
 
 HEAD = "params/head/"
@@ -48,12 +49,14 @@ class Public:
   mapped: dict[str, str]  # Our leaf: the file's key.
   fresh: tuple[str, ...]  # Leaves at their initial values: a twin's own, or another head.
   unused: tuple[str, ...]  # Keys without a place in this twin, such as those of a gate.
+  pixels: str  # How the network saw its pixels: a value of `config.data.normalise`.
+  notes: tuple[str, ...]  # What else there is to know, a line each.
 
   def __str__(self) -> str:
     lines = [f"{len(self.mapped)} arrays imported"]
     lines += [f"re-initialised: {', '.join(self.fresh)}"] if self.fresh else []
     lines += [f"not in this twin: {', '.join(self.unused)}"] if self.unused else []
-    return "; ".join(lines)
+    return "\n  ".join(["; ".join(lines), *self.notes])
 
 
 def load_public(
@@ -62,7 +65,8 @@ def load_public(
   """The weights of a public file for a network of `convex_jax.models`.
 
   In a twin, weights that the base has too come from the file and are projected where they are
-  constrained; the others keep their initial values. So does a head of another number of classes.
+  constrained; the others keep their initial values. So does a head of another number of classes,
+  or one that the file lacks.
 
   Args:
     model: the network.
@@ -71,66 +75,103 @@ def load_public(
     seed: of the initial values.
 
   Raises:
-    UserError: a file that cannot be read; unknown keys, missing weights and shapes that do not
-      fit, each by name; a file of a network that differs from `model` in something that has no
-      weights, such as its GELU or padding.
+    UserError: a file that cannot be read, or holds no network or several; unknown keys, missing
+      weights and shapes that do not fit, each by name; a file of a network that differs from
+      `model` in something that has no weights, such as its GELU or padding.
     ValueError: `model` is not an architecture of `convex_jax.models`.
   """
   name = catalog.name_of(model)
-  arrays = _weights(NAMES[name], model, path)
+  names = NAMES[name]
 
-  def variables(network: nn.Module) -> Any:
-    return init_variables(network, jax.random.key(seed), image_shape)
+  def leaves(network: nn.Module, shape: tuple[int, ...] = image_shape) -> dict[str, Any]:
+    return _flat(nn.meta.unbox(init_variables(network, jax.random.key(seed), shape)))
 
-  boxed = jax.eval_shape(lambda: variables(model))
+  boxed = jax.eval_shape(lambda: init_variables(model, jax.random.key(seed), image_shape))
   kinds = _flat({"params": constraints_of(boxed["params"])})
   ours, base = _flat(nn.meta.unbox(boxed)), model.clone(parts=Parts())
-  theirs = _flat(nn.meta.unbox(jax.eval_shape(lambda: variables(base))))
-  taken, mapped, other_head, unused, wrong = {}, {}, False, [], []
+  theirs = jax.eval_shape(lambda: leaves(base))
+
+  def leaf_of(key: str, array: np.ndarray) -> str | None:
+    if re.fullmatch(names.constants[0], key):
+      return f"constants/{key}"
+    leaf = _our_leaf(names, key, array)
+    return leaf if leaf in theirs else None
+
+  network = find_network(path, read(path), leaf_of, f"model {name!r}", len(theirs))
+  arrays = _weights(names, model, path, network)
+  taken, mapped, shapes, notes, unused, wrong = {}, {}, {}, [*network.notes], [], []
   for key, array in arrays.items():
-    leaf = _our_leaf(NAMES[name], key, array)
+    whole_key, leaf = network.prefix + key, _our_leaf(names, key, array)
     if leaf is None or leaf not in theirs:
-      wrong.append(f"  {key} {array.shape}: unknown key")
+      wrong.append(f"  {whole_key} {array.shape}: unknown key")
     elif leaf not in ours:
-      unused.append(key)
+      unused.append(whole_key)
     elif leaf in mapped:
-      wrong.append(f"  {key}: {leaf} is already taken from {mapped[leaf]}")
+      wrong.append(f"  {whole_key}: {leaf} is already taken from {mapped[leaf]}")
     else:
-      value = _as_ours(NAMES[name], key, array, ours[leaf].ndim, image_shape)
-      mapped[leaf] = key
+      value = _as_ours(names, key, array, ours[leaf].ndim, image_shape)
+      mapped[leaf], shapes[leaf] = whole_key, value.shape
       if value.shape == ours[leaf].shape:
-        taken[leaf] = np.asarray(PROJECTIONS[kinds.get(leaf, FREE)](jnp.asarray(value)))
+        kind = kinds.get(leaf, FREE)
+        taken[leaf] = value if kind == FREE else np.asarray(PROJECTIONS[kind](jnp.asarray(value)))
       elif leaf.startswith(HEAD) and value.shape[:-1] == ours[leaf].shape[:-1]:
-        other_head = True
+        notes.append(f"the head is a new one: the file's has {value.shape[-1]} classes")
       else:
-        wrong.append(f"  {key} {array.shape}: expected {ours[leaf].shape}, for {leaf}")
-  lacking = sorted((theirs.keys() & ours.keys()) - mapped.keys())
+        wrong.append(f"  {whole_key} {array.shape}: expected {ours[leaf].shape}, for {leaf}")
+  both = theirs.keys() & ours.keys()
+  lacking, head = sorted(both - mapped.keys()), {leaf for leaf in both if leaf.startswith(HEAD)}
+  if head and head <= set(lacking):
+    notes.append("the head is a new one: the file has none")
+    lacking = [leaf for leaf in lacking if leaf not in head]
   wrong += [f"  {leaf} {ours[leaf].shape}: missing from the file" for leaf in lacking]
   if wrong:
-    raise UserError(
-      f"{path} does not fit model {name!r}:\n" + "\n".join(wrong) + "\n"
-      "  expected a file of exactly this architecture and size; see config.model.size"
-    )
-  if other_head:  # All of it: a head of two halves would be wrong.
-    mapped = {leaf: key for leaf, key in mapped.items() if not leaf.startswith(HEAD)}
+    cure = "expected a file of exactly this architecture and size; see config.model.size"
+    side = names.image_size(model, image_shape[-1], shapes)
+    if side is not None:
+      cure += " and config.data.image_size"
+      fits = jax.eval_shape(lambda: leaves(base, (side, side, image_shape[-1])))
+      others = [leaf for leaf in shapes if not leaf.startswith(HEAD)]
+      if side != image_shape[0] and all(shapes[leaf] == fits[leaf].shape for leaf in others):
+        cure = (
+          f"its network takes images of {side} px and this one of {image_shape[0]} px; set"
+          f" --config.data.image_size={side}"
+        )
+    lines = "\n".join(wrong)
+    raise UserError(f"{path} does not fit model {name!r}:\n{lines}\n  {cure}")
+  if head - taken.keys():  # All of it: a head of two halves would be wrong.
+    mapped = {leaf: key for leaf, key in mapped.items() if leaf not in head}
   fresh = tuple(sorted(ours.keys() - mapped.keys()))
-  initial = _flat(nn.meta.unbox(variables(model))) if fresh else {}
-  taken |= {leaf: np.asarray(initial[leaf]) for leaf in fresh}
+  # Compiled: the network itself is then left out, and what is drawn is not drawn one by one.
+  drawn = jax.jit(lambda: {leaf: leaves(model)[leaf] for leaf in fresh})() if fresh else {}
+  taken |= {leaf: np.asarray(drawn[leaf]) for leaf in fresh}
   tree = traverse_util.unflatten_dict({leaf: taken[leaf] for leaf in ours}, sep="/")
   weights = {"params": tree["params"], "stats": tree.get("stats", {})}
-  return Public(weights, mapped, fresh, tuple(sorted(unused)))
+  notes += names.untold(model, arrays)
+  rest = tuple(sorted(unused)), names.pixels(arrays), tuple(dict.fromkeys(notes))
+  return Public(weights, mapped, fresh, *rest)
 
 
 def _flat(tree: Any) -> dict[str, Any]:
   return traverse_util.flatten_dict(tree, sep="/")
 
 
-def _weights(names: Names, model: Any, path: str) -> Arrays:
-  """The file's weights, without constants; checks those, and the fields that the file implies."""
-  arrays, (pattern, is_ours) = read(path), names.constants
-  for key in [key for key in arrays if re.fullmatch(pattern, key)]:
-    if not is_ours(key, arrays.pop(key)):
-      raise UserError(f"{path}: the constants in {key} are those of another architecture")
+def _weights(names: Names, model: Any, path: str, network: Network) -> Arrays:
+  """A network's weights in float32, without counters and constants.
+
+  Raises `UserError` for values that are no weights, for other constants than ours, and where a
+  field that the file implies is another one.
+  """
+  arrays, (pattern, is_ours) = {}, names.constants
+  for key, array in network.arrays.items():
+    if re.fullmatch(pattern, key):
+      if not is_ours(key, array):
+        raise UserError(
+          f"{path}: the constants in {network.prefix}{key} are those of another architecture"
+        )
+    elif not (
+      key.endswith(".num_batches_tracked") or (array.ndim == 0 and array.dtype.kind in "iu")
+    ):
+      arrays[key] = _float32(f"{path}: {network.prefix}{key}", array)
   implied: Mapping[str, Any] = names.fields(model, path, arrays)
   for field, value in implied.items():
     if getattr(model, field) != value:
@@ -139,6 +180,16 @@ def _weights(names: Names, model: Any, path: str) -> Arrays:
         f" {getattr(model, field)!r}; set --config.model.{field}={value}"
       )
   return arrays
+
+
+def _float32(where: str, array: np.ndarray) -> np.ndarray:
+  if not np.issubdtype(array.dtype, np.floating):
+    raise UserError(f"{where} holds {array.dtype}; expected floating-point numbers")
+  with np.errstate(over="ignore"):
+    array = array.astype(np.float32)
+  if not np.isfinite(array).all():
+    raise UserError(f"{where} holds values that are not finite in float32")
+  return array
 
 
 def _split(key: str) -> tuple[str, str]:

@@ -1,10 +1,11 @@
 """MLP-Mixer: the official `.npz` files, old and new, timm's, and the report's own code."""
 
+import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from convex_jax.models.public.names import Names, Rule, fixed, minus_one
+from convex_jax.models.public.names import Names, Rule, Shape, fixed, minus_one
 
 
 def _dense(match: re.Match) -> str:
@@ -42,13 +43,39 @@ RULES: list[Rule] = [
 ]
 
 
+def _any(pattern: str, keys: Collection[str]) -> bool:
+  return any(re.match(pattern, key) for key in keys)
+
+
 def _fields(model: Any, path: str, keys: Collection[str]) -> dict[str, Any]:
   """GELU has the tanh form in the official code and the erf form in torch code."""
   del path
-  if model.parts.twin.activation is not None:
-    return {"parallel": False}
-  torch = any(re.match(r"(mixer_)?blocks\.", key) for key in keys)
-  return {"parallel": False, "gelu": "erf" if torch else "tanh"}
+  gelu = {}
+  if model.parts.twin.activation is None:
+    gelu |= {"gelu": "tanh"} if _any(r"MixerBlock_|Mixer/", keys) else {}
+    gelu |= {"gelu": "erf"} if _any(r"(mixer_)?blocks\.", keys) else {}
+  return {"parallel": False, **gelu}
 
 
-NAMES = Names(RULES, fields=_fields)
+def _pixels(keys: Collection[str]) -> str:
+  """-1..1 in the official code, and so in timm's copies of its files."""
+  return "own" if _any(r"mixer_blocks\.", keys) else "half"
+
+
+def _untold(model: Any, keys: Collection[str]) -> list[str]:
+  del model
+  if _any(r"mixer_blocks\.", keys):
+    return ["its LayerNorms have epsilon 1e-5, those here 1e-6"]
+  if _any(r"blocks\.", keys):
+    return ["pixels of those with miil in their name are scaled by --config.data.normalise=unit"]
+  return []
+
+
+def _image_size(model: Any, channels: int, shapes: Mapping[str, Shape]) -> int | None:
+  """The side of the square of patches that the first token mixing takes."""
+  del channels
+  shape = shapes.get("params/block_0/token_mixing/dense_0/kernel")
+  return model.patch * math.isqrt(shape[0]) if shape else None
+
+
+NAMES = Names(RULES, fields=_fields, pixels=_pixels, untold=_untold, image_size=_image_size)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 Rule = tuple[str, Callable[[re.Match], str]]  # A pattern of public module names; our name.
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Names:
       raises `UserError` for a network that no fields describe.
     reorder: (key, kernel, image_shape) -> the kernel of a dense layer of a torch file, (inputs,
       outputs), with its inputs in our order.
+    pixels: keys -> how the file's network saw its pixels, as `config.data.normalise` says it:
+      "half", "imagenet", or "own" for files of a user's own training.
+    untold: (model, keys) -> what a file of this architecture cannot tell, a line each.
+    image_size: (model, channels, {our leaf: shape}) -> the side in px of the images of a network with these
+      shapes, None where they do not depend on it.
     constants: a pattern of keys that hold no weights, and (key, array) -> whether the array is
       the one that our layers compute.
   """
@@ -27,6 +33,9 @@ class Names:
   rules: Sequence[Rule]
   fields: Callable[[Any, str, Collection[str]], Mapping[str, Any]] = lambda *_: {}
   reorder: Callable[[str, np.ndarray, Sequence[int]], np.ndarray] = lambda _, kernel, __: kernel
+  pixels: Callable[[Collection[str]], str] = lambda _: "own"
+  untold: Callable[[Any, Collection[str]], Sequence[str]] = lambda *_: ()
+  image_size: Callable[[Any, int, Mapping[str, Shape]], int | None] = lambda *_: None
   constants: tuple[str, Callable[[str, np.ndarray], bool]] = ("", lambda *_: False)
 
 
