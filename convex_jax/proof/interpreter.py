@@ -20,7 +20,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from convex_jax.proof import activations, log_sum_exp, rules
+from convex_jax.proof import activations, linear, log_sum_exp, quadratic, rules
 from convex_jax.proof.constants import SAME, Unknown, fold, is_float, is_half_or_more, number
 from convex_jax.proof.source import Place, place_of
 from convex_jax.proof.values import (
@@ -211,12 +211,10 @@ class Walk:
       nothing = [uniform(True, v.aval.shape) for v in eqn.outvars]
       return [Value(no, no, op, real) for no, real in zip(nothing, reals, strict=True)]
     # A custom_jvp_call that is not entered is a logaddexp: convex and non-decreasing, as max is.
-    rule = rules.maximum if name == "custom_jvp_call" else rules.RULES.get(name, rules.lost)
+    rule = rules.maximum if name == "custom_jvp_call" else rules.RULES.get(name, linear.lost)
     masks = rule(op, *inputs)
-    if not rules.is_defined(name, inputs):
-      return [Value(*rules.lost(op), op)]
     masks = tidy(masks[0], op.shape), tidy(masks[1], op.shape)
-    if (masks[0] & masks[1]).any():
+    if (masks[0] & masks[1]).any() and linear.is_defined(name, inputs):
       masks, op = _second_look(op, masks)
     return [Value(*masks, op)]
 
@@ -273,6 +271,8 @@ def _second_look(op: Operation, masks: Masks) -> tuple[Masks, Operation]:
       found = composed(z, f.convex, f.concave, f.rising, f.falling)
       bent = not np.all(f.convex | f.concave) and op.primitive in ("select_n", "add")
       op = dataclasses.replace(op, scalar=seen, note=str(f) if bent else "")
+  if found is None and op.primitive in quadratic.PRIMITIVES:
+    found = quadratic.curvature(Value(*masks, op))
   if found is None:
     return masks, op
   return (tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)), op
