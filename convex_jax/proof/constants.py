@@ -320,7 +320,7 @@ def _float_sum(eqn, array: np.ndarray) -> np.ndarray:
 def _within(eqn, low, high, n: int, size, terms: Sequence[Known]) -> Ends:
   """The ends of sums of n terms, moved outwards by what rounding them one by one may do."""
   dtype, exact = eqn.outvars[0].aval.dtype, False
-  if n <= 1 or (low is high and _are_small_integers(terms, size, dtype)):
+  if n <= 1 or (low is high and _are_exact(terms, size, dtype)):
     return low, high
   varies = any(x.varies for x in terms)
   epsilon = float(jnp.finfo(np.float64 if varies else dtype).eps)
@@ -330,10 +330,21 @@ def _within(eqn, low, high, n: int, size, terms: Sequence[Known]) -> Ends:
   return enclosures.outward(low, high, (exact, exact))
 
 
-def _are_small_integers(terms: Sequence[Known], size, dtype) -> bool:
-  """Whether these are integers so small that all their sums are exact, in any order."""
-  limit = 2.0 ** min(jnp.finfo(dtype).nmant, 24)
-  return bool((size <= limit).all()) and all((np.rint(x.low) == x.low).all() for x in terms)
+def _are_exact(terms: Sequence[Known], size, dtype) -> bool:
+  """Whether all sums of (products of) these fit into the dtype, in any order.
+
+  Such are integers that are not too large, and fractions of a common power of 2.
+  """
+  unit = math.prod(_unit(x.low) for x in terms)
+  return bool((size <= unit * 2.0 ** jnp.finfo(dtype).nmant).all())
+
+
+def _unit(array: np.ndarray) -> float:
+  """The largest power of 2 of which all these numbers are multiples."""
+  fraction, exponent = np.frexp(array)
+  significand = (fraction * 2.0**53).astype(np.int64)
+  units = np.ldexp((significand & -significand).astype(np.float64), exponent - 53)
+  return float(units.min(initial=1, where=significand != 0))
 
 
 def _product(name: str, eqn, a: Known, b: Known) -> Ends:
@@ -351,7 +362,7 @@ def _product(name: str, eqn, a: Known, b: Known) -> Ends:
     radii = [np.maximum(x.high - x.array, x.array - x.low) for x in (a, b)]
     radius = bind(eqn, radii[0], sizes[1])[0] + bind(eqn, sizes[0], radii[1])[0]
     low, high = middle - radius, middle + radius
-  elif _are_small_integers([a, b], size, eqn.outvars[0].aval.dtype):
+  elif _are_exact([a, b], size, eqn.outvars[0].aval.dtype):
     return _point(middle)
   dtype = np.float64 if a.varies or b.varies else eqn.outvars[0].aval.dtype
   margin = 2 * (n + 2) * float(jnp.finfo(dtype).eps) * size

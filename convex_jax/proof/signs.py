@@ -87,7 +87,8 @@ def _case(test: Value, i: int, x: Any, of: Callable[[Any], Masks]) -> Masks:
     return above, below
   for z, c, turned in ((*op.inputs, False), (*op.inputs[::-1], True)):
     if z is x and isinstance(c, Known):
-      if (op.primitive in ("gt", "ge")) != turned != (i == 0):
+      greater = (op.primitive in ("gt", "ge")) != turned
+      if greater == (i == 1):
         return above & ~(c.low >= 0), below
       return above, below & ~(c.high <= 0)
   return above, below
