@@ -96,6 +96,11 @@ def keeps_precision(eqn) -> bool:
   return bits[0] >= info.nexp and bits[1] >= info.nmant
 
 
+def is_pure(eqn) -> bool:
+  """Whether an equation gives the same result each time."""
+  return not (eqn.effects or any(part in eqn.primitive.name for part in _IMPURE))
+
+
 def fold(eqn, inputs: Sequence[Known]) -> list[Known]:
   """The outputs of an equation of known numbers.
 
@@ -103,7 +108,7 @@ def fold(eqn, inputs: Sequence[Known]) -> list[Known]:
     Unknown: they cannot be enclosed.
   """
   name = eqn.primitive.name
-  if eqn.effects or any(impure in name for impure in _IMPURE):
+  if not is_pure(eqn):
     raise Unknown(f"{name}, a call whose result may change")
   if name in SAME or keeps_precision(eqn):
     return list(inputs)

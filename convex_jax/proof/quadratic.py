@@ -19,7 +19,6 @@ import numpy as np
 
 from convex_jax.proof.constants import Unknown, fold, number
 from convex_jax.proof.linear import LINEAR, WEIGHTED, not_finite
-from convex_jax.proof.signs import is_same
 from convex_jax.proof.values import Known, Masks, Operation, Value, uniform
 
 COORDINATES = 256  # Most variables of a form ...
@@ -67,8 +66,7 @@ class _Form:
 
   def __init__(self, x: Value, shifts: bool):
     self._x, self._shifts = x, shifts
-    self._variables: list[tuple[Value, int]] = []  # And where each begins.
-    self._starts: dict[int, int] = {}  # The same, by `id`, for all values equal to a variable.
+    self._starts: dict[int, int] = {}  # Where each variable, by `id`, begins.
     self._degrees: dict[int, int] = {}
     self._weights: dict[int, Known] = {}
     self._size = self._largest = 0
@@ -113,16 +111,12 @@ class _Form:
     return self._shifts or zeros
 
   def _variable(self, x: Value) -> int:
-    """Takes an affine value for a variable, of the value of another if both are equal."""
     if not x.is_affine:
       raise _NoFormError
-    start = next((at for other, at in self._variables if is_same(other, x)), self._size)
-    if start == self._size:
-      self._variables.append((x, start))
-      self._size += x.not_convex.size
+    self._starts[id(x)] = self._size
+    self._size += x.not_convex.size
     if self._size > COORDINATES:
       raise _NoFormError
-    self._starts[id(x)] = start
     return 1
 
   def matrices(self) -> tuple[np.ndarray, np.ndarray]:
