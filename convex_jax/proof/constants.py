@@ -46,6 +46,9 @@ _MOVES = {"transpose", "squeeze", "tile", "rev", "slice", "split", "concatenate"
 _MOVES |= {"max", "min", "floor", "ceil", "sign", "reshape", "broadcast_in_dim", "dynamic_slice"}
 _MOVES |= {"gather", "dynamic_update_slice"}
 _SUMS = {"reduce_sum", "cumsum", "reduce_window_sum"}
+# Which compute no float from others: what the program gets of exact numbers is exact.
+_DISCRETE = {"iota", "bitcast_convert_type", "sort", "scatter", "scatter-max", "scatter-min"}
+_DISCRETE |= {"real", "imag", "complex", "conj", "rem", "nextafter", "select_and_gather_add"}
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
 _ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
   "add": enclosures.add,
@@ -145,6 +148,10 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
     return [enclosures.integer_power(ends[0], params["y"])]
   if floats and name in _SUMS:
     return [_sum(eqn, inputs[0])]
+  if floats and name in ("reduce_prod", "cumprod"):
+    return [_products(name, params, ends[0])]
+  if floats and name == "scatter-add":
+    return [_scatter_add(eqn, *inputs)]
   if floats and name in _PRODUCTS:
     return [_product(name, eqn, *inputs)]
   if name in _LOOPS:
@@ -154,7 +161,18 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
   exact = [x.low for x in inputs]
   if name in _INTEGERS and not floats:
     return [_point(_INTEGERS[name](*exact))]
-  return [_point(out) for out in _as_the_program_does(eqn, exact)]
+  outputs = [_point(out) for out in _as_the_program_does(eqn, exact)]
+  if name in _DISCRETE or not any(map(_has_floats, eqn.outvars)):
+    return outputs
+  return [_about(*out, v.aval.dtype) for out, v in zip(outputs, eqn.outvars, strict=True)]
+
+
+def _about(low: Any, high: Any, dtype: Any) -> Ends:
+  """Ends a little further out, of a number that the program's library has computed."""
+  if not is_float(dtype):
+    return low, high
+  tiny = float(jnp.finfo(dtype).smallest_normal)
+  return low - tiny, high + tiny
 
 
 def _has_floats(var) -> bool:
@@ -170,6 +188,8 @@ def _ulps(eqn, result: Any) -> Any:
   name = eqn.primitive.name
   if name in _ROUNDED_ONCE:
     return 1
+  if name in ("reduce_prod", "cumprod"):
+    return 4 * ULPS + math.prod(eqn.invars[0].aval.shape)
   if name == "integer_pow":
     return max(4 * ULPS, abs(eqn.params["y"]))
   if name == "pow":  # As exp(b log a): the error of the exponent counts by its size.
@@ -203,7 +223,10 @@ def _as_the_program_does(eqn, arrays: Sequence[Any]) -> list[Any]:
     a if jnp.issubdtype(v.aval.dtype, jax.dtypes.prng_key) else jnp.asarray(a, v.aval.dtype)
     for a, v in zip(arrays, eqn.invars, strict=True)
   ]
-  out = eqn.primitive.bind(*given, **eqn.params)
+  try:
+    out = eqn.primitive.bind(*given, **eqn.params)
+  except Exception as error:  # One with a body, say, which cannot be bound alone.
+    raise Unknown(f"{eqn.primitive.name}, which cannot be computed by itself") from error
   outputs = out if eqn.primitive.multiple_results else [out]
   return [number(o, v.aval.dtype).low for o, v in zip(outputs, eqn.outvars, strict=True)]
 
@@ -366,25 +389,65 @@ def _float_sum(eqn, array: np.ndarray) -> np.ndarray:
   return bind(eqn, array)[0]
 
 
+def _scatter_add(eqn, x: Known, indices: Known, updates: Known) -> Ends:
+  if not indices.is_exact:
+    raise Unknown("scatter-add by an index that is known only to within rounding")
+  n = 1 + indices.low.size
+  exact = x.is_exact and updates.is_exact
+  low = bind(eqn, x.low, indices.low, updates.low)[0]
+  high = low if exact else bind(eqn, x.high, indices.low, updates.high)[0]
+  sizes = [np.maximum(np.abs(t.low), np.abs(t.high)) for t in (x, updates)]
+  size = bind(eqn, sizes[0], indices.low, sizes[1])[0]
+  return _within(eqn, low, high, n, size, [x, updates])
+
+
+def _products(name: str, params, ends: Ends) -> Ends:
+  """Products over axes, factor by factor."""
+  axes = tuple(params["axes"]) if name == "reduce_prod" else (params["axis"],)
+  shape = [n for i, n in enumerate(ends[0].shape) if i not in axes]
+  first = range(len(axes))
+  low, high = (np.moveaxis(e, axes, first).reshape(-1, *shape) for e in ends)
+  if params.get("reverse"):
+    low, high = low[::-1], high[::-1]
+  out = np.ones(shape), np.ones(shape)
+  steps = []
+  for factor in zip(low, high, strict=True):
+    out = enclosures.multiply(out, factor)
+    steps.append(out)
+  if name == "reduce_prod":
+    return out
+  if params["reverse"]:
+    steps.reverse()
+  low, high = (np.stack(e, axes[0]) for e in zip(*steps, strict=True))
+  return low, high
+
+
 def _within(eqn, low, high, n: int, size, terms: Sequence[Known]) -> Ends:
   """The ends of sums of n terms, moved outwards by what rounding them one by one may do."""
-  dtype, exact = eqn.outvars[0].aval.dtype, False
-  if n <= 1 or (low is high and _are_exact(terms, size, dtype)):
+  unit = min(_unit(x.low) for x in terms)
+  if n <= 1 or (low is high and _are_exact(unit, size, eqn.outvars[0].aval.dtype)):
     return low, high
+  margin = (n + 2) * _epsilon(eqn, terms) * size + n * _flushed(terms)
+  return enclosures.outward(low - margin, high + margin, (margin == 0, margin == 0))
+
+
+def _epsilon(eqn, terms: Sequence[Known]) -> float:
   varies = any(x.varies for x in terms)
-  epsilon = float(jnp.finfo(np.float64 if varies else dtype).eps)
-  margin = (n + 2) * epsilon * size
-  exact = size == 0
-  low, high = low - margin, high + margin
-  return enclosures.outward(low, high, (exact, exact))
+  return float(jnp.finfo(np.float64 if varies else eqn.outvars[0].aval.dtype).eps)
 
 
-def _are_exact(terms: Sequence[Known], size, dtype) -> bool:
-  """Whether all sums of (products of) these fit into the dtype, in any order.
+def _flushed(factors: Sequence[Known]) -> float:
+  """More than what XLA loses of a product of such numbers by taking subnormal ones for 0."""
+  least = 1.0
+  for x in factors:
+    size = np.maximum(np.abs(x.low), np.abs(x.high))
+    least *= min(1.0, float(np.min(size, initial=1.0, where=size > 0)))
+  return 0.0 if least > 1e-290 else 1e-290
 
-  Such are integers that are not too large, and fractions of a common power of 2.
-  """
-  info, unit = jnp.finfo(dtype), math.prod(_unit(x.low) for x in terms)
+
+def _are_exact(unit: float, size, dtype) -> bool:
+  """Whether all sums of multiples of `unit`, a power of 2, fit into the dtype, in any order."""
+  info = jnp.finfo(dtype)
   most = min(unit * 2.0**info.nmant, float(info.max))
   return unit >= info.smallest_normal and bool((size <= most).all())
 
@@ -412,8 +475,7 @@ def _product(name: str, eqn, a: Known, b: Known) -> Ends:
     radii = [np.maximum(x.high - x.array, x.array - x.low) for x in (a, b)]
     radius = bind(eqn, radii[0], sizes[1])[0] + bind(eqn, sizes[0], radii[1])[0]
     low, high = middle - radius, middle + radius
-  elif _are_exact([a, b], size, eqn.outvars[0].aval.dtype):
+  elif _are_exact(_unit(a.low) * _unit(b.low), size, eqn.outvars[0].aval.dtype):
     return _point(middle)
-  dtype = np.float64 if a.varies or b.varies else eqn.outvars[0].aval.dtype
-  margin = 2 * (n + 2) * float(jnp.finfo(dtype).eps) * size
-  return enclosures.outward(low - margin, high + margin, (size == 0, size == 0))
+  margin = 2 * (n + 2) * _epsilon(eqn, [a, b]) * size + n * _flushed([a, b])
+  return enclosures.outward(low - margin, high + margin, (margin == 0, margin == 0))
