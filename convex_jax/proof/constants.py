@@ -449,7 +449,7 @@ def _are_exact(unit: float, size, dtype) -> bool:
   """Whether all sums of multiples of `unit`, a power of 2, fit into the dtype, in any order."""
   info = jnp.finfo(dtype)
   most = min(unit * 2.0**info.nmant, float(info.max))
-  return unit >= info.smallest_normal and bool((size <= most).all())
+  return bool(unit >= info.smallest_normal) and bool((size <= most).all())
 
 
 def _unit(array: np.ndarray) -> float:

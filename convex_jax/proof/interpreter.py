@@ -194,7 +194,7 @@ class Walk:
       return inputs
     if known:
       try:
-        return fold(eqn, inputs)
+        return list(fold(eqn, inputs))
       except Unknown:
         if any(x.varies for x in inputs):
           raise
@@ -289,8 +289,9 @@ class Walk:
 def _condition(x: Value | Known) -> Value | Known:
   """A condition, or what it was before it was made 0 or 1."""
   op = x.made_by if isinstance(x, Value) else None
-  was_bool = op is not None and op.eqn is not None and op.eqn.invars[0].aval.dtype == np.bool_
-  return op.inputs[0] if was_bool and op.primitive == "convert_element_type" else x
+  if op is None or op.eqn is None or op.primitive != "convert_element_type":
+    return x
+  return op.inputs[0] if op.eqn.invars[0].aval.dtype == np.bool_ else x
 
 
 def _key(eqn, inputs: Sequence[Value | Known]) -> Any:

@@ -60,6 +60,7 @@ def called(eqn: Any) -> Any:
 
 
 def scan_of(eqn: Any) -> Scan:
+  """How a `scan` is laid out."""
   params = Parameters(eqn)
   if "ft_in" in params:  # jax 0.12.
     constants, carried, _ = map(len, params["ft_in"].unpack())
@@ -69,6 +70,7 @@ def scan_of(eqn: Any) -> Scan:
 
 
 def while_of(eqn: Any) -> While:
+  """How a `while` is laid out."""
   params = Parameters(eqn)
   names = ("cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts")
   return While(*(params[name] for name in names))

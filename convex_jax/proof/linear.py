@@ -45,10 +45,13 @@ def not_finite(x: Known) -> np.ndarray:
 
 def masks_of(x: Value | Known) -> Masks:
   """The masks of any number; a known one is affine where it is finite."""
-  return x.masks if isinstance(x, Value) else (not_finite(x),) * 2
+  if isinstance(x, Value):
+    return x.masks
+  bad = not_finite(x)
+  return bad, bad
 
 
-def negated(x: Value | Known) -> Value:
+def _negated(x: Value | Known) -> Value:
   """-x, as far as its masks."""
   return Value(*swapped(masks_of(x)))
 
@@ -151,8 +154,11 @@ def _scatter_multiply(op: Operation, x, indices, updates) -> Masks:
   def number(mask):
     return sums_at_places(op, np.zeros(x.shape), indices, mask)
 
-  known = number((updates.low > 0) | (updates.high < 0)) == count
-  sign = np.where(known, 1 - 2 * (number(updates.high < 0) % 2), np.nan)
+  above, below = updates.low > 0, updates.high < 0
+  zero = (updates.low == 0) & (updates.high == 0)
+  sign = np.where(number(zero) > 0, 0.0, 1 - 2 * (number(below) % 2))
+  known = number((above | below | zero) & ~not_finite(updates)) == count
+  sign = np.where(known, sign, np.nan).astype(np.float64)
   return _times(op, x, Known.exactly(sign))
 
 
@@ -218,7 +224,7 @@ def has_no_zero(x: Known) -> bool:
   return bool(((x.low > 0) | (x.high < 0)).all())
 
 
-def add(op: Operation, a, b) -> Masks:
+def _add(op: Operation, a, b) -> Masks:
   nc, nk = (either(p, q) for p, q in zip(masks_of(a), masks_of(b), strict=True))
   return np.broadcast_to(nc, op.shape), np.broadcast_to(nk, op.shape)
 
@@ -227,6 +233,7 @@ def add(op: Operation, a, b) -> Masks:
 
 
 def over_axes(op: Operation, mask: np.ndarray) -> np.ndarray:
+  """Whether there is a True along the axes of a reduction."""
   if is_uniform(mask) and mask.size:
     return uniform(bool(mask.flat[0]), op.shape)
   return np.asarray(mask.any(tuple(op.params["axes"])))
@@ -241,6 +248,7 @@ def in_windows(op: Operation, mask: np.ndarray) -> np.ndarray:
 
 
 def so_far(op: Operation, mask: np.ndarray) -> np.ndarray:
+  """Whether there has been a True along the axis of a cumulative operation."""
   axis = op.params["axis"]
   flip = (lambda m: np.flip(m, axis)) if op.params["reverse"] else (lambda m: m)
   return flip(np.logical_or.accumulate(flip(mask), axis))
@@ -265,8 +273,8 @@ MOVES: dict[str, Callable[..., Masks]] = {
 }
 
 LINEAR = MOVES | {
-  **dict.fromkeys(("add", "add_any"), add),
-  "sub": lambda op, a, b: add(op, a, negated(b)),
+  **dict.fromkeys(("add", "add_any"), _add),
+  "sub": lambda op, a, b: _add(op, a, _negated(b)),
   "neg": lambda op, x: swapped(x.masks),
   "mul": _multiply,
   "div": _divide,

@@ -36,7 +36,7 @@ def _is_power(op: Operation, x: Value, y: Known) -> Masks:
 
 def power(op: Operation, x: Any, *_: Any) -> Masks:
   """`integer_pow`, `square`, `pow`; a^x is exp(x log a) for a known a > 0."""
-  y = exponent_of(op)
+  y: Any = exponent_of(op)
   if isinstance(x, Value):
     return lost(op) if isinstance(y, Value) else _is_power(op, x, y)
   if not (x.low > 0).all() or not np.isfinite(x.high).all():
@@ -63,8 +63,8 @@ def product(op: Operation, a: Any, b: Any) -> Masks:
   not_convex = absolute(op, a)[0]
   if op.primitive == "dot_general":
     rows, columns = as_rows(op, not_convex, b.not_convex)
-    not_convex = rows.any(-1)[:, :, None] & uniform(True, columns.shape[1:2])
-    not_convex = not_convex.reshape(op.shape)
+    some = np.broadcast_to(rows.any(-1)[:, :, None], (*rows.shape[:2], columns.shape[1]))
+    not_convex = some.reshape(op.shape)
   return not_convex | ~equal, uniform(True, op.shape)
 
 

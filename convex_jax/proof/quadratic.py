@@ -181,10 +181,11 @@ def _enclosed(function: Callable[..., Any], inputs: Sequence[Known]) -> tuple[An
   with jax.enable_x64(True):
     closed = jax.make_jaxpr(function)(*(x.low for x in inputs))
   jaxpr, known = closed.jaxpr, dict(zip(closed.jaxpr.invars, inputs, strict=True))
+  var: Any
   for var, value in zip(jaxpr.constvars, closed.consts, strict=True):
     known[var] = number(value, var.aval.dtype)
 
-  def read(var):
+  def read(var: Any):
     return number(var.val, var.aval.dtype) if isinstance(var, jex.Literal) else known[var]
 
   try:
@@ -200,7 +201,9 @@ def _indefinite(low: np.ndarray, high: np.ndarray) -> np.ndarray:
   """Which of the matrices (n, n, ...) are not known to be positive semidefinite."""
   flat = [a.reshape(*a.shape[:2], -1) for a in (low, high)]
   pairs = (([*np.moveaxis(a, -1, 0)]) for a in flat)
-  return np.array([not _is_semidefinite(*p) for p in zip(*pairs, strict=True)], bool).reshape(low.shape[2:])
+  return np.array([not _is_semidefinite(*p) for p in zip(*pairs, strict=True)], bool).reshape(
+    low.shape[2:]
+  )
 
 
 def _is_semidefinite(low: np.ndarray, high: np.ndarray) -> bool:
@@ -210,7 +213,7 @@ def _is_semidefinite(low: np.ndarray, high: np.ndarray) -> bool:
   middle = low + (high - low) / 2
   if not np.isfinite(middle).all() or (np.diag(high) < 0).any():
     return False
-  if not middle.size or _has_cholesky(middle, (high - low).sum(0).max()):
+  if not middle.size or _has_cholesky(middle, (high - low).sum(0).max() / 2):
     return True
   if (low != high).any() or len(low) > EXACT:
     return False
@@ -222,11 +225,11 @@ def _has_cholesky(matrix: np.ndarray, radius: float) -> bool:
   """Whether every symmetric matrix this close to `matrix` is positive definite.
 
   Floating-point Cholesky factors A + E with |E| <= (n + 2) eps trace(A), so that it succeeds only
-  if no eigenvalue of A is below minus that; A is `matrix` less a multiple of 1 that exceeds this
-  bound and the radius, several times.
+  if no eigenvalue of A is below minus that; A is `matrix` less a multiple of 1 that exceeds the
+  radius and, several times, this bound and the rounding of A.
   """
-  n, trace = len(matrix), np.trace(matrix)
-  shift = 4 * (n + 2) * np.finfo(np.float64).eps * trace + 2 * radius + n * 1e-290
+  n, size = len(matrix), max(np.trace(matrix), np.abs(matrix).sum(0).max())
+  shift = 8 * (n + 2) * np.finfo(np.float64).eps * size + 1.001 * radius + n * 1e-290
   try:
     np.linalg.cholesky(matrix - shift * np.eye(n))
   except np.linalg.LinAlgError:

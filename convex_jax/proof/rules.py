@@ -10,7 +10,6 @@ A primitive without a rule loses both. No rule is about a function that is undef
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 

@@ -143,7 +143,7 @@ def infinite(x: Value | Known) -> Masks:
 _REARRANGING = {"broadcast_in_dim", "reshape", "transpose", "squeeze", "rev", "slice"}
 
 
-def _source(x: Value) -> tuple[Value, list[Operation]]:
+def _source(x: Any) -> tuple[Value, list[Operation]]:
   """The value whose elements x has, and the moves by which it has them, the last one first."""
   moves = []
   while x.made_by is not None and x.made_by.primitive in _REARRANGING:
@@ -152,7 +152,7 @@ def _source(x: Value) -> tuple[Value, list[Operation]]:
   return x, moves
 
 
-def same_elements(a: Value, b: Value) -> tuple[np.ndarray, np.ndarray] | None:
+def same_elements(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray] | None:
   """Two arrays of a's and of b's shape, equal where the elements are; None: nowhere."""
   (root, moves), (other, others) = _source(a), _source(b)
   if root is not other:

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convex_jax.proof import certify, constants, interpreter, layouts, linear, log_sum_exp, rules, slopes
+from convex_jax.proof import (
+  certify,
+  constants,
+  interpreter,
+  layouts,
+  linear,
+  log_sum_exp,
+  rules,
+  slopes,
+)
 from tests.support.midpoints import midpoint_gaps
 
 X = jax.ShapeDtypeStruct((2, 3), jnp.float32)
