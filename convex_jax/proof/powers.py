@@ -60,10 +60,12 @@ def product(op: Operation, a: Any, b: Any) -> Masks:
   equal = squares(op)
   if not equal.any():
     return lost(op)
-  not_convex = absolute(op, a)[0]
+  not_convex: np.ndarray = absolute(op, a)[0]
   if op.primitive == "dot_general":
     rows, columns = as_rows(op, not_convex, b.not_convex)
-    some = np.broadcast_to(rows.any(-1)[:, :, None], (*rows.shape[:2], columns.shape[1]))
+    some = np.broadcast_to(
+      np.asarray(rows.any(-1))[:, :, None], (*rows.shape[:2], columns.shape[1])
+    )
     not_convex = some.reshape(op.shape)
   return not_convex | ~equal, uniform(True, op.shape)
 

@@ -181,12 +181,10 @@ def _enclosed(function: Callable[..., Any], inputs: Sequence[Known]) -> tuple[An
   with jax.enable_x64(True):
     closed = jax.make_jaxpr(function)(*(x.low for x in inputs))
   jaxpr, known = closed.jaxpr, dict(zip(closed.jaxpr.invars, inputs, strict=True))
-  var: Any
-  for var, value in zip(jaxpr.constvars, closed.consts, strict=True):
-    known[var] = number(value, var.aval.dtype)
+  known |= zip(jaxpr.constvars, (_exactly(x) for x in closed.consts), strict=True)
 
-  def read(var: Any):
-    return number(var.val, var.aval.dtype) if isinstance(var, jex.Literal) else known[var]
+  def read(var):
+    return _exactly(var.val) if isinstance(var, jex.Literal) else known[var]
 
   try:
     for eqn in jaxpr.eqns:
@@ -195,6 +193,10 @@ def _enclosed(function: Callable[..., Any], inputs: Sequence[Known]) -> tuple[An
     raise _NoFormError from e
   output = read(jaxpr.outvars[0])
   return output.low, output.high
+
+
+def _exactly(constant: Any) -> Known:
+  return number(constant, np.asarray(constant).dtype)
 
 
 def _indefinite(low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
+from convex_jax.proof import certify, layouts
 from tests.support.curvature import check_curvature, curvature_of
 
 X = jax.ShapeDtypeStruct((4,), jnp.float32)
@@ -203,3 +204,27 @@ def test_what_is_proved(name, function, expected):
 @pytest.mark.parametrize("name,function,expected", DEVICES, ids=[row[0] for row in DEVICES])
 def test_what_is_proved_on_one_device(name, function, expected):
   assert curvature_of(on_one_device(function), X) == expected
+
+
+@pytest.mark.parametrize(
+  "function,key",
+  [
+    (lambda x: lax.scan(lambda c, r: (c + r, None), 0.0, x)[0], "jaxpr"),
+    (lambda x: counted(relu, x), "body_nconsts"),
+    (by_branch, "branches"),
+    (jax.jit(jnp.exp), "jaxpr"),
+    (jnp.cumsum, "axis"),
+  ],
+  ids=["scan", "while", "cond", "jit", "cumsum"],
+)
+def test_a_layout_of_another_jax_is_refused_in_a_sentence(function, key, monkeypatch):
+  """As a later version might do it, which names a parameter otherwise."""
+  plain = layouts.Parameters.__init__
+
+  def without(self, eqn):
+    plain(self, eqn)
+    self.pop(key, None)
+
+  monkeypatch.setattr(layouts.Parameters, "__init__", without)
+  with pytest.raises(ValueError, match=f"describes `.*` without `{key}`"):
+    certify(function, jax.ShapeDtypeStruct((), jnp.float32) if function is by_branch else X)
