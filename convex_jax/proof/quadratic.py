@@ -21,8 +21,9 @@ from convex_jax.proof.constants import Unknown, fold, number
 from convex_jax.proof.linear import LINEAR, WEIGHTED, not_finite
 from convex_jax.proof.values import Known, Masks, Operation, Value, uniform
 
-COORDINATES = 256  # Most variables of a form ...
-ENTRIES = 2**22  # ... and entries of all matrices of a value.
+VARIABLES = 256  # Most variables of a form ...
+ENTRIES = 2**18  # ... and entries of all matrices of a value: more would take seconds.
+BLOCK = 2**22  # Elements of the largest array while they are computed.
 STEPS = 200  # Operations that are searched.
 EXACT = 96  # Size up to which matrices are judged in exact arithmetic.
 PRIMITIVES = {*LINEAR, "square", "integer_pow"}
@@ -72,7 +73,8 @@ class _Form:
     self._size = self._largest = 0
     if self._degree(x) != 2:
       raise _NoFormError
-    if self._size * max(self._size * x.not_convex.size, self._largest) > ENTRIES:
+    n = self._size
+    if n * n * x.not_convex.size > ENTRIES or n * self._largest > BLOCK:
       raise _NoFormError
 
   def _degree(self, x: Value) -> int:
@@ -115,14 +117,14 @@ class _Form:
       raise _NoFormError
     self._starts[id(x)] = self._size
     self._size += x.not_convex.size
-    if self._size > COORDINATES:
+    if self._size > VARIABLES:
       raise _NoFormError
     return 1
 
   def matrices(self) -> tuple[np.ndarray, np.ndarray]:
     """Enclosures of the value at all pairs of unit vectors, some rows at a time."""
     unit, weights = np.eye(self._size), list(self._weights.values())
-    step, ends = max(1, ENTRIES // (self._size * self._largest)), []
+    step, ends = max(1, BLOCK // (self._size * self._largest)), []
     for first in range(0, self._size, step):
       vectors = [Known(a, a, varies=True) for a in (unit[first : first + step], unit)]
       ends.append(_enclosed(self._pairs, [*vectors, *weights]))
