@@ -99,6 +99,11 @@ def keeps_precision(eqn) -> bool:
   return bits[0] >= info.nexp and bits[1] >= info.nmant
 
 
+def is_pure(eqn) -> bool:
+  """Whether an equation gives the same result each time."""
+  return not (eqn.effects or any(part in eqn.primitive.name for part in _IMPURE))
+
+
 def fold(eqn, inputs: Sequence[Known]) -> list[Known]:
   """The outputs of an equation of known numbers.
 
@@ -106,7 +111,7 @@ def fold(eqn, inputs: Sequence[Known]) -> list[Known]:
     Unknown: they cannot be enclosed.
   """
   name = eqn.primitive.name
-  if eqn.effects or any(impure in name for impure in _IMPURE):
+  if not is_pure(eqn):
     raise Unknown(f"{name}, a call whose result may change")
   if name in SAME or keeps_precision(eqn):
     return list(inputs)
@@ -218,7 +223,10 @@ def _as_the_program_does(eqn, arrays: Sequence[Any]) -> list[Any]:
     a if jnp.issubdtype(v.aval.dtype, jax.dtypes.prng_key) else jnp.asarray(a, v.aval.dtype)
     for a, v in zip(arrays, eqn.invars, strict=True)
   ]
-  out = eqn.primitive.bind(*given, **eqn.params)
+  try:
+    out = eqn.primitive.bind(*given, **eqn.params)
+  except Exception as error:  # One with a body, say, which cannot be bound alone.
+    raise Unknown(f"{eqn.primitive.name}, which cannot be computed by itself") from error
   outputs = out if eqn.primitive.multiple_results else [out]
   return [number(o, v.aval.dtype).low for o, v in zip(outputs, eqn.outvars, strict=True)]
 
@@ -416,7 +424,8 @@ def _products(name: str, params, ends: Ends) -> Ends:
 
 def _within(eqn, low, high, n: int, size, terms: Sequence[Known]) -> Ends:
   """The ends of sums of n terms, moved outwards by what rounding them one by one may do."""
-  if n <= 1 or (low is high and _are_small_integers(terms, size, eqn.outvars[0].aval.dtype)):
+  unit = min(_unit(x.low) for x in terms)
+  if n <= 1 or (low is high and _are_exact(unit, size, eqn.outvars[0].aval.dtype)):
     return low, high
   margin = (n + 2) * _epsilon(eqn, terms) * size + n * _flushed(terms)
   return enclosures.outward(low - margin, high + margin, (margin == 0, margin == 0))
@@ -436,10 +445,19 @@ def _flushed(factors: Sequence[Known]) -> float:
   return 0.0 if least > 1e-290 else 1e-290
 
 
-def _are_small_integers(terms: Sequence[Known], size, dtype) -> bool:
-  """Whether these are integers so small that all their sums are exact, in any order."""
-  limit = 2.0 ** min(jnp.finfo(dtype).nmant, 24)
-  return bool((size <= limit).all()) and all((np.rint(x.low) == x.low).all() for x in terms)
+def _are_exact(unit: float, size, dtype) -> bool:
+  """Whether all sums of multiples of `unit`, a power of 2, fit into the dtype, in any order."""
+  info = jnp.finfo(dtype)
+  most = min(unit * 2.0**info.nmant, float(info.max))
+  return bool(unit >= info.smallest_normal) and bool((size <= most).all())
+
+
+def _unit(array: np.ndarray) -> float:
+  """The largest power of 2 of which all these numbers are multiples."""
+  fraction, exponent = np.frexp(array)
+  significand = (fraction * 2.0**53).astype(np.int64)
+  units = np.ldexp((significand & -significand).astype(np.float64), exponent - 53)
+  return float(units.min(initial=1, where=significand != 0))
 
 
 def _product(name: str, eqn, a: Known, b: Known) -> Ends:
@@ -457,7 +475,7 @@ def _product(name: str, eqn, a: Known, b: Known) -> Ends:
     radii = [np.maximum(x.high - x.array, x.array - x.low) for x in (a, b)]
     radius = bind(eqn, radii[0], sizes[1])[0] + bind(eqn, sizes[0], radii[1])[0]
     low, high = middle - radius, middle + radius
-  elif _are_small_integers([a, b], size, eqn.outvars[0].aval.dtype):
+  elif _are_exact(_unit(a.low) * _unit(b.low), size, eqn.outvars[0].aval.dtype):
     return _point(middle)
   margin = 2 * (n + 2) * _epsilon(eqn, [a, b]) * size + n * _flushed([a, b])
   return enclosures.outward(low - margin, high + margin, (margin == 0, margin == 0))

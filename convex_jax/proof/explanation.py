@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from convex_jax.proof.rules import RULES, is_defined
+from convex_jax.proof.linear import is_defined
+from convex_jax.proof.rules import RULES
 from convex_jax.proof.values import Known, Operation, Value
 
 KINDS: dict[str, Callable[[Value], np.ndarray]] = {  # Where a value is not proved to be so.

@@ -19,14 +19,17 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from convex_jax.proof import activations, log_sum_exp, rules
+from convex_jax.proof import activations, layouts, linear, log_sum_exp, quadratic, rules
+from convex_jax.proof.collectives import on_one_device
 from convex_jax.proof.constants import (
   SAME,
   Unknown,
   fold,
   is_float,
   is_half_or_more,
+  is_pure,
   keeps_precision,
   number,
 )
@@ -43,15 +46,7 @@ from convex_jax.proof.values import (
 )
 
 LOOP_LIMIT = 1000  # Iterations up to which a `scan` is unrolled; above, it has no rule.
-
-CALLS = {  # Primitives that run the jaxpr under this parameter.
-  "jit": "jaxpr",
-  "closed_call": "call_jaxpr",  # Not in jax 0.12.
-  "custom_jvp_call": "call_jaxpr",
-  "custom_vjp_call": "call_jaxpr",
-  "remat2": "jaxpr",
-}
-
+SMALL = 1000  # Elements of known numbers that are compared: of larger ones only the object.
 
 _context: Any = jax.make_user_context(None)
 _traces = itertools.count()
@@ -163,9 +158,10 @@ class Walk:
 
   def __init__(self):
     self._order = 0
+    self._done: dict[Any, tuple[Any, list[Value | Known]]] = {}
 
-  def run(self, jaxpr, consts, arguments, place: Place) -> list[Value | Known]:
-    """The outputs of `jaxpr` for these inputs; `place` is where it was called."""
+  def run(self, jaxpr, consts, arguments, place: Place, written=True) -> list[Value | Known]:
+    """The outputs of `jaxpr` for these inputs; `place` is where it was called, or `written`."""
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
 
     def read(var):
@@ -176,26 +172,26 @@ class Walk:
 
     for eqn in _needed(jaxpr):
       inputs = [read(v) for v in eqn.invars]
-      outputs = self._equation(eqn, inputs, place_of(eqn, place))
+      outputs = self._equation(eqn, inputs, place_of(eqn, place) if written else place)
       env.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
   def _equation(self, eqn, inputs, place: Place) -> list[Value | Known]:
-    name, params = eqn.primitive.name, eqn.params
+    name = eqn.primitive.name
     known = all(isinstance(x, Known) for x in inputs)
-    if name in CALLS and (known or not log_sum_exp.is_logaddexp(eqn)):
-      return self._inner(params[CALLS[name]], inputs, place)
-    if name == "scan":
-      unrolled = self._scan(params, inputs, place)
+    called, collective = layouts.called(eqn), on_one_device(eqn)
+    if called is not None and (known or not log_sum_exp.is_logaddexp(eqn)):
+      return self._inner(called, inputs, place)
+    if collective is not None:
+      return self._compute(collective, eqn.invars, inputs, place)
+    if name in ("scan", "while"):
+      unrolled = (self._scan if name == "scan" else self._while)(eqn, inputs, place)
       if unrolled is not None:
         return unrolled
-    if name == "while" and known:
-      unrolled = self._while(params, inputs, place)
-      if unrolled is not None:
-        return unrolled
-    if name == "cond" and isinstance(inputs[0], Known) and inputs[0].is_exact:
-      branch = params["branches"][int(np.clip(inputs[0].low, 0, len(params["branches"]) - 1))]
-      return self._inner(branch, inputs[1:], place)
+    if name == "cond":
+      return self._cond(eqn, *inputs, place=place)
+    if name in SAME or _keeps_precision(eqn):
+      return inputs
     if known:
       try:
         return list(fold(eqn, inputs))
@@ -203,9 +199,16 @@ class Walk:
         if any(x.varies for x in inputs):
           raise
         return self._values(eqn, inputs, place)
-    if name in SAME or _keeps_precision(eqn):
-      return inputs
-    return self._values(eqn, inputs, place)
+    if name == "select_n":
+      if all(x is inputs[1] for x in inputs[2:]):
+        return inputs[1:2]
+      inputs = [_condition(inputs[0]), *inputs[1:]]
+    key = _key(eqn, inputs)
+    if key is None:
+      return self._values(eqn, inputs, place)
+    if key not in self._done:  # The inputs are kept, so that no other has the `id` of one.
+      self._done[key] = inputs, self._values(eqn, inputs, place)
+    return self._done[key][1]
 
   def _values(self, eqn, inputs, place: Place) -> list[Value | Known]:
     self._order += 1
@@ -219,55 +222,97 @@ class Walk:
       nothing = [uniform(True, v.aval.shape) for v in eqn.outvars]
       return [Value(no, no, op, real) for no, real in zip(nothing, reals, strict=True)]
     # A custom_jvp_call that is not entered is a logaddexp: convex and non-decreasing, as max is.
-    rule = rules.maximum if name == "custom_jvp_call" else rules.RULES.get(name, rules.lost)
+    rule = rules.maximum if name == "custom_jvp_call" else rules.RULES.get(name, linear.lost)
     masks = rule(op, *inputs)
-    if not rules.is_defined(name, inputs):
-      return [Value(*rules.lost(op), op)]
     masks = tidy(masks[0], op.shape), tidy(masks[1], op.shape)
-    if (masks[0] & masks[1]).any():
+    if (masks[0] & masks[1]).any() and linear.is_defined(name, inputs):
       masks, op = _second_look(op, masks)
     return [Value(*masks, op)]
 
-  def _scan(self, params, inputs, place: Place) -> list[Value | Known] | None:
+  def _scan(self, eqn, inputs, place: Place) -> list[Value | Known] | None:
     """The outputs of a `scan`, unrolled; None where it is too long."""
-    length, body = params["length"], params["jaxpr"]
-    if "ft_in" in params:  # jax 0.12.
-      fixed, carried, _ = map(len, params["ft_in"].unpack())
-    else:
-      fixed, carried = params["num_consts"], params["num_carry"]
+    body, length, reverse, fixed, carried = layouts.scan_of(eqn)
     if not 0 < length <= LOOP_LIMIT:
       return None
     consts, carry = inputs[:fixed], inputs[fixed : fixed + carried]
     columns = inputs[fixed + carried :]
     rows: list[list[Value | Known]] = []
     for i in range(length):
-      at = length - 1 - i if params["reverse"] else i
+      at = length - 1 - i if reverse else i
       row = [_row(column, at, place) for column in columns]
       outputs = self._inner(body, [*consts, *carry, *row], place)
       carry = outputs[:carried]
       rows.append(outputs[carried:])
-    if params["reverse"]:
+    if reverse:
       rows.reverse()
     return [*carry, *(_stack(column, place) for column in zip(*rows, strict=True))]
 
-  def _while(self, params, inputs, place: Place) -> list[Value | Known] | None:
-    """The outputs of a `while` of known numbers; None where it is too long."""
-    split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-    outer, fixed, carry = inputs[: split[0]], inputs[split[0] : split[1]], inputs[split[1] :]
+  def _while(self, eqn, inputs, place: Place) -> list[Value | Known] | None:
+    """The outputs of a `while` whose test is known, unrolled; None where it is too long."""
+    test, body, tested, fixed = layouts.while_of(eqn)
+    outer, consts, carry = inputs[:tested], inputs[tested:][:fixed], inputs[tested + fixed :]
     for _ in range(LOOP_LIMIT):
-      (more,) = self._inner(params["cond_jaxpr"], [*outer, *carry], place)
+      (more,) = self._inner(test, [*outer, *carry], place)
       if not isinstance(more, Known) or not more.is_exact:
         return None
       if not more.low:
         return list(carry)
-      carry = self._inner(params["body_jaxpr"], [*fixed, *carry], place)
+      carry = self._inner(body, [*consts, *carry], place)
     return None
 
+  def _cond(self, eqn, index, *inputs, place: Place) -> list[Value | Known]:
+    """The outputs of a `cond`: those of one branch, or of all, and a choice among them."""
+    branches = layouts.branches_of(eqn)
+    if isinstance(index, Known) and index.is_exact:
+      return self._inner(branches[int(np.clip(index.low, 0, len(branches) - 1))], inputs, place)
+    outputs = []
+    for out, *cases in zip(
+      eqn.outvars, *(self._inner(b, inputs, place) for b in branches), strict=True
+    ):
+      variables = [eqn.invars[0], *(out for _ in cases)]
+      outputs += self._compute(lambda *xs: [lax.select_n(*xs)], variables, [index, *cases], place)
+    return outputs
+
+  def _compute(self, function, variables, inputs, place: Place) -> list[Value | Known]:
+    """The outputs of a function of `lax`, in place of an equation."""
+    like = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
+    closed = jax.make_jaxpr(function)(*like)
+    return self.run(closed.jaxpr, _consts(closed), inputs, place, written=False)
+
   def _inner(self, jaxpr, inputs, place: Place) -> list[Value | Known]:
-    """The outputs of a jaxpr, closed or (from jax 0.12 on, in some places) without constants."""
-    if isinstance(jaxpr, jex.ClosedJaxpr):
-      return self.run(jaxpr.jaxpr, _consts(jaxpr), inputs, place)
-    return self.run(jaxpr, [], inputs, place)
+    """The outputs of a jaxpr inside another."""
+    jaxpr, consts = layouts.parts_of(jaxpr)
+    known = [number(x, v.aval.dtype) for x, v in zip(consts, jaxpr.constvars, strict=True)]
+    return self.run(jaxpr, known, inputs, place)
+
+
+def _condition(x: Value | Known) -> Value | Known:
+  """A condition, or what it was before it was made 0 or 1."""
+  op = x.made_by if isinstance(x, Value) else None
+  if op is None or op.eqn is None or op.primitive != "convert_element_type":
+    return x
+  return op.inputs[0] if op.eqn.invars[0].aval.dtype == np.bool_ else x
+
+
+def _key(eqn, inputs: Sequence[Value | Known]) -> Any:
+  """What is equal of two equations that compute the same; None if that cannot be told.
+
+  What a program writes twice, as in relu(x) * relu(x), is one value, so that it can be seen.
+  """
+  avals = tuple((v.aval.shape, v.aval.dtype) for v in (*eqn.invars, *eqn.outvars))
+  numbers = tuple(map(_content, inputs))
+  key = eqn.primitive, tuple(sorted(eqn.params.items())), avals, numbers
+  try:
+    hash(key)
+  except TypeError:
+    return None
+  return key if is_pure(eqn) else None
+
+
+def _content(x: Value | Known) -> Any:
+  if isinstance(x, Known) and isinstance(x.low, np.ndarray | np.generic) and x.low.size <= SMALL:
+    return x.low.tobytes(), x.high.tobytes(), tuple(x.origins)
+  return id(x)
 
 
 def _second_look(op: Operation, masks: Masks) -> tuple[Masks, Operation]:
@@ -281,6 +326,8 @@ def _second_look(op: Operation, masks: Masks) -> tuple[Masks, Operation]:
       found = composed(z, f.convex, f.concave, f.rising, f.falling)
       bent = not np.all(f.convex | f.concave) and op.primitive in ("select_n", "add")
       op = dataclasses.replace(op, scalar=seen, note=str(f) if bent else "")
+  if found is None and op.primitive in quadratic.PRIMITIVES:
+    found = quadratic.curvature(Value(*masks, op))
   if found is None:
     return masks, op
   return (tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)), op

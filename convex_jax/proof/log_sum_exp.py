@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convex_jax.proof.constants import broadcast
-from convex_jax.proof.rules import is_total
+from convex_jax.proof.linear import is_total
 from convex_jax.proof.values import Known, Masks, Operation, Value, uniform
 
 _RESHAPES = ("reshape", "broadcast_in_dim", "squeeze")

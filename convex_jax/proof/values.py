@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
+from convex_jax.proof.layouts import Parameters
 from convex_jax.proof.source import Place
 
 Masks = tuple[np.ndarray, np.ndarray]  # Not proved convex, not proved concave.
@@ -110,7 +111,7 @@ class Operation:
 
   @property
   def params(self) -> dict[str, Any]:
-    return self.eqn.params if self.eqn else {}
+    return Parameters(self.eqn) if self.eqn else {}
 
   def bind(self, *arrays: Any, **changed: Any) -> Any:
     """Applies the primitive to other arrays, with some parameters changed."""

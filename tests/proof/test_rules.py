@@ -1,0 +1,230 @@
+"""Bounds, updates of places, branches, loops and devices: what is proved, and what must not be."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from convex_jax.proof import certify, layouts
+from tests.support.curvature import check_curvature, curvature_of
+
+X = jax.ShapeDtypeStruct((4,), jnp.float32)
+KEPT = np.array([True, False, True, True])
+PLACES = np.array([0, 1, 0, 1])
+INF = jnp.inf
+relu = nn.relu
+
+
+def masked(x, other):
+  return jnp.where(KEPT, x, other)
+
+
+def zeros_and(places, values, method="add", **mode):
+  """Zeros, of which some are updated."""
+  return getattr(jnp.zeros(4).at[jnp.array(places)], method)(values, **mode)
+
+
+BOUNDS = [  # (name, function, what is to be proved)
+  ("clip from 0 on", lambda x: jnp.clip(x, 0, INF), "convex"),
+  ("clip to nothing", lambda x: jnp.clip(x, -INF, INF), "affine"),
+  ("clip", lambda x: jnp.clip(x, 0, 1), "unknown"),
+  ("clamp from 0 on", lambda x: lax.clamp(0.0, x, INF), "convex"),
+  ("clamp to infinity", lambda x: lax.clamp(INF, x, INF), "unknown"),
+  ("minimum with infinity", lambda x: jnp.minimum(x, INF), "affine"),
+  ("of a convex value", lambda x: jnp.minimum(relu(x), jnp.full(4, INF)), "convex"),
+  ("with infinity here, 1 there", lambda x: jnp.minimum(relu(x), masked(INF, 1.0)), "unknown"),
+  ("maximum with minus infinity", lambda x: jnp.maximum(relu(x), -INF), "convex"),
+  ("maximum with infinity", lambda x: jnp.maximum(x, INF), "unknown"),
+  ("minimum with minus infinity", lambda x: jnp.minimum(x, -INF), "unknown"),
+  ("maximum with NaN", lambda x: jnp.maximum(x, jnp.nan), "unknown"),
+  ("masked maximum", lambda x: jnp.max(x, where=KEPT, initial=-INF), "convex"),
+  ("masked maximum from 0 on", lambda x: jnp.max(x, where=KEPT, initial=0.0), "convex"),
+  ("masked minimum", lambda x: jnp.min(x, where=KEPT, initial=INF), "concave"),
+  ("maximum of what is kept", lambda x: masked(x, -INF).max(), "convex"),
+  ("minimum of what is kept", lambda x: masked(x, INF).min(), "concave"),
+  ("of the negative", lambda x: -masked(-x, INF).min(), "convex"),
+  ("maximum with what is no bound", lambda x: masked(x, INF).max(), "unknown"),
+  ("minimum with what is no bound", lambda x: masked(x, -INF).min(), "unknown"),
+  ("maximum of nothing", lambda x: jnp.where(np.zeros(4, bool), x, -INF).max(), "unknown"),
+  ("maximum by a condition", lambda x: jnp.where(x > 0, x, -INF).max(), "unknown"),
+  ("an infinite element", lambda x: masked(x, -INF), "unknown"),
+  ("a sum with infinity", lambda x: masked(x, -INF).sum(), "unknown"),
+  ("both are infinite", lambda x: jnp.maximum(masked(x, -INF), masked(x, -INF)), "unknown"),
+  ("one of two is", lambda x: jnp.maximum(masked(x, -INF), x), "convex"),
+  ("padded by minus infinity", lambda x: jnp.pad(x, 1, constant_values=-INF).max(), "convex"),
+  ("maximum so far", lambda x: lax.cummax(masked(x, -INF)), "convex"),
+  ("maximum so far of nothing", lambda x: lax.cummax(masked(x, -INF)[::-1][2:]), "unknown"),
+  ("masked sum", lambda x: jnp.sum(x, where=KEPT), "affine"),
+  ("sum of what is kept", lambda x: masked(relu(x), 0).sum(), "convex"),
+]
+
+UPDATES = [
+  ("segment sum", lambda x: jax.ops.segment_sum(relu(x), PLACES, 2), "convex"),
+  ("segment maximum", lambda x: jax.ops.segment_max(x, PLACES, 2), "convex"),
+  ("segment minimum", lambda x: jax.ops.segment_min(x, PLACES, 2), "concave"),
+  ("maximum of an empty segment", lambda x: jax.ops.segment_max(x, PLACES, 3), "unknown"),
+  ("add", lambda x: x.at[1].add(relu(x[0])), "convex"),
+  ("subtract", lambda x: x.at[1].add(-relu(x[0])), "concave"),
+  ("set", lambda x: relu(x).at[1].set(x[0]), "convex"),
+  ("set to a number", lambda x: (-relu(x)).at[jnp.arange(4)].set(0.0), "affine"),
+  ("set to infinity", lambda x: x.at[1].set(INF), "unknown"),
+  ("multiply", lambda x: relu(x).at[1].mul(2.0), "convex"),
+  ("multiply by a negative number", lambda x: relu(x).at[1].mul(-2.0), "unknown"),
+  ("twice", lambda x: relu(x).at[jnp.array([1, 1])].mul(-2.0), "convex"),
+  ("multiply an affine value", lambda x: x.at[1].mul(-2.0), "affine"),
+  ("multiply by 0", lambda x: relu(x).at[1].mul(0.0), "convex"),
+  ("multiply by infinity", lambda x: relu(x).at[1].mul(INF), "unknown"),
+  ("multiply by the input", lambda x: relu(x).at[1].mul(x[0]), "unknown"),
+  ("maximum", lambda x: x.at[1].max(0.0), "convex"),
+  ("minimum", lambda x: x.at[1].min(0.0), "concave"),
+  ("add twice", lambda x: zeros_and([1, 1], relu(x[:2])), "convex"),
+  ("set twice", lambda x: zeros_and([1, 1], x[:2], "set"), "unknown"),
+  ("outside, dropped", lambda x: zeros_and([1, 9], relu(x[:2]), mode="drop"), "convex"),
+  ("outside, clipped", lambda x: zeros_and([1, 9], -relu(x[:2]), mode="clip"), "concave"),
+  (
+    "outside, against a promise",
+    lambda x: zeros_and([1, 9], x[:2], mode="promise_in_bounds"),
+    "unknown",
+  ),
+  ("twice, against a promise", lambda x: zeros_and([1, 1], x[:2], unique_indices=True), "unknown"),
+  (
+    "unsorted, against a promise",
+    lambda x: zeros_and([2, 1], x[:2], indices_are_sorted=True),
+    "unknown",
+  ),
+  ("sorted, as promised", lambda x: zeros_and([1, 2], x[:2], indices_are_sorted=True), "affine"),
+  ("a place that depends on the input", lambda x: x.at[jnp.argmax(x)].set(0.0), "unknown"),
+]
+
+
+def by_branch(x):
+  return lax.cond(x > 0, lambda: x, lambda: jnp.zeros_like(x))
+
+
+def counted(body, x, steps=3):
+  return lax.while_loop(lambda c: c[0] < steps, lambda c: (c[0] + 1, body(c[1])), (0, x))[1]
+
+
+BRANCHES = [
+  ("relu by a branch", lambda x: by_branch(x[0]), "convex"),
+  ("of each", jax.vmap(by_branch), "convex"),
+  (
+    "elu by a branch",
+    lambda x: lax.cond(x[0] > 0, lambda: x[0], lambda: jnp.expm1(x[0])),
+    "convex",
+  ),
+  ("with a jump", lambda x: lax.cond(x[0] > 0, lambda: x[0], lambda: 1.0), "unknown"),
+  ("by another value", lambda x: lax.cond(x[0] > 0, lambda: x[1], lambda: 0.0), "unknown"),
+  ("the same either way", lambda x: lax.cond(x[0] > 0, lambda: relu(x), lambda: relu(x)), "convex"),
+  (
+    "one of three",
+    lambda x: lax.switch(jnp.int32(x[0]), [lambda: x[0], lambda: 0.0, lambda: 1.0]),
+    "unknown",
+  ),
+  ("a known one of three", lambda x: lax.switch(7, [jnp.sin, jnp.sin, jnp.exp], x), "convex"),
+  ("counted loop", lambda x: counted(lambda c: relu(c - 1), x), "convex"),
+  ("counted loop of a mixed matrix", lambda x: counted(lambda c: relu(c[::-1] - c), x), "unknown"),
+  (
+    "loop of unknown length",
+    lambda x: lax.while_loop(lambda c: c.sum() < 9, jnp.exp, x),
+    "unknown",
+  ),
+]
+
+
+def on_one_device(function, **kwargs):
+  """A function inside a `shard_map` over a mesh of one device, whose axis is "i"."""
+  mesh = jax.make_mesh((1,), ("i",), axis_types=(AxisType.Auto,))
+  given = {"in_specs": PartitionSpec("i"), "out_specs": PartitionSpec("i"), **kwargs}
+  return jax.shard_map(function, mesh=mesh, check_vma=False, **given)
+
+
+def index():
+  return lax.axis_index("i")
+
+
+DEVICES = [
+  ("psum", lambda x: lax.psum(jnp.exp(x), "i"), "convex"),
+  ("pmean", lambda x: lax.pmean(jnp.exp(x), "i"), "convex"),
+  ("pmax", lambda x: lax.pmax(x, "i"), "affine"),
+  ("pmin", lambda x: lax.pmin(relu(x), "i"), "convex"),
+  ("all_gather", lambda x: lax.all_gather(jnp.exp(x), "i").sum(0), "convex"),
+  ("all_gather, tiled", lambda x: lax.all_gather(jnp.exp(x), "i", tiled=True), "convex"),
+  ("psum_scatter", lambda x: lax.psum_scatter(x, "i", tiled=True), "affine"),
+  ("ppermute", lambda x: lax.ppermute(relu(x), "i", [(0, 0)]), "convex"),
+  ("axis_index", lambda x: relu(x) * (1.0 + index()), "convex"),
+  ("axis_index, turned", lambda x: relu(x) * (index() - 1.0), "concave"),
+  ("psum of tanh", lambda x: lax.psum(jnp.tanh(x), "i"), "unknown"),
+  ("psum of all elements", lambda x: lax.psum(x.sum(), "i") + jax.nn.logsumexp(x)[None], "convex"),
+]
+
+
+@jax.custom_vjp
+def with_gradient(x):
+  return jnp.exp(x)
+
+
+with_gradient.defvjp(lambda x: (jnp.exp(x), x), lambda x, g: (g,))
+
+CALLS = [
+  ("custom gradient", with_gradient, "convex"),
+  ("named", jax.named_call(jnp.exp, name="name"), "convex"),
+  (
+    "saved by a policy",
+    jax.checkpoint(jnp.exp, policy=jax.checkpoint_policies.dots_saveable),
+    "convex",
+  ),
+  (
+    "an axis that vmap names",
+    jax.vmap(
+      lambda x: lax.psum(x * x, "i") + lax.pmean(x, "i") + lax.axis_index("i"), axis_name="i"
+    ),
+    "convex",
+  ),
+  (
+    "the same, turned",
+    jax.vmap(lambda x: -lax.psum(x * x, "i") - lax.pmax(x, "i"), axis_name="i"),
+    "concave",
+  ),
+  ("convolution", lambda x: jnp.convolve(relu(x), jnp.ones(3)), "convex"),
+  ("associative scan", lambda x: lax.associative_scan(jnp.add, relu(x)), "convex"),
+]
+
+ROWS = [*BOUNDS, *UPDATES, *BRANCHES, *CALLS]
+
+
+@pytest.mark.parametrize("name,function,expected", ROWS, ids=[row[0] for row in ROWS])
+def test_what_is_proved(name, function, expected):
+  check_curvature(function, X, expected)
+
+
+@pytest.mark.parametrize("name,function,expected", DEVICES, ids=[row[0] for row in DEVICES])
+def test_what_is_proved_on_one_device(name, function, expected):
+  assert curvature_of(on_one_device(function), X) == expected
+
+
+@pytest.mark.parametrize(
+  "function,key",
+  [
+    (lambda x: lax.scan(lambda c, r: (c + r, None), 0.0, x)[0], "jaxpr"),
+    (lambda x: counted(relu, x), "body_nconsts"),
+    (by_branch, "branches"),
+    (jax.jit(jnp.exp), "jaxpr"),
+    (jnp.cumsum, "axis"),
+  ],
+  ids=["scan", "while", "cond", "jit", "cumsum"],
+)
+def test_a_layout_of_another_jax_is_refused_in_a_sentence(function, key, monkeypatch):
+  """As a later version might do it, which names a parameter otherwise."""
+  plain = layouts.Parameters.__init__
+
+  def without(self, eqn):
+    plain(self, eqn)
+    self.pop(key, None)
+
+  monkeypatch.setattr(layouts.Parameters, "__init__", without)
+  with pytest.raises(ValueError, match=f"describes `.*` without `{key}`"):
+    certify(function, jax.ShapeDtypeStruct((), jnp.float32) if function is by_branch else X)
