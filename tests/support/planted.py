@@ -566,8 +566,8 @@ MOVES: list[tuple[str, Callable, Callable]] = [
   ("transpose of three axes", lambda v: v.reshape(2, 2, 2).transpose(1, 2, 0), lambda v: v.reshape(2, 2, 2).transpose(1, 2, 0)),
   ("reshape in another order", lambda v: v.reshape((4, 2), order="F"), lambda v: v.reshape((4, 2), order="F")),
   ("reshape with dimensions", lambda v: lax.reshape(v.reshape(2, 4), (4, 2), dimensions=(1, 0)), lambda v: v.reshape(2, 4).T.reshape(4, 2)),
-  ("negative padding", lambda v: lax.pad(v, jnp.float32(0), [(-2, 3, 0)]), lambda v: np.concatenate([v[2:], [0, 0, 0]])),
-  ("interior padding", lambda v: lax.pad(v, jnp.float32(0), [(1, 0, 1)]), lambda v: np.stack([0 * v, v], 1).ravel()),
+  ("negative padding", lambda v: lax.pad(v, jnp.zeros((), v.dtype), [(-2, 3, 0)]), lambda v: np.concatenate([v[2:], [0, 0, 0]])),
+  ("interior padding", lambda v: lax.pad(v, jnp.zeros((), v.dtype), [(1, 0, 1)]), lambda v: np.stack([0 * v, v], 1).ravel()),
   ("slice with strides", lambda v: lax.slice(v, (1,), (8,), (3,)), lambda v: v[1:8:3]),
   ("negative strides", lambda v: v[6:0:-2], lambda v: v[6:0:-2]),
   ("dynamic slice that is clamped", lambda v: lax.dynamic_slice(v, (jnp.int32(6),), (4,)), lambda v: v[4:8]),
@@ -763,7 +763,7 @@ def convolved(options, kernel, x, layout="NCH"):
     return jnp.transpose(array, [names.index(c) for c in spec])
 
   y = lax.conv_general_dilated(
-    arrange(x[None], "NCH", axes[0]), arrange(kernel, "OIH", axes[1]), (o["stride"],), [o["pad"]],
+    arrange(x[None], "NCH", axes[0]), arrange(kernel.astype(x.dtype), "OIH", axes[1]), (o["stride"],), [o["pad"]],
     (o["spread"],), (o["dilation"],), axes, o["groups"],
   )  # fmt: skip
   return jnp.transpose(y, [axes[2].index(c) for c in "NCH"])[0]
