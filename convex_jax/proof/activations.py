@@ -117,8 +117,8 @@ def _kinks(value: Value) -> Iterator[tuple[Value, np.ndarray]]:
     op = node.made_by
     if op.primitive in COMPARISONS or op.primitive in ("max", "min"):
       for z, c in (op.inputs, op.inputs[::-1]):
-        if isinstance(z, Value) and isinstance(c, Known):
-          yield z, c.array
+        if isinstance(z, Value) and isinstance(c, Known) and c.is_exact:
+          yield z, c.low
     if op.primitive in ELEMENTWISE or op.primitive in COMPARISONS:
       todo.extend(op.inputs)
 
@@ -137,9 +137,9 @@ class _Half:
 
   def _compute(self, node: Value | Known) -> Side:
     if isinstance(node, Known):
-      if not np.isfinite(node.array).all():
+      if not node.is_exact or not np.isfinite(node.low).all():
         raise _NoRuleError
-      return Side(Number(node.array), ZERO, ONE, True, True, True, True)
+      return Side(Number(node.low), ZERO, ONE, True, True, True, True)
     if node.made_by is None:
       raise _NoRuleError
     name, inputs = node.made_by.primitive, node.made_by.inputs
@@ -164,7 +164,12 @@ class _Half:
   def _order(self, x: Any, y: Any) -> int:
     """The sign of x - y here, one being the root and the other the kink."""
     for a, b, sign in ((x, y, 1), (y, x, -1)):
-      if a is self._root and isinstance(b, Known) and np.array_equal(b.array, self._kink):
+      if (
+        a is self._root
+        and isinstance(b, Known)
+        and b.is_exact
+        and np.array_equal(b.low, self._kink)
+      ):
         return self._side * sign
     raise _NoRuleError
 
@@ -177,13 +182,15 @@ class _Half:
   def _product(self, name: str, a: Any, b: Any) -> Side:
     if name == "mul" and isinstance(a, Known):
       a, b = b, a
-    if not isinstance(a, Value) or not isinstance(b, Known) or not np.isfinite(b.array).all():
+    if not isinstance(a, Value) or not isinstance(b, Known) or not b.is_exact:
+      raise _NoRuleError
+    if not np.isfinite(b.low).all():
       raise _NoRuleError
     if name == "mul":
-      return _scaled(self.of(a), b.array)
-    if np.any(b.array == 0):
+      return _scaled(self.of(a), b.low)
+    if np.any(b.low == 0):
       raise _NoRuleError
-    return _divided(self.of(a), b.array)
+    return _divided(self.of(a), b.low)
 
 
 def _exponential(x: Side, offset: float) -> Side:

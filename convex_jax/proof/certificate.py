@@ -9,7 +9,7 @@ import numpy as np
 from convex_jax.proof import interpreter
 from convex_jax.proof.counterexample import Counterexample, search
 from convex_jax.proof.explanation import KINDS, culprit, explain
-from convex_jax.proof.values import Operation, Value
+from convex_jax.proof.values import Operation, Value, is_finite
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -93,7 +93,7 @@ def certify(
   outputs, _ = interpreter.analyse(f, *args, argnums=argnums)
   if not outputs:
     raise ValueError("the function returns nothing; expected at least one array")
-  missing = [KINDS[kind](v) if isinstance(v, Value) else _not_finite(v.array) for v in outputs]
+  missing = [KINDS[kind](v) if isinstance(v, Value) else ~is_finite(v) for v in outputs]
   proved = ~np.concatenate([np.ravel(m) for m in missing])
   if proved.all():
     return Certificate(kind, proved)
@@ -104,9 +104,3 @@ def certify(
     used = search_function or f
     counterexample = search(used, args, argnums, ~proved, kind, box, search_steps, seed)
   return Certificate(kind, proved, explain(operation, kind), operation, counterexample)
-
-
-def _not_finite(known: Any) -> np.ndarray:
-  if not isinstance(known, np.ndarray):  # A random key.
-    return np.ones(np.shape(known), bool)
-  return ~np.isfinite(known)

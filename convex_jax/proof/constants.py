@@ -1,32 +1,265 @@
-"""Constant folding in float64, of numbers that do not depend on the input.
+"""Constant folding: enclosures of the numbers that do not depend on the input.
 
-In float32 a product of two small weights may round to 0, and its sign be lost.
+What a program computes of its weights must be known well enough for signs, orders and places.
+Integers, booleans and random bits are computed as the program does, in its own dtypes: they may
+wrap. A float is enclosed: the interval contains the real number, and every number that the
+program may get by rounding each operation to its dtype. So a product of two tiny positive
+weights, which float32 rounds to 0, is not negative, and `floor(0.7 * 10)` is known only if both
+agree.
+The reduced precision in which some accelerators multiply is left out.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-SAME = {"copy", "name", "optimization_barrier", "pvary", "reduce_precision", "reshard"}
-SAME |= {"sharding_constraint", "stop_gradient"}  # Over the reals, these return their input.
+from convex_jax.proof import enclosures
+from convex_jax.proof.enclosures import ULPS, Ends
+from convex_jax.proof.values import Known
 
+# Over the reals, these return their input.
+SAME = {"copy", "name", "optimization_barrier", "pvary", "reshard"}
+SAME |= {"sharding_constraint", "stop_gradient"}
 
-def real(number: Any) -> Any:
-  """The number as an array: in float64 if it is a float, else as it is."""
-  if isinstance(number, jax.Array) and jnp.issubdtype(number.dtype, jax.dtypes.prng_key):
-    return number
-  array = np.asarray(number)
-  return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
+_IMPURE = ("callback", "ffi_call", "rng_uniform")  # Parts of the names of such primitives.
 
-
+# Applied to the low ends and to the high ends of their data: moves of elements, and functions
+# that are non-decreasing in each. The rest of their operands are indices.
+_ALL, _FIRST = slice(None), slice(1)
+_BY_ENDS: dict[str, slice] = {
+  **dict.fromkeys(("transpose", "squeeze", "tile", "rev", "slice", "split"), _ALL),
+  **dict.fromkeys(("concatenate", "stack", "pad", "max", "min", "clamp", "floor", "ceil"), _ALL),
+  **dict.fromkeys(("round", "sign", "reduce_max", "reduce_min", "cummax", "cummin", "and"), _ALL),
+  **dict.fromkeys(
+    ("or", "reduce_and", "reduce_or", "reduce_window_max", "reduce_window_min"), _ALL
+  ),
+  **dict.fromkeys(("sort", "top_k", "reduce_precision", "reshape", "broadcast_in_dim"), _ALL),
+  **dict.fromkeys(("dynamic_slice", "gather"), _FIRST),
+  "dynamic_update_slice": slice(2),
+}
+# Of these, which pass NaN on.
+_MOVES = {"transpose", "squeeze", "tile", "rev", "slice", "split", "concatenate", "stack", "pad"}
+_MOVES |= {"max", "min", "floor", "ceil", "sign", "reshape", "broadcast_in_dim", "dynamic_slice"}
+_MOVES |= {"gather", "dynamic_update_slice"}
+_SUMS = {"reduce_sum", "cumsum", "reduce_window_sum"}
+# Which compute no float from others: what the program gets of exact numbers is exact.
+_DISCRETE = {"iota", "bitcast_convert_type", "sort", "scatter", "scatter-max", "scatter-min"}
+_DISCRETE |= {"real", "imag", "complex", "conj", "rem", "nextafter", "select_and_gather_add"}
+_PRODUCTS = {"dot_general", "conv_general_dilated"}
+_ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
+  "add": enclosures.add,
+  "add_any": enclosures.add,
+  "sub": enclosures.subtract,
+  "mul": enclosures.multiply,
+  "div": enclosures.divide,
+  "pow": enclosures.power,
+}
+# By IEEE 754.
+_ROUNDED_ONCE = {*_ARITHMETIC, "square", "sqrt", "abs", "neg", "convert_element_type"} - {"pow"}
+_LOOPS = {"scan", "while", "cond"}  # Walked; one that reaches the folding is too long, or unclear.
+_ORDERS = {"gt", "ge", "lt", "le", "eq", "ne"}
+_INTEGERS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative}
 # In numpy, which compiles nothing.
-FOLDS: dict[str, Callable[..., Any]] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-FOLDS |= {"neg": np.negative, "max": np.maximum, "min": np.minimum, "exp": np.exp}
-FOLDS |= {"sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "square": np.square}
+_IN_NUMPY = {"max": np.maximum, "min": np.minimum, "floor": np.floor, "ceil": np.ceil}
+_IN_NUMPY |= {"sign": np.sign, "and": np.logical_and, "or": np.logical_or}
+
+
+class Unknown(Exception):
+  """A number that cannot be enclosed; the message says why."""
+
+
+def number(value: Any, dtype: Any, origins: dict[str, np.ndarray] | None = None) -> Known:
+  """A number that the program is given, in the dtype in which the program has it."""
+  if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    return Known.exactly(value, origins)
+  array = np.asarray(value).astype(dtype)
+  return Known.exactly(array.astype(np.float64) if is_float(dtype) else array, origins)
+
+
+def is_float(dtype: Any) -> bool:
+  """Whether a dtype is one of floating-point numbers."""
+  return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def is_half_or_more(dtype: Any) -> bool:
+  """Whether rounding to a dtype is left out of account; to less it is a step function."""
+  return is_float(dtype) and jnp.finfo(dtype).nmant >= jnp.finfo(jnp.bfloat16).nmant
+
+
+def keeps_precision(eqn) -> bool:
+  """Whether an equation is a `reduce_precision` to no less than what its dtype has."""
+  if eqn.primitive.name != "reduce_precision":
+    return False
+  info = jnp.finfo(eqn.invars[0].aval.dtype)
+  bits = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
+  return bits[0] >= info.nexp and bits[1] >= info.nmant
+
+
+def fold(eqn, inputs: Sequence[Known]) -> list[Known]:
+  """The outputs of an equation of known numbers.
+
+  Raises:
+    Unknown: they cannot be enclosed.
+  """
+  name = eqn.primitive.name
+  if eqn.effects or any(impure in name for impure in _IMPURE):
+    raise Unknown(f"{name}, a call whose result may change")
+  if name in SAME or keeps_precision(eqn):
+    return list(inputs)
+  origins = {n: a for x in inputs for n, a in x.origins.items()}
+  varies = any(x.varies for x in inputs)
+  with np.errstate(all="ignore"):
+    outputs = _enclose(name, eqn, inputs, varies)
+    known = []
+    for (low, high), var in zip(outputs, eqn.outvars, strict=True):
+      if is_float(var.aval.dtype) and not varies and name not in _BY_ENDS:
+        low, high = _rounded(low, high, var.aval.dtype, _ulps(eqn, high))
+      known.append(Known(low, high, origins, varies))
+  return known
+
+
+def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends]:
+  params, ends = eqn.params, [(x.low, x.high) for x in inputs]
+  floats = is_float(eqn.outvars[0].aval.dtype) and all(x.is_float for x in inputs)
+  if name in ("reshape", "broadcast_in_dim", "convert_element_type", "select_n"):
+    return [_SPECIAL[name](eqn, *inputs)]
+  if name in _ORDERS:
+    return [_order(name, *inputs)]
+  if name == "not" and inputs[0].low.dtype == bool:
+    return [(~inputs[0].high, ~inputs[0].low)]
+  if name == "is_finite":
+    return [(np.isfinite(inputs[0].low) & np.isfinite(inputs[0].high), np.True_)]
+  if name in _BY_ENDS and not (name == "sort" and len(inputs) > 1):
+    return _by_ends(name, eqn, inputs)
+  if floats and name in _ARITHMETIC:
+    return [_ARITHMETIC[name](*ends)]
+  if floats and name in enclosures.FUNCTIONS:
+    return [enclosures.FUNCTIONS[name](*ends)]
+  if floats and name == "integer_pow":
+    return [enclosures.integer_power(ends[0], params["y"])]
+  if floats and name in _SUMS:
+    return [_sum(eqn, inputs[0])]
+  if floats and name in ("reduce_prod", "cumprod"):
+    return [_products(name, params, ends[0])]
+  if floats and name == "scatter-add":
+    return [_scatter_add(eqn, *inputs)]
+  if floats and name in _PRODUCTS:
+    return [_product(name, eqn, *inputs)]
+  if name in _LOOPS:
+    raise Unknown(f"{name}, too long to be walked, or of a predicate known only to within rounding")
+  if not all(x.is_exact for x in inputs) or (varies and any(map(_has_floats, eqn.outvars))):
+    raise Unknown(f"{name} of a number that is known only to within rounding")
+  exact = [x.low for x in inputs]
+  if name in _INTEGERS and not floats:
+    return [_point(_INTEGERS[name](*exact))]
+  outputs = [_point(out) for out in _as_the_program_does(eqn, exact)]
+  if name in _DISCRETE or not any(map(_has_floats, eqn.outvars)):
+    return outputs
+  return [_about(*out, v.aval.dtype) for out, v in zip(outputs, eqn.outvars, strict=True)]
+
+
+def _about(low: Any, high: Any, dtype: Any) -> Ends:
+  """Ends a little further out, of a number that the program's library has computed."""
+  if not is_float(dtype):
+    return low, high
+  tiny = float(jnp.finfo(dtype).smallest_normal)
+  return low - tiny, high + tiny
+
+
+def _has_floats(var) -> bool:
+  return is_float(var.aval.dtype)
+
+
+def _point(array: Any) -> Ends:
+  return array, array
+
+
+def _ulps(eqn, result: Any) -> Any:
+  """By how many units in the last place the program's own results may miss."""
+  name = eqn.primitive.name
+  if name in _ROUNDED_ONCE:
+    return 1
+  if name in ("reduce_prod", "cumprod"):
+    return 4 * ULPS + math.prod(eqn.invars[0].aval.shape)
+  if name == "integer_pow":
+    return max(4 * ULPS, abs(eqn.params["y"]))
+  if name == "pow":  # As exp(b log a): the error of the exponent counts by its size.
+    return 4 * ULPS * (1 + np.abs(np.log(np.maximum(np.abs(result), 1e-300))))
+  if name in ("sin", "cos"):  # Of 1, not of the result, at zeros.
+    return 4 * ULPS / np.maximum(np.abs(result), 1e-300)
+  return 4 * ULPS
+
+
+def _rounded(low: Any, high: Any, dtype: Any, ulps: Any) -> Ends:
+  """Ends that contain all that rounding to a dtype makes of the numbers between them."""
+  if low is high or np.array_equal(low, high):
+    low = high
+    if dtype == np.float64 or np.array_equal(low.astype(dtype).astype(np.float64), low):
+      return low, low
+  if dtype == np.float64:
+    return low, high
+  exact = (low == high) & (low.astype(dtype).astype(np.float64) == low)
+  info = jnp.finfo(dtype)
+  margin = ulps * float(info.eps)
+  down, up = low - margin * np.abs(low), high + margin * np.abs(high)
+  tiny, largest = float(info.smallest_normal), float(info.max)
+  down = np.where((down > 0) & (down < tiny), 0, np.where(down < -largest, -np.inf, down))
+  up = np.where((up < 0) & (up > -tiny), 0, np.where(up > largest, np.inf, up))
+  return np.where(exact, low, down), np.where(exact, high, up)
+
+
+def _as_the_program_does(eqn, arrays: Sequence[Any]) -> list[Any]:
+  """The outputs of an equation in the program's own dtypes; floats then in float64."""
+  given = [
+    a if jnp.issubdtype(v.aval.dtype, jax.dtypes.prng_key) else jnp.asarray(a, v.aval.dtype)
+    for a, v in zip(arrays, eqn.invars, strict=True)
+  ]
+  out = eqn.primitive.bind(*given, **eqn.params)
+  outputs = out if eqn.primitive.multiple_results else [out]
+  return [number(o, v.aval.dtype).low for o, v in zip(outputs, eqn.outvars, strict=True)]
+
+
+def bind(eqn, *arrays: Any) -> list[Any]:
+  """The outputs of an equation for other arrays, its floats in float64."""
+  params = dict(eqn.params)
+  for key in ("preferred_element_type", "dtype", "out_dtype"):
+    if params.get(key) is not None and is_float(params[key]):
+      params[key] = np.dtype(np.float64)
+  with jax.enable_x64(True):
+    out = eqn.primitive.bind(*map(jnp.asarray, arrays), **params)
+    outputs = out if eqn.primitive.multiple_results else [out]
+    return [np.asarray(o) for o in outputs]
+
+
+def _by_ends(name: str, eqn, inputs: Sequence[Known]) -> list[Ends]:
+  data = _BY_ENDS[name]
+  indices = inputs[data.stop :] if data.stop else []
+  if not all(i.is_exact for i in indices):
+    raise Unknown(f"{name} by an index that is known only to within rounding")
+  if any(jnp.issubdtype(x.low.dtype, jax.dtypes.prng_key) for x in inputs):
+    return [_point(out) for out in _as_the_program_does(eqn, [x.low for x in inputs])]
+  keys = [i.low for i in indices]
+
+  if name not in _MOVES and any(np.any(_may_be_nan(x)) for x in inputs):
+    raise Unknown(f"{name} of what may be no number")
+
+  def apply(arrays):
+    if name in _IN_NUMPY and (arrays[0].dtype in (np.bool_, np.float64) or name in ("max", "min")):
+      return [_IN_NUMPY[name](*arrays)]
+    return bind(eqn, *arrays, *keys)
+
+  low = apply([x.low for x in inputs[data]])
+  if all(x.is_exact for x in inputs[data]):
+    return list(zip(low, low, strict=True))
+  if name in ("and", "or") and inputs[0].low.dtype != np.bool_:
+    raise Unknown(f"{name} of integers that are known only to within rounding")
+  if name == "top_k":
+    raise Unknown("top_k of numbers that are known only to within rounding")
+  return list(zip(low, apply([x.high for x in inputs[data]]), strict=True))
 
 
 def broadcast(array: np.ndarray, shape: tuple[int, ...], dimensions: Sequence[int]) -> np.ndarray:
@@ -37,27 +270,194 @@ def broadcast(array: np.ndarray, shape: tuple[int, ...], dimensions: Sequence[in
   return np.broadcast_to(array.reshape(thin), shape)
 
 
-def fold(eqn, arrays: list[np.ndarray]) -> list[Any]:
-  """The outputs of an equation of known numbers; its floats in float64 unless it has a body."""
-  name, params = eqn.primitive.name, dict(eqn.params)
-  if name in SAME:
-    return arrays
-  if name == "convert_element_type" and jnp.issubdtype(params["new_dtype"], jnp.floating):
-    return [np.asarray(arrays[0], np.float64)]
-  if name == "div" and arrays[0].dtype == np.float64:
-    return [arrays[0] / arrays[1]]
-  if name == "broadcast_in_dim":
-    return [broadcast(arrays[0], params["shape"], params["broadcast_dimensions"])]
-  if name == "reshape" and params.get("dimensions") is None:
-    return [arrays[0].reshape(params["new_sizes"])]
-  if name in FOLDS:
-    return [FOLDS[name](*arrays)]
-  inner = any(True for _ in jex.jaxprs_in_params(params)) or name == "bitcast_convert_type"
-  with jax.enable_x64(not inner):
-    if inner:  # A loop's body was traced in the program's dtypes, and bits belong to a dtype.
-      arrays = [a.astype(v.aval.dtype) for a, v in zip(arrays, eqn.invars, strict=True)]
-    for key in ("preferred_element_type", "dtype"):
-      if not inner and params.get(key) in (np.float32, jnp.bfloat16, np.float16):
-        params[key] = np.dtype(np.float64)
-    out = eqn.primitive.bind(*map(jnp.asarray, arrays), **params)
-    return list(out) if eqn.primitive.multiple_results else [out]
+def _move(x: Known, move: Callable[[Any], Any]) -> Ends:
+  low = move(x.low)
+  return (low, low) if x.low is x.high else (low, move(x.high))
+
+
+def _broadcast_in_dim(eqn, x: Known, *_: Known) -> Ends:
+  dimensions = eqn.params["broadcast_dimensions"]
+  if jnp.issubdtype(x.low.dtype, jax.dtypes.prng_key):
+    return _point(_as_the_program_does(eqn, [x.low])[0])
+  return _move(x, lambda a: broadcast(a, eqn.params["shape"], dimensions))
+
+
+def _reshape(eqn, x: Known, *_: Known) -> Ends:
+  if eqn.params.get("dimensions") is not None:
+    return _by_ends("reshape", eqn, [x])[0]
+  return _move(x, lambda a: a.reshape(eqn.params["new_sizes"]))
+
+
+def _convert_element_type(eqn, x: Known) -> Ends:
+  dtype = np.dtype(eqn.params["new_dtype"])
+  floats = x.low.dtype == np.float64
+  if is_half_or_more(dtype):
+    return _move(x, lambda a: a.astype(np.float64))
+  if is_float(dtype):  # Less than half precision: steps.
+    return _move(x, lambda a: a.astype(dtype).astype(np.float64))
+  if floats and dtype == np.bool_:
+    return _order("ne", x, Known.exactly(np.float64(0)))
+  if x.is_exact and not floats:
+    return _point(x.low.astype(dtype))
+  if x.low.dtype == np.bool_:
+    return _move(x, lambda a: a.astype(dtype))
+  if not floats or not jnp.issubdtype(dtype, jnp.integer):
+    raise Unknown("a cast of a number that is known only to within rounding")
+  low, high = np.trunc(x.low), np.trunc(x.high)  # Towards 0, which is non-decreasing.
+  info = np.iinfo(dtype)
+  if not ((low >= info.min) & (high <= info.max) & np.isfinite(high - low)).all():
+    raise Unknown(f"a cast to {dtype} of a number beyond its range")
+  low, high = low.astype(dtype), high.astype(dtype)
+  return _point(low) if x.is_exact else (low, high)
+
+
+def _select_n(eqn, which: Known, *cases: Known) -> Ends:
+  if jnp.issubdtype(cases[0].low.dtype, jax.dtypes.prng_key):
+    if not which.is_exact:
+      raise Unknown("a random key chosen by a number that is known only to within rounding")
+    return _point(_as_the_program_does(eqn, [which.low, *(c.low for c in cases)])[0])
+  shape = cases[0].shape
+  index = [np.broadcast_to(np.asarray(i, int), shape) for i in (which.low, which.high)]
+  lows = np.stack([np.broadcast_to(c.low, shape) for c in cases])
+  highs = np.stack([np.broadcast_to(c.high, shape) for c in cases])
+  if which.is_exact and all(c.is_exact for c in cases):
+    return _point(np.take_along_axis(lows, index[0][None], 0)[0])
+  number = np.arange(len(cases)).reshape(-1, *[1] * len(shape))
+  possible = (number >= index[0]) & (number <= index[1])
+  most, least = (np.inf, -np.inf) if cases[0].is_float else (lows.max(), highs.min())
+  low = np.where(possible, lows, most).min(0)  # NaN, where possible, stays.
+  return low, np.where(possible, highs, least).max(0)
+
+
+_SPECIAL: dict[str, Callable[..., Ends]] = {
+  "broadcast_in_dim": _broadcast_in_dim,
+  "reshape": _reshape,
+  "convert_element_type": _convert_element_type,
+  "select_n": _select_n,
+}
+
+
+def _order(name: str, a: Known, b: Known) -> Ends:
+  """(surely, perhaps), for a comparison; NaN stands for a number of which nothing is known."""
+  if name in ("lt", "le"):
+    return _order({"lt": "gt", "le": "ge"}[name], b, a)
+  if name == "ne":
+    surely, perhaps = _order("eq", a, b)
+    return ~perhaps, ~surely
+  unknown = _may_be_nan(a) | _may_be_nan(b)
+  if a is b:  # A number equals itself: so programs ask whether it is NaN.
+    same = np.full(a.shape, name != "gt")
+    return same & ~unknown, same | unknown
+  if name == "eq":
+    surely = (a.low == a.high) & (b.low == b.high) & (a.low == b.low)
+    perhaps = (a.low <= b.high) & (b.low <= a.high)
+  else:
+    compare = np.greater if name == "gt" else np.greater_equal
+    surely, perhaps = compare(a.low, b.high), compare(a.high, b.low)
+  return surely & ~unknown, perhaps | unknown
+
+
+def _may_be_nan(x: Known) -> Any:
+  return np.isnan(x.low) | np.isnan(x.high) if x.is_float else np.False_
+
+
+def _sum(eqn, x: Known) -> Ends:
+  """Sums of n terms: rounding changes them by at most n eps times the sum of magnitudes."""
+  if eqn.primitive.name == "reduce_sum":
+    n = math.prod(x.shape[i] for i in eqn.params["axes"])
+  elif eqn.primitive.name == "cumsum":
+    n = x.shape[eqn.params["axis"]]
+  else:
+    n = math.prod(eqn.params["window_dimensions"])
+  low = _float_sum(eqn, x.low)
+  high = low if x.low is x.high else _float_sum(eqn, x.high)
+  size = _float_sum(eqn, np.maximum(np.abs(x.low), np.abs(x.high)))
+  return _within(eqn, low, high, n, size, [x])
+
+
+def _float_sum(eqn, array: np.ndarray) -> np.ndarray:
+  if eqn.primitive.name == "reduce_sum":
+    return np.asarray(array.sum(tuple(eqn.params["axes"])))
+  return bind(eqn, array)[0]
+
+
+def _scatter_add(eqn, x: Known, indices: Known, updates: Known) -> Ends:
+  if not indices.is_exact:
+    raise Unknown("scatter-add by an index that is known only to within rounding")
+  n = 1 + indices.low.size
+  exact = x.is_exact and updates.is_exact
+  low = bind(eqn, x.low, indices.low, updates.low)[0]
+  high = low if exact else bind(eqn, x.high, indices.low, updates.high)[0]
+  sizes = [np.maximum(np.abs(t.low), np.abs(t.high)) for t in (x, updates)]
+  size = bind(eqn, sizes[0], indices.low, sizes[1])[0]
+  return _within(eqn, low, high, n, size, [x, updates])
+
+
+def _products(name: str, params, ends: Ends) -> Ends:
+  """Products over axes, factor by factor."""
+  axes = tuple(params["axes"]) if name == "reduce_prod" else (params["axis"],)
+  shape = [n for i, n in enumerate(ends[0].shape) if i not in axes]
+  first = range(len(axes))
+  low, high = (np.moveaxis(e, axes, first).reshape(-1, *shape) for e in ends)
+  if params.get("reverse"):
+    low, high = low[::-1], high[::-1]
+  out = np.ones(shape), np.ones(shape)
+  steps = []
+  for factor in zip(low, high, strict=True):
+    out = enclosures.multiply(out, factor)
+    steps.append(out)
+  if name == "reduce_prod":
+    return out
+  if params["reverse"]:
+    steps.reverse()
+  low, high = (np.stack(e, axes[0]) for e in zip(*steps, strict=True))
+  return low, high
+
+
+def _within(eqn, low, high, n: int, size, terms: Sequence[Known]) -> Ends:
+  """The ends of sums of n terms, moved outwards by what rounding them one by one may do."""
+  if n <= 1 or (low is high and _are_small_integers(terms, size, eqn.outvars[0].aval.dtype)):
+    return low, high
+  margin = (n + 2) * _epsilon(eqn, terms) * size + n * _flushed(terms)
+  return enclosures.outward(low - margin, high + margin, (margin == 0, margin == 0))
+
+
+def _epsilon(eqn, terms: Sequence[Known]) -> float:
+  varies = any(x.varies for x in terms)
+  return float(jnp.finfo(np.float64 if varies else eqn.outvars[0].aval.dtype).eps)
+
+
+def _flushed(factors: Sequence[Known]) -> float:
+  """More than what XLA loses of a product of such numbers by taking subnormal ones for 0."""
+  least = 1.0
+  for x in factors:
+    size = np.maximum(np.abs(x.low), np.abs(x.high))
+    least *= min(1.0, float(np.min(size, initial=1.0, where=size > 0)))
+  return 0.0 if least > 1e-290 else 1e-290
+
+
+def _are_small_integers(terms: Sequence[Known], size, dtype) -> bool:
+  """Whether these are integers so small that all their sums are exact, in any order."""
+  limit = 2.0 ** min(jnp.finfo(dtype).nmant, 24)
+  return bool((size <= limit).all()) and all((np.rint(x.low) == x.low).all() for x in terms)
+
+
+def _product(name: str, eqn, a: Known, b: Known) -> Ends:
+  """Sums of products, by middles and radii (Rump 1999, "Fast and parallel interval arithmetic")."""
+  if name == "dot_general":
+    (axes, _), _ = eqn.params["dimension_numbers"]
+    n = math.prod(a.shape[i] for i in axes)
+  else:
+    n = b.low.size // max(1, b.shape[eqn.params["dimension_numbers"].rhs_spec[0]])
+  sizes = [np.maximum(np.abs(x.low), np.abs(x.high)) for x in (a, b)]
+  middle, size = bind(eqn, a.array, b.array)[0], bind(eqn, *sizes)[0]
+  low = high = middle
+  if not (a.is_exact and b.is_exact):
+    # The middle's own rounding is within the radius's margin below.
+    radii = [np.maximum(x.high - x.array, x.array - x.low) for x in (a, b)]
+    radius = bind(eqn, radii[0], sizes[1])[0] + bind(eqn, sizes[0], radii[1])[0]
+    low, high = middle - radius, middle + radius
+  elif _are_small_integers([a, b], size, eqn.outvars[0].aval.dtype):
+    return _point(middle)
+  margin = 2 * (n + 2) * _epsilon(eqn, [a, b]) * size + n * _flushed([a, b])
+  return enclosures.outward(low - margin, high + margin, (margin == 0, margin == 0))

@@ -1,15 +1,17 @@
 """Curvature of any JAX function of one array, element by element, from its jaxpr.
 
 The jaxpr is walked once, by the rules of `rules`; calls, rematerialised parts and scans are
-entered. What does not depend on the input is a known number, folded in float64. An operation by
+entered. What does not depend on the input is a known number, enclosed (`constants`). An operation by
 which the rules lose both curvatures gets a second look, back through the operations before it: it
 may complete a log-sum-exp (`log_sum_exp`) or an activation (`activations`), which is judged by
 what it computes, whatever its name. What nothing shows is not proved, and never guessed. The
 verdicts hold for the function over the reals, on all of R^n.
 """
 
+import contextlib
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,9 +21,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from convex_jax.proof import activations, log_sum_exp, rules
-from convex_jax.proof.constants import SAME, fold, real
+from convex_jax.proof.constants import (
+  SAME,
+  Unknown,
+  fold,
+  is_float,
+  is_half_or_more,
+  keeps_precision,
+  number,
+)
 from convex_jax.proof.source import Place, place_of
-from convex_jax.proof.values import Known, Masks, Operation, Value, composed, tidy, uniform
+from convex_jax.proof.values import (
+  Known,
+  Masks,
+  Operation,
+  Value,
+  composed,
+  is_finite,
+  tidy,
+  uniform,
+)
 
 LOOP_LIMIT = 1000  # Iterations up to which a `scan` is unrolled; above, it has no rule.
 
@@ -34,6 +53,22 @@ CALLS = {  # Primitives that run the jaxpr under this parameter.
 }
 
 
+_context: Any = jax.make_user_context(None)
+_traces = itertools.count()
+
+
+@contextlib.contextmanager
+def fresh() -> Iterator[None]:
+  """Within it, no trace that JAX has cached is used.
+
+  JAX caches the jaxpr of a function (`jax.jit`, `jax.checkpoint`, the body of a scan) by the
+  function object, so that a number which the function closes over, and which has changed since,
+  would not be seen. A user context is a part of the key of all these caches.
+  """
+  with _context(next(_traces)):
+    yield
+
+
 def analyse(
   f: Callable[..., Any], *args: Any, argnums: int = -1
 ) -> tuple[list[Value | Known], Any]:
@@ -41,21 +76,52 @@ def analyse(
 
   The arguments are those of `certify`, which raises the same errors.
   """
+  jaxpr, tree = trace(f, *args, argnums=argnums)
+  return values_of(jaxpr, f, args, argnums), tree
+
+
+def trace(f: Callable[..., Any], *args: Any, argnums: int = -1) -> tuple[jex.ClosedJaxpr, Any]:
+  """The jaxpr of `f(*args)` as `f` is now, and the tree of its outputs."""
+  input_position(args, argnums)
+  with fresh():
+    jaxpr, shape = jax.make_jaxpr(lambda *a: f(*a), return_shape=True)(*args)
+  return jaxpr, jax.tree.structure(shape)
+
+
+def values_of(
+  jaxpr: jex.ClosedJaxpr, f: Callable[..., Any], args: Sequence[Any], argnums: int
+) -> list[Value | Known]:
+  """The outputs of a trace as values of one argument; the others are known."""
   at = input_position(args, argnums)
-  jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(*args)
   inputs: list[Value | Known] = []
+  avals = iter(jaxpr.in_avals)
   for i, (name, argument) in enumerate(zip(_names(f, args), args, strict=True)):
     if i == at:
-      nowhere = uniform(False, argument.shape)
+      nowhere = uniform(False, next(avals).shape)
       inputs.append(Value(nowhere, nowhere))
       continue
     for path, leaf in jax.tree_util.tree_leaves_with_path(argument):
       parts = [name] if len(args) > 2 or not path else []
       if path:
         parts.append(jax.tree_util.keystr(path, simple=True, separator="/"))
-      inputs.append(Known(real(leaf), {"/".join(parts): real(leaf)}))
-  outputs = Walk().run(jaxpr.jaxpr, _known(jaxpr.consts), inputs, Place())
-  return outputs, jax.tree.structure(shape)
+      known = number(leaf, next(avals).dtype)
+      inputs.append(dataclasses.replace(known, origins={"/".join(parts): known.low}))
+  return Walk().run(jaxpr.jaxpr, _consts(jaxpr), inputs, Place())
+
+
+def evaluate(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Known]) -> list[Known]:
+  """Enclosures of the outputs of a function over the reals at one point.
+
+  Args:
+    jaxpr: of the function.
+    inputs: its arguments, flat. Those that are the point have `varies`: what depends on them is
+      computed in float64, rounded outwards, whatever the program's dtype.
+
+  Raises:
+    Unknown: an operation cannot be enclosed.
+  """
+  outputs = Walk().run(jaxpr.jaxpr, _consts(jaxpr), inputs, Place())
+  return [x for x in outputs if isinstance(x, Known)]
 
 
 def input_position(args: Sequence[Any], argnums: int) -> int:
@@ -86,8 +152,10 @@ def _names(f: Callable[..., Any], args: Sequence[Any]) -> list[str]:
   return [names[i] if i < len(names) else f"argument {i}" for i in range(len(args))]
 
 
-def _known(numbers: Sequence[Any]) -> list[Known]:
-  return [Known(real(number)) for number in numbers]
+def _consts(closed) -> list[Known]:
+  """The numbers that a closed jaxpr closes over."""
+  pairs = zip(closed.consts, closed.jaxpr.constvars, strict=True)
+  return [number(value, var.aval.dtype) for value, var in pairs]
 
 
 class Walk:
@@ -104,7 +172,7 @@ class Walk:
       if not isinstance(var, jex.Literal):
         return env[var]
       aval: Any = var.aval
-      return Known(real(np.asarray(var.val, aval.dtype)))
+      return number(var.val, aval.dtype)
 
     for eqn in _needed(jaxpr):
       inputs = [read(v) for v in eqn.invars]
@@ -114,22 +182,28 @@ class Walk:
 
   def _equation(self, eqn, inputs, place: Place) -> list[Value | Known]:
     name, params = eqn.primitive.name, eqn.params
-    if name in CALLS and not log_sum_exp.is_logaddexp(eqn):
-      inner = params[CALLS[name]]
-      closed = isinstance(inner, jex.ClosedJaxpr)
-      jaxpr, consts = (inner.jaxpr, inner.consts) if closed else (inner, [])
-      return self.run(jaxpr, _known(consts), inputs, place)
-    if name == "scan" and not all(isinstance(x, Known) for x in inputs):
+    known = all(isinstance(x, Known) for x in inputs)
+    if name in CALLS and (known or not log_sum_exp.is_logaddexp(eqn)):
+      return self._inner(params[CALLS[name]], inputs, place)
+    if name == "scan":
       unrolled = self._scan(params, inputs, place)
       if unrolled is not None:
         return unrolled
-    if name == "cond" and isinstance(inputs[0], Known):
-      branch = params["branches"][int(np.clip(inputs[0].array, 0, len(params["branches"]) - 1))]
-      return self.run(branch.jaxpr, _known(branch.consts), inputs[1:], place)
-    if all(isinstance(x, Known) for x in inputs):
-      origins = {n: a for x in inputs for n, a in x.origins.items()}
-      return [Known(real(a), origins) for a in fold(eqn, [x.array for x in inputs])]
-    if name in SAME or (name == "convert_element_type" and _stays_real(eqn)):
+    if name == "while" and known:
+      unrolled = self._while(params, inputs, place)
+      if unrolled is not None:
+        return unrolled
+    if name == "cond" and isinstance(inputs[0], Known) and inputs[0].is_exact:
+      branch = params["branches"][int(np.clip(inputs[0].low, 0, len(params["branches"]) - 1))]
+      return self._inner(branch, inputs[1:], place)
+    if known:
+      try:
+        return list(fold(eqn, inputs))
+      except Unknown:
+        if any(x.varies for x in inputs):
+          raise
+        return self._values(eqn, inputs, place)
+    if name in SAME or _keeps_precision(eqn):
       return inputs
     return self._values(eqn, inputs, place)
 
@@ -138,8 +212,9 @@ class Walk:
     name = eqn.primitive.name
     op = Operation(name, eqn, tuple(inputs), place, self._order)
     reals = [jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.outvars]
-    if len(eqn.outvars) > 1 or not all(reals) or not all(_is_real(x) for x in inputs[1:]):
-      if name == "split":
+    known = all(isinstance(x, Known) for x in inputs)  # It cannot be enclosed.
+    if known or len(eqn.outvars) != 1 or not all(reals) or not all(map(_is_real, inputs[1:])):
+      if name == "split" and not known:
         return _split(eqn, inputs[0], op)
       nothing = [uniform(True, v.aval.shape) for v in eqn.outvars]
       return [Value(no, no, op, real) for no, real in zip(nothing, reals, strict=True)]
@@ -168,12 +243,31 @@ class Walk:
     for i in range(length):
       at = length - 1 - i if params["reverse"] else i
       row = [_row(column, at, place) for column in columns]
-      outputs = self.run(body.jaxpr, _known(body.consts), [*consts, *carry, *row], place)
+      outputs = self._inner(body, [*consts, *carry, *row], place)
       carry = outputs[:carried]
       rows.append(outputs[carried:])
     if params["reverse"]:
       rows.reverse()
     return [*carry, *(_stack(column, place) for column in zip(*rows, strict=True))]
+
+  def _while(self, params, inputs, place: Place) -> list[Value | Known] | None:
+    """The outputs of a `while` of known numbers; None where it is too long."""
+    split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    outer, fixed, carry = inputs[: split[0]], inputs[split[0] : split[1]], inputs[split[1] :]
+    for _ in range(LOOP_LIMIT):
+      (more,) = self._inner(params["cond_jaxpr"], [*outer, *carry], place)
+      if not isinstance(more, Known) or not more.is_exact:
+        return None
+      if not more.low:
+        return list(carry)
+      carry = self._inner(params["body_jaxpr"], [*fixed, *carry], place)
+    return None
+
+  def _inner(self, jaxpr, inputs, place: Place) -> list[Value | Known]:
+    """The outputs of a jaxpr, closed or (from jax 0.12 on, in some places) without constants."""
+    if isinstance(jaxpr, jex.ClosedJaxpr):
+      return self.run(jaxpr.jaxpr, _consts(jaxpr), inputs, place)
+    return self.run(jaxpr, [], inputs, place)
 
 
 def _second_look(op: Operation, masks: Masks) -> tuple[Masks, Operation]:
@@ -203,16 +297,19 @@ def _split(eqn, x: Value, op: Operation) -> list[Value | Known]:
 
 def _row(x: Value | Known, i: int, place: Place) -> Value | Known:
   if isinstance(x, Known):
-    return Known(x.array[i], x.origins)
+    low = x.low[i]
+    return Known(low, low if x.low is x.high else x.high[i], x.origins, x.varies)
   return _moved([x], x.not_convex[i], x.not_concave[i], place)
 
 
 def _stack(rows: Sequence[Value | Known], place: Place) -> Value | Known:
-  if all(isinstance(r, Known) for r in rows):
-    arrays: list[Any] = [r.array for r in rows]  # pyright: ignore[reportAttributeAccessIssue]
-    stack: Any = np.stack if isinstance(arrays[0], np.ndarray) else jnp.stack
-    return Known(stack(arrays))
-  masks = [r.masks if isinstance(r, Value) else (~np.isfinite(r.array),) * 2 for r in rows]
+  known = [r for r in rows if isinstance(r, Known)]
+  if len(known) == len(rows):
+    stack: Any = np.stack if isinstance(known[0].low, np.ndarray | np.generic) else jnp.stack
+    low = stack([r.low for r in known])
+    high = low if all(r.low is r.high for r in known) else stack([r.high for r in known])
+    return Known(low, high, {}, any(r.varies for r in known))
+  masks = [r.masks if isinstance(r, Value) else (~is_finite(r),) * 2 for r in rows]
   not_convex, not_concave = (np.stack(column) for column in zip(*masks, strict=True))
   return _moved(rows, not_convex, not_concave, place)
 
@@ -230,8 +327,12 @@ def _is_real(x: Value | Known) -> bool:
   return isinstance(x, Known) or x.is_real
 
 
-def _stays_real(eqn) -> bool:
-  return all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (*eqn.invars, *eqn.outvars))
+def _keeps_precision(eqn) -> bool:
+  """Whether an equation is a change of precision whose rounding is left out of account."""
+  if eqn.primitive.name == "convert_element_type":
+    source, target = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+    return is_float(source) and is_half_or_more(target)
+  return keeps_precision(eqn)
 
 
 def _needed(jaxpr) -> Iterator[Any]:

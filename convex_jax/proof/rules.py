@@ -44,15 +44,18 @@ def _moving(data: Callable[[int], range], padded: bool = False):
 
   def rule(op: Operation, *inputs):
     moved = data(len(inputs))
-    if any(isinstance(x, Value) for i, x in enumerate(inputs) if i not in moved):
+    indices = [x for i, x in enumerate(inputs) if i not in moved]
+    if any(isinstance(x, Value) for x in indices):
       return lost(op)
+    if not all(x.is_exact for x in indices):
+      return _any_of(op, inputs[1:]) if op.primitive == "select_n" else lost(op)
 
     def move(masks):
       if all(map(is_nowhere, masks)):
         return uniform(False, op.shape)
       if not padded and all(is_uniform(m) and m.size and m.flat[0] for m in masks):
         return uniform(True, op.shape)
-      arrays = [x.array if isinstance(x, Known) else x.masks[0] for x in inputs]
+      arrays = [x.low if isinstance(x, Known) else x.masks[0] for x in inputs]
       for i, mask in zip(moved, masks, strict=True):
         arrays[i] = mask
       return np.asarray(op.bind(*arrays))
@@ -63,24 +66,30 @@ def _moving(data: Callable[[int], range], padded: bool = False):
   return rule
 
 
+def _any_of(op: Operation, cases) -> Masks:
+  """One of the cases, always the same one, but rounding decides which."""
+  nc, nk = (either(*masks) for masks in zip(*(c.masks for c in cases), strict=True))
+  return np.broadcast_to(nc, op.shape), np.broadcast_to(nk, op.shape)
+
+
 def _gather(op: Operation, x, indices) -> Masks:
   """Indices out of bounds give the fill value, by default NaN, which is not convex."""
-  if isinstance(indices, Value):
+  if isinstance(indices, Value) or not indices.is_exact:
     return lost(op)
   fill = op.params["fill_value"]
   outside = fill is None or not np.isfinite(fill)
-  nc, nk = (np.asarray(op.bind(m, indices.array, fill_value=outside)) for m in x.masks)
+  nc, nk = (np.asarray(op.bind(m, indices.low, fill_value=outside)) for m in x.masks)
   return nc, nk
 
 
 # Linear operations: sums keep convexity, known factors keep or swap it by their sign.
 
 
-def _signed(op: Operation, x: Value, weights: np.ndarray, apply: Callable) -> Masks:
-  """A linear operation `apply(mask, part of the weights)`, by the signs of its weights."""
-  if x.is_lost and not weights.all() and not is_total(x):
+def _signed(op: Operation, x: Value, weights: Known, apply: Callable) -> Masks:
+  """A linear operation `apply(mask, part of the weights)`, by the signs that weights may have."""
+  plus, minus = weights.high > 0, weights.low < 0
+  if x.is_lost and not _has_no_zero(weights) and not is_total(x):
     return lost(op)  # 0 times a value that may be infinite is not 0.
-  plus, minus = weights > 0, weights < 0
 
   def one(same, turned):
     parts = [
@@ -97,7 +106,7 @@ def _bilinear(op: Operation, a, b) -> Masks:
   """`dot_general`, `conv_general_dilated`: linear where one side is known."""
   if isinstance(a, Value) and isinstance(b, Value):
     return lost(op)
-  x, weights, first = (a, b.array, True) if isinstance(a, Value) else (b, a.array, False)
+  x, weights, first = (a, b, True) if isinstance(a, Value) else (b, a, False)
 
   def apply(mask, part):
     pair = (mask, part) if first else (part, mask)
@@ -110,14 +119,18 @@ def _bilinear(op: Operation, a, b) -> Masks:
 def _multiply(op: Operation, a, b) -> Masks:
   if isinstance(a, Value) and isinstance(b, Value):
     return _square(op, a) if a is b else lost(op)
-  x, weights = (a, b.array) if isinstance(a, Value) else (b, a.array)
+  x, weights = (a, b) if isinstance(a, Value) else (b, a)
   return _signed(op, x, weights, lambda mask, part: np.broadcast_to(mask & part, op.shape))
 
 
 def _divide(op: Operation, a, b) -> Masks:
-  if isinstance(b, Value) or (b.array == 0).any():
+  if isinstance(b, Value) or not _has_no_zero(b):
     return lost(op)
-  return _multiply(op, a, Known(np.sign(b.array)))
+  return _multiply(op, a, Known.exactly(np.sign(b.low)))
+
+
+def _has_no_zero(x: Known) -> bool:
+  return bool(((x.low > 0) | (x.high < 0)).all())
 
 
 def _add(op: Operation, a, b) -> Masks:
@@ -157,9 +170,9 @@ def _clamp(op: Operation, low, x, high) -> Masks:
   """min(max(x, low), high): convex where no upper bound cuts, concave where no lower one does."""
   if not isinstance(low, Known) or not isinstance(high, Known):
     return lost(op)
-  if np.isposinf(low.array).any() or np.isneginf(high.array).any():
+  if np.isposinf(low.high).any() or np.isneginf(high.low).any():
     return lost(op)
-  return either(x.masks[0], high.array < np.inf), either(x.masks[1], low.array > -np.inf)
+  return either(x.masks[0], high.low < np.inf), either(x.masks[1], low.high > -np.inf)
 
 
 # Reductions: a sum is convex where all its terms are; so is a maximum, unless it is over nothing
@@ -261,8 +274,8 @@ def is_total(x: Any) -> bool:
     op = node.made_by
     if op.primitive not in TOTAL:
       return False
-    known = [i.array for i in op.inputs if isinstance(i, Known)]
-    if op.primitive == "div" and (isinstance(op.inputs[1], Value) or (known[-1] == 0).any()):
+    divisor = op.inputs[1] if op.primitive == "div" else None
+    if isinstance(divisor, Value) or (divisor is not None and not _has_no_zero(divisor)):
       return False
     if op.primitive == "gather" and "FILL" in str(op.params["mode"]):
       return False
@@ -278,6 +291,6 @@ def is_total(x: Any) -> bool:
 
 def is_defined(primitive: str, inputs: Sequence[Value | Known]) -> bool:
   """Whether no known number is NaN or infinite, but for a bound that does not bind."""
-  floats = [x.array for x in inputs if isinstance(x, Known) and x.array.dtype == np.float64]
+  floats = [a for x in inputs if isinstance(x, Known) and x.is_float for a in (x.low, x.high)]
   binds = {"max": np.isposinf, "min": np.isneginf, "clamp": np.zeros_like}.get(primitive, np.isinf)
   return not any(np.isnan(a).any() or np.any(binds(a)) for a in floats)

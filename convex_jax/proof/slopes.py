@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from convex_jax.proof.enclosures import magnitude as magnitude_of
 from convex_jax.proof.values import Known, Operation, ScalarFunction, Value
 
 # Primitives by how they pass changes on. The larger of two numbers changes by no more than the
@@ -84,11 +85,11 @@ class _Bound:
       keys = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
       window = (op.params[k] for k in keys)
       return lax.reduce_window(self.of(inputs[0]), 0.0, lax.add, *window)
-    if name == "select_n" and isinstance(inputs[0], Known):
-      return self._bind(op, [inputs[0].array, *map(self.of, inputs[1:])])
+    if name == "select_n" and isinstance(inputs[0], Known) and inputs[0].is_exact:
+      return self._bind(op, [inputs[0].low, *map(self.of, inputs[1:])])
     if name in _MOVES:
-      whole = [x.array for x in inputs if isinstance(x, Known) and x.array.dtype != np.float64]
-      data = [self.of(x) for x in inputs if isinstance(x, Value) or x.array.dtype == np.float64]
+      whole = [x.low for x in inputs if isinstance(x, Known) and not x.is_float]
+      data = [self.of(x) for x in inputs if isinstance(x, Value) or x.is_float]
       return self._bind(op, [*data, *whole])  # Indices come last.
     raise ValueError(f"{name} has no bound on how fast it changes, in {op.place}")
 
@@ -98,8 +99,11 @@ class _Bound:
       raise ValueError(
         f"a product of two values that depend on the input has no bound, in {op.place}"
       )
+    end = 0 if op.primitive == "div" else 1  # Of the known magnitude, the worse.
     a, b = (
-      self.of(x) if isinstance(x, Value) else jnp.abs(jnp.asarray(x.array, self._size.dtype))
+      self.of(x)
+      if isinstance(x, Value)
+      else jnp.asarray(magnitude_of((x.low, x.high))[end], self._size.dtype)
       for x in (a, b)
     )
     if op.primitive in ("mul", "div"):
@@ -122,11 +126,13 @@ def linear_end(output: Value) -> tuple[Value, np.ndarray] | None:
   if op is None or op.primitive != "dot_general":
     return None
   h, weights = op.inputs
-  if not isinstance(h, Value) or not isinstance(weights, Known) or weights.array.ndim != 2:
+  if not isinstance(h, Value) or not isinstance(weights, Known) or weights.low.ndim != 2:
     return None
+  if not weights.is_exact:
+    return None  # Differences of its columns are known only to within rounding.
   contracted, batched = op.params["dimension_numbers"]
   plain = [tuple(axes) for axes in contracted] == [(len(h.shape) - 1,), (0,)]
-  return (h, weights.array) if plain and batched == ((), ()) else None
+  return (h, weights.low) if plain and batched == ((), ()) else None
 
 
 def sensitivities(output: Value, shape: tuple[int, ...], alone: bool = False) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 # is attributed to a line in one of these only if there is no other. Any package may add its own.
 PLUMBING: set[str] = set()
 
+_HERE = os.path.join(os.path.dirname(__file__), "")  # The proof traces functions through its own.
 _STDLIB = sysconfig.get_paths()["stdlib"]
 # Folders whose functions (gelu, LayerNorm) name what was computed, but for Flax's machinery.
 _NAMED = (("jax", "_src", "nn"), ("flax", "linen"))
@@ -57,8 +58,8 @@ def place_of(eqn, outer: Place) -> Place:
 
 
 def _is_own(path: str) -> bool:
-  """Whether a file is the user's: not jax, Flax or Python's."""
-  if path.startswith((*_folders([("jax",), ("flax",)]), "<")):
+  """Whether a file is the user's: not jax's, Flax's, Python's, nor of this package."""
+  if path.startswith((*_folders([("jax",), ("flax",)]), _HERE, "<")):
     return False
   return not path.startswith(_STDLIB) or "site-packages" in path
 

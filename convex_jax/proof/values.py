@@ -20,20 +20,54 @@ Masks = tuple[np.ndarray, np.ndarray]  # Not proved convex, not proved concave.
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Known:
-  """A number that does not depend on the input."""
+  """A number that does not depend on the input, by its enclosure low <= number <= high.
 
-  array: np.ndarray
+  Floats are in float64. Their enclosure contains the real number and all that the program may
+  make of it by rounding each operation in its own dtype. Integers, booleans and random keys are
+  the program's own. A sign, an order or an index is known only if both ends show it.
+  """
+
+  low: np.ndarray
+  high: np.ndarray  # The very array `low` where the number is exact.
   origins: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # Weights in it.
+  varies: bool = False  # It stands for a value at one point of the input: see `evaluate`.
   is_real: ClassVar[bool] = True
+
+  @classmethod
+  def exactly(cls, array: Any, origins: dict[str, np.ndarray] | None = None) -> "Known":
+    """A number without rounding."""
+    return cls(array, array, origins or {})
+
+  @functools.cached_property
+  def is_exact(self) -> bool:
+    return self.low is self.high or bool(np.array_equal(self.low, self.high))
+
+  @property
+  def array(self) -> np.ndarray:
+    """The number, or the middle of its enclosure: for estimates and messages."""
+    if self.low is self.high or not self.is_float:
+      return self.low
+    return self.low + (self.high - self.low) / 2
+
+  @property
+  def is_float(self) -> bool:
+    return self.low.dtype == np.float64
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return self.array.shape
+    return self.low.shape
 
   @property
   def masks(self) -> Masks:
     no = uniform(False, self.shape)
     return no, no
+
+
+def is_finite(known: Known) -> np.ndarray:
+  """Where a known number is surely a finite real number."""
+  if not isinstance(known.low, np.ndarray | np.generic):  # A random key.
+    return np.zeros(known.shape, bool)
+  return np.isfinite(known.low) & np.isfinite(known.high)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -346,7 +346,7 @@ def test_every_primitive_with_a_rule_exists():
   """A table of soundness has no dead rows."""
   # By type: `isinstance` asks every object for its class, to which some libraries answer by warning.
   exist = {p.name for p in gc.get_objects() if issubclass(type(p), jax.extend.core.Primitive)}
-  named = {*rules.RULES, *rules.TOTAL, *interpreter.CALLS, *constants.SAME, *constants.FOLDS}
+  named = {*rules.RULES, *rules.TOTAL, *interpreter.CALLS, *constants.SAME, *constants._BY_ENDS}
   named |= {*slopes.PRIMITIVES, *log_sum_exp.PATTERNS}
   missing = MISSING.get(".".join(jax.__version__.split(".")[:2]), set())
   assert named - exist == missing and "no such primitive" not in exist

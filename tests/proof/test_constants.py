@@ -1,0 +1,311 @@
+"""Known numbers: enclosures that contain the real number and what the program makes of it."""
+
+import fractions
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import io_callback
+
+from convex_jax.proof import certify, constants, enclosures, interpreter
+from convex_jax.proof.values import Known
+
+RNG = np.random.default_rng(0)
+X = jax.ShapeDtypeStruct((4,), jnp.float32)
+NUMBERS = [-7.3, -1.0, -1e-20, 0.0, 1e-30, 0.1, 0.5, 1.0, 3.0, 1e8]
+PAIRS = list(itertools.product(NUMBERS, NUMBERS))
+WIDE = [(-2.0, -0.5), (-0.3, 0.7), (0.0, 2.0), (0.1, 0.1)]
+
+exact = fractions.Fraction
+
+
+def enclose(f, *numbers, varies=False) -> list[Known]:
+  """The enclosures of f's outputs; the numbers are given in their own dtypes."""
+  jaxpr, _ = interpreter.trace(f, *numbers[:-1], jnp.asarray(numbers[-1]))
+  inputs = [constants.number(n, a.dtype) for n, a in zip(numbers, jaxpr.in_avals, strict=True)]
+  inputs = [Known(k.low, k.high, {}, varies) for k in inputs]
+  return interpreter.evaluate(jaxpr, inputs)
+
+
+@pytest.mark.parametrize(
+  "name,operation",
+  [
+    ("add", lambda a, b: a + b),
+    ("subtract", lambda a, b: a - b),
+    ("multiply", lambda a, b: a * b),
+    ("divide", lambda a, b: a / b),
+  ],
+)
+def test_interval_arithmetic_contains_the_exact_result(name, operation):
+  """Against rational arithmetic, of points and of the corners of intervals."""
+  compute = getattr(enclosures, name)
+  points = [((a, a), (b, b)) for a, b in PAIRS]
+  for a, b in [*points, *itertools.product(WIDE, WIDE)]:
+    if name == "divide" and b[0] <= 0 <= b[1]:
+      with np.errstate(all="ignore"):
+        assert np.isnan(compute(tuple(map(np.float64, a)), tuple(map(np.float64, b)))).all()
+      continue
+    low, high = compute(tuple(map(np.float64, a)), tuple(map(np.float64, b)))
+    for x, y in itertools.product(map(exact, a), map(exact, b)):
+      assert exact(float(low)) <= operation(x, y) <= exact(float(high))
+  third = enclosures.divide((np.float64(1),) * 2, (np.float64(3),) * 2)
+  assert third[0] < third[1], "a rounded quotient is a point"
+  half = enclosures.divide((np.float64(1),) * 2, (np.float64(2),) * 2)
+  assert half[0] == half[1] == 0.5, "an exact quotient is widened"
+
+
+@pytest.mark.parametrize("power", [0, 1, 2, 3, 5, 8, -1, -2])
+def test_integer_powers_contain_the_exact_result(power):
+  for low, high in [*WIDE, *((n, n) for n in NUMBERS)]:
+    with np.errstate(all="ignore"):
+      found = enclosures.integer_power((np.float64(low), np.float64(high)), power)
+    if power < 0 and low <= 0 <= high:
+      assert np.isnan(found).all()
+      continue
+    inside = [exact(x) for x in np.linspace(low, high, 7)]
+    assert all(exact(float(found[0])) <= x**power <= exact(float(found[1])) for x in inside)
+
+
+@pytest.mark.parametrize("name", sorted(enclosures.FUNCTIONS))
+def test_functions_contain_what_jax_computes_between_the_ends(name):
+  """Against XLA's float64, which is not numpy's or scipy's, to within its rounding."""
+  primitive = getattr(lax, {"neg": "neg"}.get(name, name))
+  domain = {"log1p": -0.9, "log": 0.1, "sqrt": 0, "rsqrt": 0.1, "erf_inv": -0.9}
+  low = RNG.uniform(domain.get(name, -3), 0.8, 50)
+  high = np.minimum(low + RNG.uniform(0, 0.5, 50), 0.95)
+  low = np.minimum(low, high)
+  found = enclosures.FUNCTIONS[name]((low, high))
+  assert np.isfinite(found).all()
+  with jax.enable_x64(True):
+    values = np.stack([primitive(jnp.asarray(x)) for x in np.linspace(low, high, 9)])
+  slack = 1e-14 * (1 + np.abs(values))
+  assert ((found[0] - slack <= values) & (values <= found[1] + slack)).all()
+  assert (found[1] - found[0] <= np.ptp(values, 0) * 1.5 + 1).all(), "an empty promise"
+
+
+PROGRAMS = [
+  ("products", lambda a, b: a * b / (jnp.abs(a) + 1)),
+  ("matrices", lambda a, b: a.reshape(4, 4) @ b.reshape(4, 4)),
+  ("sums", lambda a, b: jnp.cumsum(a) - b.mean()),
+  ("functions", lambda a, b: jnp.exp(a) * jax.nn.softplus(b) + jnp.tanh(a) - jnp.log1p(b**2)),
+  ("roots", lambda a, b: lax.rsqrt(b.var() + 0.125) * a),
+  ("a loop", lambda a, b: lax.fori_loop(0, 5, lambda i, c: c * 0.875 + b, a)),
+  ("a scan", lambda a, b: lax.scan(lambda c, r: (c * r + 1, c), 0.125, a)[1] * b),
+  ("a while", lambda a, b: lax.while_loop(lambda c: c.sum() < 99, lambda c: c * 2 + 1, b**2) + a),
+  ("choices", lambda a, b: jnp.where(a > b, a, jnp.maximum(b, 0.125)) + jnp.sort(a)),
+  ("normalised", lambda a, b: jax.nn.standardize(a) + jax.nn.softmax(b)),
+  ("half precision", lambda a, b: (a.astype(jnp.bfloat16) * b.astype(jnp.bfloat16)).astype(float)),
+  ("convolved", lambda a, b: jnp.convolve(a, b, mode="same")),
+]
+
+
+@pytest.mark.parametrize("name,program", PROGRAMS, ids=[p[0] for p in PROGRAMS])
+def test_enclosures_contain_the_program_and_the_real_numbers(name, program):
+  """The program as XLA runs it, compiled and not, and the same in float64."""
+  a, b = (RNG.standard_normal(16).astype(np.float32) for _ in range(2))
+  (found,) = enclose(program, a, b)
+  with jax.enable_x64(True):
+    real = program(jnp.asarray(a, jnp.float64), jnp.asarray(b, jnp.float64))
+  narrow = [program(jnp.asarray(a), jnp.asarray(b)), jax.jit(program)(a, b)]
+  for value in [*narrow, *([real] if name != "half precision" else [])]:
+    inside = (found.low <= np.asarray(value)) & (np.asarray(value) <= found.high)
+    assert inside.all(), (found.low - value, found.high - value)
+  assert (found.high - found.low).max() < (0.2 if name == "half precision" else 1e-3)
+
+
+@pytest.mark.parametrize("name,program", PROGRAMS[:-2], ids=[p[0] for p in PROGRAMS[:-2]])
+def test_a_point_is_enclosed_in_float64(name, program):
+  """Whatever the program's dtype: these decide whether two points refute."""
+  a, b = (RNG.standard_normal(16).astype(np.float32) for _ in range(2))
+  (found,) = enclose(program, a, b, varies=True)
+  with jax.enable_x64(True):
+    real = np.asarray(program(jnp.asarray(a, jnp.float64), jnp.asarray(b, jnp.float64)))
+  slack = 0.1 if name == "half precision" else 1e-13 * (1 + np.abs(real))
+  assert ((found.low - slack <= real) & (real <= found.high + slack)).all()
+  assert (found.high - found.low <= 1e-11 * (1 + np.abs(real))).all()
+
+
+T = jnp.float32(1e-30)
+KEY = jax.random.key(7)
+
+# (name, a factor that the program computes, whether it is surely > 0)
+FACTORS = [
+  ("an integer that wraps", lambda: jnp.asarray(jnp.int32(50000) * 50000, jnp.float32), False),
+  ("a small integer", lambda: jnp.asarray(jnp.int32(500) * 500, jnp.float32), True),
+  ("unsigned, below 0", lambda: (jnp.uint8(3) - jnp.uint8(4)).astype(jnp.float32), True),
+  ("a cast that wraps", lambda: jnp.int32(200).astype(jnp.int8).astype(jnp.float32), False),
+  ("rejection sampling", lambda: jax.random.gamma(KEY, 2.0) - 3, False),
+  ("a draw above 0", lambda: jax.random.gamma(KEY, 2.0), True),
+  ("a uniform draw", lambda: jax.random.uniform(KEY) + 0.01, True),
+  ("a Poisson draw", lambda: jax.random.poisson(KEY, 3.0) + 1.0, True),
+  ("floor at a border", lambda: 6.5 - jnp.floor(jnp.float32(0.7) * 10), False),
+  ("floor, clear", lambda: 6.5 - jnp.floor(jnp.float32(0.65) * 10), True),
+  ("ceil at a border", lambda: jnp.ceil(jnp.float32(0.7) * 10) - 7.5, False),
+  ("round at a half", lambda: jnp.round(jnp.float32(0.35) * 10) - 3.5, False),
+  ("a cast at a border", lambda: 6.5 - (jnp.float32(0.7) * 10).astype(jnp.int32), False),
+  (
+    "a comparison at a border",
+    lambda: jnp.where(jnp.float32(0.1) + jnp.float32(0.2) > jnp.float32(0.3), 1.0, -1.0),
+    False,
+  ),
+  ("a comparison, clear", lambda: jnp.where(jnp.float32(0.1) * 3 > 0.2, 1.0, -1.0), True),
+  ("either case", lambda: jnp.where(jnp.float32(0.1) * 3 > 0.3, 1.0, 2.0), True),
+  (
+    "an index at a border",
+    lambda: jnp.float32([1, -1])[(jnp.float32(0.7) * 10).astype(int) - 6],
+    False,
+  ),
+  ("the sign of a difference", lambda: jnp.float32(0.1) * 3 - jnp.float32(0.3), False),
+  ("a difference, clear", lambda: jnp.float32(0.1) * 3 - jnp.float32(0.2), True),
+  ("an exact difference", lambda: jnp.float32(0.75) - jnp.float32(0.5), True),
+  ("a tiny product", lambda: jnp.float32(1e-30) * jnp.float32(1e-30), True),
+  (
+    "a cast to float8",
+    lambda: jnp.float32(1.05).astype(jnp.float8_e4m3fn).astype(float) - 1.02,
+    False,
+  ),
+  (
+    "an effect",
+    lambda: io_callback(lambda: np.float32(1), jax.ShapeDtypeStruct((), "float32")),
+    False,
+  ),
+  (
+    "a callback",
+    lambda: jax.pure_callback(lambda: np.float32(1), jax.ShapeDtypeStruct((), "float32")),
+    False,
+  ),
+  ("an argument of most", lambda: 1.5 - jnp.argmax(jnp.float32([0.1 * 3, 0.3])), True),
+  ("bits", lambda: lax.bitcast_convert_type(jnp.uint32(0x3F800000), jnp.float32), True),
+  ("exp, far below", lambda: jnp.exp(jnp.float32(-80)), True),
+  ("underflow that is compared", lambda: 2 * (jnp.float32(1e-30) * 1e-30 > 0) - 1.0, False),
+  ("overflow that is asked for", lambda: 2.0 * jnp.isfinite(jnp.float32(1e30) * 1e30) - 1, False),
+  ("overflow", lambda: jnp.float32(1e30) * jnp.float32(1e30), False),
+  ("a quotient by what may be 0", lambda: 1 / (jnp.float32(0.1) * 3 - jnp.float32(0.3)), False),
+  (
+    "a comparison with such a quotient",
+    lambda: jnp.where(1 / (jnp.float32(0.1) * 3 - jnp.float32(0.3)) > 0, -1.0, 1.0),
+    False,
+  ),
+  (
+    "sorted with such a quotient",
+    lambda: jnp.sort(jnp.stack([1 / (jnp.float32(0.1) * 3 - jnp.float32(0.3)), 1.0]))[0],
+    False,
+  ),
+  (
+    "clipped from such a quotient",
+    lambda: jnp.clip(1 / (jnp.float32(0.1) * 3 - jnp.float32(0.3)), 1, 2),
+    False,
+  ),
+  ("softplus of a rounded number", lambda: jax.nn.softplus(jnp.float32(-0.1) * 3), True),
+  ("a long loop", lambda: lax.fori_loop(0, 2000, lambda i, c: c * 1.001, 1.0), False),
+  (
+    "a loop that may end sooner",
+    lambda: 0.35 - lax.while_loop(lambda c: c < 0.3, lambda c: c + 0.1, jnp.float32(0)),
+    False,
+  ),
+  ("a high power", lambda: jnp.float32(1.1) ** 100, True),
+  ("a product of twelve", lambda: -jnp.prod(jnp.full(12, 1e-30)), False),
+  ("a product that underflows float64", lambda: -functools.reduce(jnp.multiply, [T] * 12), False),
+  ("a product of three", lambda: jnp.prod(jnp.float32([0.1, -0.2, -0.3])), True),
+  ("a running product", lambda: jnp.cumprod(jnp.float32([-0.1, -0.2, 0.3, 4]))[2], True),
+  ("what XLA takes for 0", lambda: -(jnp.exp(jnp.full(3, -1000.0)) @ jnp.ones(3)), False),
+  ("sums of updates", lambda: jnp.zeros(3).at[jnp.array([0, 0, 1])].add(0.1)[0], True),
+  ("updates that cancel", lambda: jnp.full(3, -0.3).at[jnp.array([0, 0, 0])].add(0.1)[0], False),
+  ("counted in a loop", lambda: lax.while_loop(lambda c: c < 5, lambda c: c * 2.0, 1.0), True),
+]
+
+
+@pytest.mark.parametrize("name,factor,positive", FACTORS, ids=[f[0] for f in FACTORS])
+def test_a_sign_is_known_only_if_the_program_and_the_reals_agree(name, factor, positive):
+  """A factor of x^2 decides between convex and not."""
+  certificate = certify(lambda x: jnp.square(x) * factor(), X, search_steps=0)
+  assert bool(certificate) == positive, certificate
+
+
+def test_folded_integers_are_the_arguments_own():
+  """Of 64-bit numbers a program without 64-bit types makes 32-bit ones."""
+
+  def f(w, x):
+    return jnp.square(x) * jnp.asarray(w * w, jnp.float32)
+
+  assert not certify(f, np.int64(50000), X, search_steps=0)
+  assert certify(f, np.int64(500), X, search_steps=0)
+
+
+STALE = {"factor": 1.0}
+
+
+def _scaled(x):
+  return STALE["factor"] * x
+
+
+_compiled = jax.jit(_scaled)
+WRAPPERS = {
+  "plain": _scaled,
+  "compiled": _compiled,
+  "compiled within": lambda x: _compiled(x) + 0,
+  "checkpointed": jax.checkpoint(_scaled),
+  "vectorised": jax.vmap(_compiled),
+  "scanned": lambda x: lax.map(_compiled, x),
+  "branch": lambda x: lax.cond(True, _compiled, _scaled, x),
+  "loop": lambda x: lax.fori_loop(0, 1, lambda i, c: _compiled(c), x),
+  "differentiated": lambda x: jax.jvp(_compiled, (x,), (x,))[1],
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_certificate_is_about_the_function_as_it_is_now(name, monkeypatch):
+  """Though JAX keeps the jaxpr of a function that it has traced before."""
+
+  def network(x):
+    return WRAPPERS[name](jnp.square(x))
+
+  for factor, verdict in ((1.0, "PROVED"), (-1.0, "REFUTED"), (2.0, "PROVED")):
+    monkeypatch.setitem(STALE, "factor", factor)
+    assert certify(network, X).verdict == verdict
+
+
+class Network:
+  """A mutable module."""
+
+  def __init__(self):
+    self.weights = np.ones(4, np.float32)
+
+  def __call__(self, x):
+    return jnp.dot(self.weights, jnp.square(x))
+
+
+def test_a_module_that_was_changed_in_place_is_seen():
+  network = Network()
+  assert certify(network, X).verdict == "PROVED"
+  network.weights *= -1
+  assert certify(network, X).verdict == "REFUTED"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_casts_to_half_precision_or_more_count_as_no_rounding(dtype):
+  assert certify(lambda x: x.astype(dtype).astype(float), X, kind="affine", search_steps=0)
+
+
+@pytest.mark.parametrize(
+  "step",
+  [
+    lambda x: lax.reduce_precision(x, 5, 1),
+    lambda x: lax.reduce_precision(x, 8, 22),
+    lambda x: lax.reduce_precision(x, 7, 23),
+    lambda x: x.astype(jnp.float8_e4m3fn).astype(jnp.float32),
+    lambda x: x.astype(jnp.float8_e5m2).astype(jnp.float32),
+    lambda x: x.astype(jnp.float4_e2m1fn).astype(jnp.float32),
+    lambda x: x.astype(jnp.int8).astype(jnp.float32),
+  ],
+)
+def test_casts_to_less_are_steps(step):
+  assert certify(step, X, kind="affine", search_steps=0).verdict == "UNKNOWN"
+
+
+def test_a_precision_that_keeps_the_dtype_is_no_step():
+  assert certify(lambda x: lax.reduce_precision(x, 8, 23), X, kind="affine", search_steps=0)
