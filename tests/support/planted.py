@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 from jax.experimental import io_callback
-from scipy import special
+from scipy import linalg, special
 
 from convex_jax.proof import certify
 
@@ -437,6 +437,87 @@ def magnitudes() -> Iterator[Case]:
   yield one("bfloat16, -1e-38 times 1e-3", np.array([-1e-38, 1e-3], ml_dtypes.bfloat16), lambda xp, w: w[0] * w[1], dtype=ml_dtypes.bfloat16)
 
 
+def on_the_way() -> Iterator[Case]:
+  """Known numbers of which either the real value or what the program gets is below 0."""
+  f32, f16 = np.float32, np.float16
+
+  def one(name, weights, make, value):
+    assert value < 0, name
+    return apart(
+      "overflow, underflow and conditioning", name,
+      lambda w, x: jnp.square(x) * make(w), lambda x: WIDE(value) * x * x,
+      [-1.0], [1.0], weights=(np.asarray(weights, getattr(weights, "dtype", f32)),),
+    )  # fmt: skip
+
+  cancel, tiny = f32([1e8, 1, -1e8, 0]), f32(1e-39)
+  same, zeros = f32([1e-30, 1e-30, 1e30, 1e30]), np.zeros(4, int)
+  # The program loses them on the way.
+  yield one("a product that underflows", same, lambda w: jnp.prod(w) - 0.5, -0.5)
+  yield one("a cumulative product that underflows", same, lambda w: jnp.cumprod(w)[-1] - 0.5, -0.5)
+  yield one("a product of powers that underflows", f32([1e-30, 1e30]), lambda w: w[0] ** 2 * w[1] ** 2 - 0.5, -0.5)
+  yield one("a product by a loop", same, lambda w: lax.fori_loop(0, 4, lambda i, c: c * w[i], f32(1)) - 0.5, -0.5)
+  yield one("a product by a scatter", same, lambda w: jnp.ones(1).at[zeros].multiply(w)[0] - 0.5, -0.5)
+  yield one("a product that overflows", same[::-1], lambda w: sign_of(jnp.isfinite(jnp.prod(w))), -1.0)
+  big = f32([3e38, 3e38, -3e38])
+  yield one("a sum that overflows", big, lambda w: sign_of(jnp.isfinite(w.sum())), -1.0)
+  yield one("a dot product that overflows", big, lambda w: sign_of(jnp.isfinite(w @ jnp.ones(3))), -1.0)
+  yield one("a cumulative sum that overflows", big, lambda w: sign_of(jnp.isfinite(jnp.cumsum(w)[-1])), -1.0)
+  yield one("a mean that overflows", big, lambda w: sign_of(jnp.isfinite(w.mean())), -1.0)
+  yield one("a window's sum that overflows", big, lambda w: sign_of(jnp.isfinite(lax.reduce_window(w, 0.0, lax.add, (3,), (1,), "VALID")[0])), -1.0)
+  yield one("a float16 sum that overflows", f16([6e4, 6e4, -6e4]), lambda w: sign_of(jnp.isfinite(lax.reduce_sum(w, (0,)))), -1.0)
+  yield one("a norm that overflows", f32([1e30, 1e30]), lambda w: sign_of(jnp.isfinite(jnp.sqrt(jnp.sum(w**2)))), -1.0)
+  yield one("an exp that overflows", f32(100), lambda w: sign_of(jnp.isfinite(jnp.exp(w))), -1.0)
+  # Subnormal numbers, which XLA takes for 0.
+  for name, test in (
+    ("> 0", lambda w: w > 0), ("!= 0", lambda w: w != 0), ("as a bool", lambda w: w.astype(bool)),
+    ("+ 0 > 0", lambda w: w + 0.0 > 0), ("times 1 > 0", lambda w: w * 1.0 > 0),
+    ("square root > 0", lambda w: jnp.sqrt(w) > 0), ("maximum with 0 > 0", lambda w: jnp.maximum(w, 0) > 0),
+    ("negated < 0", lambda w: -w < 0), ("in a sum > 0", lambda w: jnp.sum(jnp.stack([w, w])) > 0),
+  ):  # fmt: skip
+    yield one(f"subnormal, {name}", tiny, lambda w, t=test: sign_of(t(w)), -1.0)
+  yield one("sign of a subnormal number", tiny, lambda w: jnp.sign(w) - 0.5, -0.5)
+  yield one("reciprocal of a subnormal number", f32(5e-39), lambda w: sign_of(jnp.isfinite(1 / w)), -1.0)
+  yield one("argmax of subnormal numbers", f32([0, 1e-39]), lambda w: jnp.array([-1.0, 1.0])[jnp.argmax(w)], -1.0)
+  yield one("a difference that is subnormal", f32([1.2e-38, 1.19e-38]), lambda w: sign_of(w[0] - w[1] > 0), -1.0)
+  # Real numbers that cancel.
+  yield one("segment_sum", cancel, lambda w: 0.5 - jax.ops.segment_sum(w, zeros, 1)[0], -0.5)
+  yield one("at[].add", cancel, lambda w: 0.5 - jnp.zeros(1).at[zeros].add(w)[0], -0.5)
+  yield one("at[].subtract", -cancel, lambda w: 0.5 - jnp.zeros(1).at[zeros].subtract(w)[0], -0.5)
+  yield one("a custom reduction", cancel, lambda w: 0.5 - lax.reduce(w, f32(0), lambda p, q: p + q * 1, (0,)), -0.5)
+  yield one("a custom window", cancel, lambda w: 0.5 - lax.reduce_window(w, f32(0), lambda p, q: p + q * 1, (4,), (1,), "VALID")[0], -0.5)
+  yield one("an associative scan", cancel, lambda w: 0.5 - lax.associative_scan(jnp.add, w)[-1], -0.5)
+  yield one("a fast Fourier transform", cancel, lambda w: 0.5 - jnp.fft.fft(w)[0].real, -0.5)
+  yield one("complex numbers", f32(1e8), lambda w: 0.5 - ((lax.complex(w, w) + 1) - lax.complex(w, w)).real, -0.5)
+  yield one("absolute value of a complex number", f32(1e8), lambda w: 0.5 - jnp.abs((lax.complex(w, w * 0) + 1) - lax.complex(w, w * 0)), -0.5)
+  yield one("einsum", cancel, lambda w: 0.5 - jnp.einsum("i,i->", w, jnp.ones(4)), -0.5)
+  yield one("a convolution", cancel, lambda w: 0.5 - jnp.convolve(w, jnp.ones(4), "valid")[0], -0.5)
+  yield one("a polynomial", f32([1e8, 1, -1e8]), lambda w: 0.5 - jnp.polyval(w, f32(1)), -0.5)
+  yield one("a variance", f32([1e8, 1e8, 1e8 + 8]), lambda w: 1.0 - (jnp.mean(w**2) - jnp.mean(w) ** 2), 1 - 64 * 2 / 9)
+  yield one("a pooled mean's transpose", cancel, lambda w: 0.5 - jax.grad(lambda v: (v * w).sum())(jnp.ones(4)).sum(), -0.5)
+  # Ill-conditioned problems: the program's own value has the other sign.
+  grid = np.arange(9)
+  hilbert = f32(1 / (grid[:, None] + grid + 1.0))
+  inverse = linalg.invhilbert(9)
+  computed = np.linalg.inv(hilbert)
+  wrong = list(zip(*np.nonzero(np.sign(computed) != np.sign(inverse)), strict=True))[:3]
+  for i, j in wrong:
+    s = -np.sign(inverse[i, j])
+    yield one(f"entry {i}, {j} of a Hilbert matrix's inverse", hilbert, lambda w, i=i, j=j, s=s: s * jnp.linalg.inv(w)[i, j], -abs(inverse[i, j]))
+  flat = f32([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+  ones = np.ones((3, 3), f32)
+  yield one("least singular value", flat, lambda w: jnp.linalg.svd(w, compute_uv=False)[2] - 1e-9, -1e-9)
+  yield one("last diagonal entry of QR", flat, lambda w: jnp.abs(jnp.linalg.qr(w)[1][2, 2]) - 1e-9, -1e-9)
+  yield one("least eigenvalue, turned", ones, lambda w: -1e-9 - jnp.linalg.eigvalsh(w)[0], -1e-9)
+  yield one("least eigenvalue", ones, lambda w: jnp.linalg.eigvalsh(w)[0] - 1e-9, -1e-9)
+  yield one("determinant", f32([[1e8, 1e8 - 8], [1e8 + 8, 1e8]]), lambda w: 1 - jnp.linalg.det(w), 1 - 64.0)
+  yield one("determinant of a singular matrix", flat, lambda w: jnp.abs(jnp.linalg.det(w)) - 1e-9, -1e-9)
+  yield one("last entry of a Cholesky factor", f32([[1, 1], [1, 1]]), lambda w: jnp.linalg.cholesky(w)[1, 1] - 1e-5, -1e-5)
+  yield one("a triangular solve that cancels", f32([[1, 0, 0], [1e8, 1, 0], [1, 1e-8, 1]]), lambda w: 0.25 - jax.scipy.linalg.solve_triangular(w, f32([1, 1e8 + 8, 2.33]), lower=True)[2], 0.25 - (float(f32(2.33)) - 1 - float(f32(1e-8)) * (float(f32(1e8 + 8)) - 1e8)))
+  root = f32(1.4616318)  # Just below the root of digamma.
+  below = float(special.digamma(np.float64(root)))
+  yield one("digamma beside its root", root, lambda w: np.sign(-below) * lax.digamma(w), -abs(below))
+
+
 def draws() -> Iterator[Case]:
   """Random numbers, which are others with 64 bits."""
   random = jax.random
@@ -551,6 +632,21 @@ def changes() -> Iterator[Case]:
   net.defjvp(lambda p, t: (net(*p), jnp.dot(jax.nn.sigmoid(p[0]), t[0])))
   yield one("in a custom_jvp", net, lambda: deep.update(w=-1.0))
   kept = {"w": np.ones(4, np.float32)}
+  cached = {"w": 1.0}
+  called = jax.jit(lambda x: cached["w"] * jax.nn.softplus(x).sum())
+  yield one("in a nested jit that keeps its cache", lambda x: called(x), lambda: cached.update(w=-1.0))
+  body = {"w": 1.0}
+
+  def step(c, r):
+    return c + body["w"] * jax.nn.softplus(r), None
+
+  yield one("in a loop's body that is the same object", lambda x: lax.scan(step, 0.0, x)[0], lambda: body.update(w=-1.0))
+  branch = {"w": 1.0}
+
+  def taken(x):
+    return branch["w"] * jax.nn.softplus(x).sum()
+
+  yield one("in a branch of cond", lambda x: lax.cond(True, taken, jnp.sum, x), lambda: branch.update(w=-1.0))
   yield one("a weight that is an argument", lambda u, x: u["w"] @ jax.nn.softplus(x), lambda: kept["w"].__imul__(-1), weights=(kept,))  # fmt: skip
 
 
@@ -1294,7 +1390,7 @@ def _named(name, f):
   return g
 
 
-FAMILIES = (scalars, integers, near_borders, magnitudes, draws, effects, changes, moves, sums, convolutions, networks, log_sum_exps, quadratic_forms, norms, activations, steps, control)  # fmt: skip
+FAMILIES = (scalars, integers, near_borders, magnitudes, on_the_way, draws, effects, changes, moves, sums, convolutions, networks, log_sum_exps, quadratic_forms, norms, activations, steps, control)  # fmt: skip
 
 
 def cases() -> Iterator[Case]:
