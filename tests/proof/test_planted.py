@@ -1,13 +1,11 @@
 """Planted counterexamples: none is proved; and convex functions as people write them: most are."""
 
-import collections
 import dataclasses
 
 import numpy as np
 import pytest
 
 from tests.support import convex, planted
-from tests.support.midpoints import midpoint_gaps
 
 STRIDE = 12  # The default part: every twelfth of the cases.
 
@@ -44,15 +42,14 @@ def test_a_convex_function_has_no_such_pair():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", planted.FAMILIES, ids=lambda f: f.__name__)
 def test_programs_are_what_their_references_say(family):
-  """Where the reference is the real number that the program's arithmetic loses, they differ."""
-  cases = [c for c in family() if not c.change and c.reference_is_the_program]
+  cases = [c for c in family() if not c.change and c.family not in planted.ROUNDED]
   assert [str(c) for c in cases if not planted.disagreement(c) < 0.05] == []
 
 
 def test_some_convex_functions_are_proved():
   cases = list(convex.cases())
   assert len(cases) >= 200 and len({str(c) for c in cases}) == len(cases)
-  known = [c for c in cases if str(c) not in UNPROVED][::STRIDE]
+  known = [c for c in cases if str(c) not in convex.UNPROVED][::STRIDE]
   assert [str(c) for c in known if not planted.proved(c)] == []
 
 
@@ -60,10 +57,14 @@ def test_some_convex_functions_are_proved():
 def test_nearly_all_convex_functions_are_proved():
   cases = list(convex.cases())
   missed = {str(c) for c in cases if planted.verdict(c) != "PROVED"}
-  assert missed == UNPROVED and len(missed) <= 0.05 * len(cases)
+  assert missed <= convex.UNPROVED and len(missed) <= 0.05 * len(cases)
 
 
 @pytest.mark.slow
 def test_convex_functions_are_convex():
-  for case in convex.cases():
-    assert np.nanmax(convex.sampled_gaps(case)) < convex.tolerance(case), str(case)
+  assert [str(c) for c in convex.cases() if not convex.largest_gap(c) < convex.tolerance(c)] == []
+
+
+def test_the_sampling_of_convex_functions_can_fail():
+  case = dataclasses.replace(next(convex.cases()), program=lambda x: -x * x)
+  assert convex.largest_gap(case) > convex.tolerance(case)

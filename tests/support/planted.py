@@ -25,6 +25,8 @@ from scipy import linalg, special
 
 from convex_jax.proof import certify
 
+# fmt: off
+# One line a case: the tables are read side by side.
 WIDE = np.longdouble
 RNG = np.random.default_rng(0)
 
@@ -209,7 +211,7 @@ SCALARS: list[tuple[str, Callable[[Any, Any], Any], float, float]] = [
   ("relu of a relu minus 1e-6", lambda xp, z: relu(xp, E - relu(xp, z)), -1e-6, 1e-6),
   ("exp of minus relu", lambda xp, z: xp.exp(-E * relu(xp, z)), -1, 1),
   ("a power below one", lambda xp, z: 0.999999 ** relu(xp, z), -1, 1),
-]  # fmt: skip
+]
 
 RIVALS = np.float32(RNG.uniform(0.1, 1, (32, 31)))  # Weights of the settings, all positive.
 DIRECTION = np.float32([1, 0.5, -0.25, 2])
@@ -279,7 +281,7 @@ def factor(family, name, make, value, **more) -> Case:
   assert value < 0, (name, value)
   return apart(
     family, name, lambda x: jnp.square(x) * make(), lambda x: WIDE(value) * x * x, [-1.0], [1.0], **more
-  )  # fmt: skip
+  )
 
 
 def sign_of(condition):
@@ -303,7 +305,7 @@ def integers() -> Iterator[Case]:
     "integers that wrap", "int32 square of 50,000",
     lambda w, x: jnp.square(x) * jnp.asarray(w * w, f32),
     lambda x: WIDE(50000 * 50000 - 2**32) * x * x, [-1.0], [1.0], weights=(big,),
-  )  # fmt: skip
+  )
   yield one("int32 sum", lambda: (jnp.int32(2**31 - 1) + jnp.int32(5)).astype(f32), 4 - 2**31)
   yield one("int8 product", lambda: (jnp.int8(100) * jnp.int8(2)).astype(f32), 200 - 256)
   yield one("uint8 difference", lambda: 100.0 - (jnp.uint8(3) - jnp.uint8(5)).astype(f32), 100 - 254)
@@ -374,12 +376,12 @@ def near_borders() -> Iterator[Case]:
     "near a border", "a float64 weight that is 1 in the program",
     lambda w, x: jnp.square(x) * jnp.where(w > 1, 1.0, -1.0),
     lambda x: -x * x, [-1.0], [1.0], weights=(np.float64(1 + 1e-12),),
-  )  # fmt: skip
+  )
   yield apart(
     "near a border", "a float64 weight among others, a tie in the program",
     lambda w, x: jnp.square(x) * jnp.array([-1.0, 1.0])[jnp.argmax(w["u"])],
     lambda x: -x * x, [-1.0], [1.0], weights=({"u": np.array([1, 1 + 1e-12])},),
-  )  # fmt: skip
+  )
   def count(t):
     steps = 0
     while t(0.1) * t(0) + sum_so_far(t, steps) < 1:
@@ -408,7 +410,7 @@ def magnitudes() -> Iterator[Case]:
       "signs of tiny and of cancelling numbers", name,
       lambda w, x: jnp.maximum(x, 0) * combine(jnp, w), lambda x: np.maximum(x, 0) * wide,
       [-1.0], [1.0], weights=(numbers,), **more,
-    )  # fmt: skip
+    )
 
   product = lambda xp, w: functools.reduce(lambda p, q: p * q, list(w))  # noqa: E731
   yield one("-1e-30 times 1e-30", np.float32([-1e-30, 1e-30]), product)
@@ -447,7 +449,7 @@ def on_the_way() -> Iterator[Case]:
       "overflow, underflow and conditioning", name,
       lambda w, x: jnp.square(x) * make(w), lambda x: WIDE(value) * x * x,
       [-1.0], [1.0], weights=(np.asarray(weights, getattr(weights, "dtype", f32)),),
-    )  # fmt: skip
+    )
 
   cancel, tiny = f32([1e8, 1, -1e8, 0]), f32(1e-39)
   same, zeros = f32([1e-30, 1e-30, 1e30, 1e30]), np.zeros(4, int)
@@ -473,7 +475,7 @@ def on_the_way() -> Iterator[Case]:
     ("+ 0 > 0", lambda w: w + 0.0 > 0), ("times 1 > 0", lambda w: w * 1.0 > 0),
     ("square root > 0", lambda w: jnp.sqrt(w) > 0), ("maximum with 0 > 0", lambda w: jnp.maximum(w, 0) > 0),
     ("negated < 0", lambda w: -w < 0), ("in a sum > 0", lambda w: jnp.sum(jnp.stack([w, w])) > 0),
-  ):  # fmt: skip
+  ):
     yield one(f"subnormal, {name}", tiny, lambda w, t=test: sign_of(t(w)), -1.0)
   yield one("sign of a subnormal number", tiny, lambda w: jnp.sign(w) - 0.5, -0.5)
   yield one("reciprocal of a subnormal number", f32(5e-39), lambda w: sign_of(jnp.isfinite(1 / w)), -1.0)
@@ -544,7 +546,7 @@ def draws() -> Iterator[Case]:
     ("random bits", lambda: random.bits(key).astype(np.float32) / 2.0**32),
     ("permutation", lambda: random.permutation(random.key(2), 50)[0] / 50.0),
     ("choice", lambda: random.choice(random.key(4), jnp.arange(64.0)) / 64),
-  ]  # fmt: skip
+  ]
   for name, draw in table:
     here = float(draw())
     with jax.enable_x64(True):
@@ -555,30 +557,27 @@ def draws() -> Iterator[Case]:
     yield factor("random draws", name, lambda d=draw, s=sign, c=border: s * (d() - c), float(value))
 
 
-def _callback(values):
-  """An impure number: 1 at first, later -1."""
+def _callback():
+  """An impure number: 1 at first, -1 from the fifth call on."""
   calls = []
 
   def give():
     calls.append(0)
-    return np.float32(values[min(len(calls), len(values)) - 1])
+    return np.float32(1 if len(calls) < 5 else -1)
 
   return give
 
 
 def effects() -> Iterator[Case]:
-  shape = jax.ShapeDtypeStruct((), np.float32)
-  values = [1, 1, 1, 1, -1]
-  yield factor("effects", "io_callback", lambda c=_callback(values): io_callback(c, shape), -1.0)
-  yield factor("effects", "ordered io_callback", lambda c=_callback(values): io_callback(c, shape, ordered=True), -1.0)
-  yield factor("effects", "io_callback in a jit", lambda c=_callback(values): jax.jit(lambda: io_callback(c, shape))(), -1.0)
-  yield factor("effects", "io_callback in a scan", lambda c=_callback(values): lax.scan(lambda s, _: (s * io_callback(c, shape), None), jnp.float32(1), None, length=1)[0], -1.0)
+  shape, calls = jax.ShapeDtypeStruct((), np.float32), [_callback() for _ in range(4)]
+  yield factor("effects", "io_callback", lambda: io_callback(calls[0], shape), -1.0)
+  yield factor("effects", "ordered io_callback", lambda: io_callback(calls[1], shape, ordered=True), -1.0)
+  yield factor("effects", "io_callback in a jit", lambda: jax.jit(lambda: io_callback(calls[2], shape))(), -1.0)
+  yield factor("effects", "io_callback in a scan", lambda: lax.scan(lambda s, _: (s * io_callback(calls[3], shape), None), jnp.float32(1), None, length=1)[0], -1.0)
   yield factor("effects", "numbers of the machine", lambda: lax.rng_uniform(jnp.float32(-1), jnp.float32(1), ()), -0.5)
   store = np.ones(3, np.float32)
-  yield dataclasses.replace(
-    factor("effects", "a callback that reads what changes", lambda: io_callback(lambda: store[0], shape), -1.0),
-    change=lambda: store.__setitem__(0, -1.0),
-  )
+  reads = factor("effects", "a callback that reads what changes", lambda: io_callback(lambda: store[0], shape), -1.0)
+  yield dataclasses.replace(reads, change=lambda: store.__setitem__(0, -1.0))
 
 
 # Verdicts of an older function.
@@ -615,7 +614,7 @@ def changes() -> Iterator[Case]:
   yield one("an attribute, by a method", other.__call__, lambda: setattr(other, "last", minus))
   inner = {"last": jnp.ones(4)}
   jitted = jax.jit(lambda x: inner["last"] @ jax.nn.softplus(x))
-  yield one("in a nested jit", lambda x: jitted(x), lambda: (inner.update(last=minus), jitted.clear_cache()))  # fmt: skip
+  yield one("in a nested jit", lambda x: jitted(x), lambda: (inner.update(last=minus), jitted.clear_cache()))
   box = [1.0]
   yield one("an entry of a list", lambda x: box[0] * jax.nn.softplus(x).sum(), lambda: box.__setitem__(0, -1.0))
   yield one("a global", lambda x: GLOBAL["last"] @ jax.nn.softplus(x), lambda: GLOBAL.update(last=np.float32(minus)))
@@ -647,13 +646,13 @@ def changes() -> Iterator[Case]:
     return branch["w"] * jax.nn.softplus(x).sum()
 
   yield one("in a branch of cond", lambda x: lax.cond(True, taken, jnp.sum, x), lambda: branch.update(w=-1.0))
-  yield one("a weight that is an argument", lambda u, x: u["w"] @ jax.nn.softplus(x), lambda: kept["w"].__imul__(-1), weights=(kept,))  # fmt: skip
+  yield one("a weight that is an argument", lambda u, x: u["w"] @ jax.nn.softplus(x), lambda: kept["w"].__imul__(-1), weights=(kept,))
 
 
 # Moves of elements: a sign that is right for one element falls on another.
 
-_IDX = np.array([3, 1, 7, 7, 0, -1, 4, 2])
-_ORDER = np.array([5, 2, 7, 0, 4, 1, 6, 3])
+_IDX = np.int32([3, 1, 7, 7, 0, -1, 4, 2])
+_ORDER = np.int32([5, 2, 7, 0, 4, 1, 6, 3])
 MASK = np.array([1, 0, 1, 1, 0, 1, 0, 1], bool)
 MOVES: list[tuple[str, Callable, Callable]] = [
   ("rev", lambda v: lax.rev(v, (0,)), lambda v: v[::-1]),
@@ -705,7 +704,7 @@ MOVES: list[tuple[str, Callable, Callable]] = [
   ("a map", lambda v: lax.map(lambda r: r[::-1], v.reshape(4, 2)), lambda v: v.reshape(4, 2)[:, ::-1]),
   ("permutation matrix", lambda v: np.eye(8, dtype=np.float32)[_ORDER] @ v, lambda v: v[_ORDER]),
   ("nearest resize", lambda v: jax.image.resize(v.reshape(2, 4), (4, 4), "nearest"), lambda v: np.repeat(v.reshape(2, 4), 2, 0)),
-]  # fmt: skip
+]
 
 
 @functools.cache
@@ -744,7 +743,7 @@ def moves() -> Iterator[Case]:
       lambda x, p=program, s=wrong: p(_features(jnp, x)).ravel() * s,
       lambda x, r=reference, s=wrong: np.ravel(r(_features(np, x))) * s.astype(WIDE),
       *pair_at(i), output=k,
-    )  # fmt: skip
+    )
 
 
 # Scatters, sums over segments, reductions, windows.
@@ -861,7 +860,7 @@ def convolved(options, kernel, x, layout="NCH"):
   y = lax.conv_general_dilated(
     arrange(x[None], "NCH", axes[0]), arrange(kernel.astype(x.dtype), "OIH", axes[1]), (o["stride"],), [o["pad"]],
     (o["spread"],), (o["dilation"],), axes, o["groups"],
-  )  # fmt: skip
+  )
   return jnp.transpose(y, [axes[2].index(c) for c in "NCH"])[0]
 
 
@@ -895,7 +894,7 @@ def convolutions() -> Iterator[Case]:
         "convolutions", f"{name}, {layout}",
         lambda x, k=kernel, o=options, la=layout: convolved(o, k, jax.nn.relu(x), la),
         reference, -found, found, output=hit,
-      )  # fmt: skip
+      )
 
 
 # Networks with one weight of thousands below zero.
@@ -939,7 +938,7 @@ def planted_network(seed: int, act: str, size: float):
   parts = layers(seed)
   rng = np.random.default_rng(seed + 99)
   j, k = rng.integers(WIDTH, size=2)
-  last = {"x": np.zeros((INPUTS, WIDTH), np.float32), "b": np.full(WIDTH, 9, np.float32), "h": parts[2]["h"].copy()}  # fmt: skip
+  last = {"x": np.zeros((INPUTS, WIDTH), np.float32), "b": np.full(WIDTH, 9, np.float32), "h": parts[2]["h"].copy()}
   last["h"][:, k] = 0
   last["h"][rng.permutation(WIDTH)[: WIDTH // 2], k] = np.float32(size * 1e-7)
   last["h"][j, k] = -np.float32(size)
@@ -967,7 +966,7 @@ def networks() -> Iterator[Case]:
       family, f"{act}, -{size:g} of {WIDTH**2} weights",
       lambda w, x, f=ours: forward(jnp, f, w, x), lambda x, w=parts, f=theirs: forward(np, f, w, x),
       a, b, output=k, weights=(parts,),
-    )  # fmt: skip
+    )
   parts, a, b, k = planted_network(50, "relu", E)
   theirs = ACTIVATIONS["relu"][1]
   more = {"output": k, "weights": (parts,)}
@@ -1090,7 +1089,11 @@ def log_sum_exps() -> Iterator[Case]:
   yield one("log of a mean of tanh", lambda xp, x: xp.log(2 + xp.tanh(x).mean()))
   yield one("entropy of a softmax", lambda xp, x: (jax.nn.softmax(x) * jax.nn.log_softmax(x)).sum() if xp is jnp else (np.exp(x - lse(x)) * (x - lse(x))).sum())
   yield both(family, "log-sum-exp by an undefined shift", lambda xp, x: xp.log(xp.exp(x[1:] - xp.log(x[0])).sum()) + xp.log(x[0]), -np.ones(4), np.ones(4))
-  permuted = lambda xp, v: lax.reshape(v.min(1, keepdims=True) + 0 * v, (2, 2), dimensions=(1, 0)) if xp is jnp else (v.min(1, keepdims=True) + 0 * v).T  # noqa: E731
+
+  def permuted(xp, v):
+    m = v.min(1, keepdims=True) + 0 * v
+    return lax.reshape(m, (2, 2), dimensions=(1, 0)) if xp is jnp else m.T
+
   yield one("shift through a reshape with dimensions", shifted(table, lambda xp, v: permuted(xp, v)[:, :1], lambda xp, v: v.min(1), plus))
   yield one("field: shift through a reshape with dimensions", lambda xp, x: xp.log(xp.exp(table(xp, x) - permuted(xp, table(xp, x))).sum(1)) + table(xp, x).min(1))
 
@@ -1121,7 +1124,7 @@ def quadratic_forms() -> Iterator[Case]:
     more = {"dtype": np.float32} | more
     return apart(
       family, name, lambda x: f(jnp, matrix, x), lambda x: f(np, np.asarray(matrix, WIDE), x), a, b, **more
-    )  # fmt: skip
+    )
 
   single, double = np.float32, {"dtype": np.float64, "x64": True}
   form = lambda xp, a, x: x @ a @ x  # noqa: E731
@@ -1390,7 +1393,15 @@ def _named(name, f):
   return g
 
 
-FAMILIES = (scalars, integers, near_borders, magnitudes, on_the_way, draws, effects, changes, moves, sums, convolutions, networks, log_sum_exps, quadratic_forms, norms, activations, steps, control)  # fmt: skip
+FAMILIES = (scalars, integers, near_borders, magnitudes, on_the_way, draws, effects, changes, moves, sums, convolutions, networks, log_sum_exps, quadratic_forms, norms, activations, steps, control)
+
+
+# Whose references are real numbers, or the program's, of which the other loses the sign.
+ROUNDED = {
+  "effects",
+  "overflow, underflow and conditioning",
+  "signs of tiny and of cancelling numbers",
+}
 
 
 def cases() -> Iterator[Case]:
