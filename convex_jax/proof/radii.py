@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from convex_jax.proof import interpreter, slopes
-from convex_jax.proof.counterexample import in_float64
 from convex_jax.proof.explanation import culprit, explain
 from convex_jax.proof.values import Value
+from convex_jax.proof.wide import in_float64
 
 NORMS = ("l1", "l2", "linf")
 DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
