@@ -6,7 +6,7 @@ on each output:
 - PROVED: convex (or concave, or affine) in the input on all of R^n, as a function over the reals,
   with the weights given. The proof follows the rules of disciplined convex programming element by
   element, and recognises activations and log-sum-exp by what they compute.
-- REFUTED: two points were found whose midpoint lies on the wrong side, by more than rounding.
+- REFUTED: two points were found whose midpoint lies on the wrong side, rounding accounted for.
 - UNKNOWN: neither. Where no rule applies, nothing is guessed.
 
 Unless all is proved, the certificate names the first operation that breaks it, its weights and its

@@ -1,9 +1,11 @@
 """The certificate of a function: proved, refuted, or unknown, and why."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from convex_jax.proof import interpreter
@@ -22,6 +24,7 @@ class Certificate:
     reason: if some output is not, the first operation that breaks it, in words.
     operation: that operation.
     counterexample: two points that refute one output, if the search found any.
+    stopped: what stopped the search, if it did not run to its end.
   """
 
   kind: str
@@ -29,6 +32,7 @@ class Certificate:
   reason: str | None = None
   operation: Operation | None = None
   counterexample: Counterexample | None = None
+  stopped: str | None = None
 
   @property
   def verdicts(self) -> list[str]:
@@ -41,7 +45,7 @@ class Certificate:
   @property
   def verdict(self) -> str:
     """The worst of the verdicts."""
-    return max(self.verdicts, key=("PROVED", "UNKNOWN", "REFUTED").index)
+    return max(self.verdicts, key=("PROVED", "UNKNOWN", "REFUTED").index, default="PROVED")
 
   def __bool__(self) -> bool:
     return bool(self.proved.all())
@@ -52,6 +56,8 @@ class Certificate:
       lines.append(f"first broken by {self.reason}")
     if self.counterexample:
       lines.append(str(self.counterexample))
+    if self.stopped:
+      lines.append(f"the search for a counterexample stopped: {self.stopped}")
     return "\n".join(lines)
 
 
@@ -61,7 +67,6 @@ def certify(
   argnums: int = -1,
   kind: str = "convex",
   box: tuple[float, float] = (-1.0, 1.0),
-  search_function: Callable[..., Any] | None = None,
   search_steps: int = 200,
   seed: int = 0,
 ) -> Certificate:
@@ -74,9 +79,8 @@ def certify(
       any trees of arrays, whose paths name them in explanations.
     argnums: which argument is the input, as in `jax.grad`; by default the last.
     kind: what to prove: "convex", "concave", "affine".
-    box: least and greatest entry of the points among which to search for a counterexample.
-    search_function: `f` in a form that computes in float64, for the search; by default `f` itself,
-      which does unless it casts.
+    box: least and greatest entry of the points among which to search for a counterexample first.
+      If none is found, the box is widened about its centre, up to 256 times.
     search_steps: gradient steps of the search; 0: no search.
     seed: of the search.
 
@@ -90,7 +94,10 @@ def certify(
   """
   if kind not in KINDS:
     raise ValueError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
-  outputs, _ = interpreter.analyse(f, *args, argnums=argnums)
+  if not -math.inf < box[0] < box[1] < math.inf:
+    raise ValueError(f"box is {box}; expected two finite numbers, the lesser first")
+  jaxpr, _ = interpreter.trace(f, *args, argnums=argnums)
+  outputs = interpreter.values_of(jaxpr, f, args, argnums)
   if not outputs:
     raise ValueError("the function returns nothing; expected at least one array")
   missing = [KINDS[kind](v) if isinstance(v, Value) else ~is_finite(v) for v in outputs]
@@ -99,11 +106,12 @@ def certify(
     return Certificate(kind, proved)
   worst = next(v for v, m in zip(outputs, missing, strict=True) if m.any())
   operation = culprit(worst, kind)
-  counterexample = None
+  counterexample = stopped = None
   if search_steps:
-    used = search_function or f
-    counterexample = search(used, args, argnums, ~proved, kind, box, search_steps, seed)
-  return Certificate(kind, proved, explain(operation, kind), operation, counterexample)
+    at = len(jax.tree.leaves(args[: argnums % len(args)]))
+    inputs = jax.tree.leaves(args)
+    counterexample, stopped = search(jaxpr, inputs, at, ~proved, kind, box, search_steps, seed)
+  return Certificate(kind, proved, explain(operation, kind), operation, counterexample, stopped)
 
 
 class NotProved(ValueError):

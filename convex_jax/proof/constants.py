@@ -74,8 +74,8 @@ class Unknown(Exception):
 
 def number(value: Any, dtype: Any, origins: dict[str, np.ndarray] | None = None) -> Known:
   """A number that the program is given, in the dtype in which the program has it."""
-  if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-    return Known.exactly(value, origins)
+  if jnp.issubdtype(dtype, jax.dtypes.prng_key) or isinstance(value, jax.Ref):
+    return Known.exactly(value, origins)  # What is read from a mutable array is not known.
   array = np.asarray(value).astype(dtype)
   return Known.exactly(array.astype(np.float64) if is_float(dtype) else array, origins)
 

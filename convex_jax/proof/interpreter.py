@@ -77,7 +77,10 @@ def analyse(
 
 def trace(f: Callable[..., Any], *args: Any, argnums: int = -1) -> tuple[jex.ClosedJaxpr, Any]:
   """The jaxpr of `f(*args)` as `f` is now, and the tree of its outputs."""
-  input_position(args, argnums)
+  at = input_position(args, argnums)
+  for i, name, leaf in _leaves(f, args):
+    if i != at:
+      _check_number(name, leaf)
   with fresh():
     jaxpr, shape = jax.make_jaxpr(lambda *a: f(*a), return_shape=True)(*args)
   return jaxpr, jax.tree.structure(shape)
@@ -89,18 +92,13 @@ def values_of(
   """The outputs of a trace as values of one argument; the others are known."""
   at = input_position(args, argnums)
   inputs: list[Value | Known] = []
-  avals = iter(jaxpr.in_avals)
-  for i, (name, argument) in enumerate(zip(_names(f, args), args, strict=True)):
+  for (i, name, leaf), aval in zip(_leaves(f, args), jaxpr.in_avals, strict=True):
     if i == at:
-      nowhere = uniform(False, next(avals).shape)
+      nowhere = uniform(False, aval.shape)
       inputs.append(Value(nowhere, nowhere))
-      continue
-    for path, leaf in jax.tree_util.tree_leaves_with_path(argument):
-      parts = [name] if len(args) > 2 or not path else []
-      if path:
-        parts.append(jax.tree_util.keystr(path, simple=True, separator="/"))
-      known = number(leaf, next(avals).dtype)
-      inputs.append(dataclasses.replace(known, origins={"/".join(parts): known.low}))
+    else:
+      known = number(leaf, aval.dtype)
+      inputs.append(dataclasses.replace(known, origins={name: known.low}))
   return Walk().run(jaxpr.jaxpr, _consts(jaxpr), inputs, Place())
 
 
@@ -137,6 +135,28 @@ def input_position(args: Sequence[Any], argnums: int) -> int:
   return argnums % len(args)
 
 
+def _leaves(f: Callable[..., Any], args: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
+  """(position of the argument, name, number) of all that the arguments hold, in order."""
+  for i, (name, argument) in enumerate(zip(_names(f, args), args, strict=True)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(argument):
+      parts = [name] if len(args) > 2 or not path else []
+      if path:
+        parts.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+      yield i, "/".join(parts), leaf
+
+
+def _check_number(name: str, leaf: Any) -> None:
+  try:
+    jax.typeof(leaf)
+    what = type(leaf).__name__ if isinstance(leaf, jax.ShapeDtypeStruct) else None
+  except TypeError:
+    what = f"numpy array of {leaf.dtype}" if isinstance(leaf, np.ndarray) else type(leaf).__name__
+  if what is not None:
+    raise ValueError(
+      f"{name} is a {what}; expected an array or a number (functools.partial binds other arguments)"
+    )
+
+
 def _names(f: Callable[..., Any], args: Sequence[Any]) -> list[str]:
   """Names of the arguments: those of the function's parameters, where it shows them."""
   try:
@@ -170,7 +190,7 @@ class Walk:
       aval: Any = var.aval
       return number(var.val, aval.dtype)
 
-    for eqn in _needed(jaxpr):
+    for eqn in needed(jaxpr):
       inputs = [read(v) for v in eqn.invars]
       outputs = self._equation(eqn, inputs, place_of(eqn, place) if written else place)
       env.update(zip(eqn.outvars, outputs, strict=True))
@@ -190,7 +210,7 @@ class Walk:
         return unrolled
     if name == "cond":
       return self._cond(eqn, *inputs, place=place)
-    if name in SAME or _keeps_precision(eqn):
+    if name in SAME or is_rounding(eqn):
       return inputs
     if known:
       try:
@@ -376,7 +396,7 @@ def _is_real(x: Value | Known) -> bool:
   return isinstance(x, Known) or x.is_real
 
 
-def _keeps_precision(eqn) -> bool:
+def is_rounding(eqn) -> bool:
   """Whether an equation is a change of precision whose rounding is left out of account."""
   if eqn.primitive.name == "convert_element_type":
     source, target = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
@@ -384,7 +404,7 @@ def _keeps_precision(eqn) -> bool:
   return keeps_precision(eqn)
 
 
-def _needed(jaxpr) -> Iterator[Any]:
+def needed(jaxpr) -> Iterator[Any]:
   """The equations that the outputs depend on, in order."""
   wanted = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
   kept = []

@@ -19,7 +19,7 @@ import numpy as np
 
 from convex_jax.proof import slopes
 from convex_jax.proof.certificate import NotProved, proved
-from convex_jax.proof.counterexample import in_float64
+from convex_jax.proof.wide import in_float64
 
 NORMS = ("l1", "l2", "linf")
 DUAL = {"l1": np.inf, "l2": 2, "linf": 1}

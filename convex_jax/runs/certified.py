@@ -22,9 +22,10 @@ from convex_jax import files
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.proof.certificate import Certificate, NotProved, certify, proved
-from convex_jax.proof.counterexample import Counterexample, in_float64
+from convex_jax.proof.counterexample import Counterexample
 from convex_jax.proof.minimum import Minimum, minimise
 from convex_jax.proof.radii import Certifier
+from convex_jax.proof.wide import in_float64
 from convex_jax.runs.run import Run
 from convex_jax.runs.workdir import Workdir
 
@@ -42,16 +43,14 @@ def _certify(run: Run, kind: str, search_steps: int) -> tuple[str, Certificate]:
     name, box = "features before the head", (-10.0, 10.0)
     shape = (1, weights["params"]["dense_0"]["kernel"].shape[0])
 
-    def apply_head(weights, features_BxD, dtype=jnp.float32):
-      model = catalog.build_head(run.config.model, len(run.class_names), dtype=dtype)
+    def apply_head(weights, features_BxD):
+      model = catalog.build_head(run.config.model, len(run.class_names), dtype=jnp.float32)
       variables = {"params": weights["params"], "batch_stats": weights.get("stats", {})}
       return model.apply(variables, features_BxD)
 
     apply = apply_head
-  exact = functools.partial(apply, dtype=jnp.float64)
   example = jax.ShapeDtypeStruct(shape, jnp.float32)
-  options: Any = dict(kind=kind, box=box, search_function=exact, search_steps=search_steps)
-  return name, certify(apply, weights, example, **options)
+  return name, certify(apply, weights, example, kind=kind, box=box, search_steps=search_steps)
 
 
 def digest(weights: Any) -> str:
@@ -78,6 +77,7 @@ def certify_run(
     "of": f"each logit as a function of the {name}, at inference, over the reals",
     "logits": dict(zip(run.class_names, certificate.verdicts, strict=True)),
     "reason": certificate.reason,
+    "stopped": certificate.stopped,
     "counterexample": None,
     "step": run.step,
     "weights_sha256": digest(run.weights),
@@ -113,7 +113,7 @@ def certify_and_write(run: Run, kind: str = "convex", search_steps: int = 200) -
 
 
 def summary(content: dict[str, Any]) -> str:
-  """What a certificate says, in one to three lines."""
+  """What a certificate says, in one to four lines."""
   total = len(content["logits"])
   proved = sum(verdict == "PROVED" for verdict in content["logits"].values())
   what = f"{proved} of {total} logits are {content['kind']} in the {content['input']}"
@@ -125,6 +125,8 @@ def summary(content: dict[str, Any]) -> str:
       f"refuted by two inputs: at their midpoint logit {found['logit']} violates the inequality by"
       f" {found['gap']:.3g} ({found['file']})"
     )
+  if stopped := content.get("stopped"):
+    lines.append(f"the search for a counterexample stopped: {stopped}")
   return "\n".join(lines)
 
 

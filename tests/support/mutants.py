@@ -18,7 +18,7 @@ import optax
 from configs import base
 from convex_jax.models import catalog
 from convex_jax.models.constraints import FREE, constraints_of, enforce
-from convex_jax.proof.counterexample import in_float64
+from convex_jax.proof.wide import in_float64
 from convex_jax.training import optimizer, step
 from tests.support.midpoints import midpoint_gaps
 

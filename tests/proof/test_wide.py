@@ -1,0 +1,90 @@
+"""Programs in wide arithmetic: floats in float64, all else the program's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from convex_jax.proof.wide import Impure, widened
+
+X = np.linspace(-1.0, 1.0, 8, dtype=np.float32)
+KEY = jax.random.key(7)
+KERNEL = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 2, 2)), jnp.float32)
+
+
+def convolved(x):
+  return lax.conv_general_dilated(
+    x.reshape(1, 2, 2, 2), KERNEL, (1, 1), "SAME", preferred_element_type=jnp.float32
+  )
+
+
+PROGRAMS = {
+  "calls": lambda x: jax.checkpoint(jax.nn.logsumexp)(jax.nn.softplus(x)) + jax.nn.relu(x),
+  "a scan": lambda x: lax.scan(lambda c, y: (c / 2 + y, jnp.tanh(c)), jnp.float32(0), x),
+  "a while loop": lambda x: lax.while_loop(
+    lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * jnp.float32(1.5)), (0, x)
+  ),
+  "branches": lambda x: jax.vmap(lambda a: lax.cond(a > 0, jnp.sin, jnp.cos, a))(x),
+  "one branch": lambda x: lax.cond(x[0] > 0, jnp.sin, jnp.cos, x),
+  "a convolution": convolved,
+  "a product": lambda x: jnp.dot(x, x, precision="highest", preferred_element_type=jnp.float32),
+  "sums into places": lambda x: jnp.zeros(3).at[jnp.array([0, 2, 2, 1])].add(x[:4]),
+  "a reduction": lambda x: lax.reduce(x, jnp.float32(0), lambda a, b: a + b, (0,)),
+  "a linear system": lambda x: jnp.linalg.solve(2 * jnp.eye(2) + x[:4].reshape(2, 2), x[4:6]),
+  "steps": lambda x: (x.astype(jnp.float8_e4m3fn).astype(x.dtype), lax.reduce_precision(x, 5, 1)),
+  "places": lambda x: (jnp.argmax(x), jnp.argsort(x), lax.top_k(x, 2)),
+  "integers that wrap": lambda x: x * (jnp.int32(50000) * jnp.int32(50000)),
+  "bits": lambda x: lax.bitcast_convert_type(
+    lax.bitcast_convert_type(x, jnp.int32) & -65536, jnp.float32
+  ),
+  "a mask that is drawn": lambda x: jnp.where(jax.random.bernoulli(KEY, 0.5, x.shape), x, 0),
+  "normal numbers": lambda x: x * jax.random.normal(KEY, x.shape),
+  "gamma numbers": lambda x: x * jax.random.gamma(KEY, 2.0),
+  "a transform": lambda x: jnp.abs(jnp.fft.fft(x)),
+}
+
+
+def run(f, x, dtype=np.float64):
+  jaxpr = jax.make_jaxpr(f)(x)
+  with jax.enable_x64(True):
+    return jax.jit(widened(jaxpr))(np.asarray(x, dtype))
+
+
+@pytest.mark.parametrize("f", PROGRAMS.values(), ids=PROGRAMS)
+def test_the_program_computes_the_same_in_float64(f):
+  own, wide = jax.tree.leaves(f(X)), run(f, X)
+  for a, b in zip(own, wide, strict=True):
+    assert b.shape == a.shape
+    assert b.dtype == (np.float64 if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype)
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_rounding_to_a_dtype_of_numbers_is_left_out():
+  wide = np.asarray(run(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32) / 3, X)[0])
+  np.testing.assert_allclose(wide, X.astype(np.float64) / 3, rtol=1e-15)
+  assert np.abs(wide - X / np.float32(3)).max() > 1e-9  # The control.
+
+
+def test_it_can_be_differentiated_through_loops():
+  def f(x):
+    return lax.scan(lambda c, y: (jnp.sin(c / 2 + y), None), jnp.float32(0), x)[0]
+
+  jaxpr = jax.make_jaxpr(f)(X)
+  with jax.enable_x64(True):
+    slope = jax.grad(lambda x: widened(jaxpr)(x)[0])(X.astype(float))
+  np.testing.assert_allclose(slope, jax.grad(f)(X), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "f",
+  [
+    lambda x: jax.pure_callback(np.cos, x, x),
+    lambda x: lax.scan(lambda c, y: (c, jax.pure_callback(np.cos, y, y)), 0, x)[1],
+    lambda x: jax.new_ref(x)[...],
+  ],
+  ids=["callback", "callback in a loop", "mutable array"],
+)
+def test_what_may_change_is_refused(f):
+  with pytest.raises(Impure, match="side effects or reads what may change"):
+    run(f, X)
