@@ -175,7 +175,7 @@ class Walk:
   def _equation(self, eqn, inputs, place: Place) -> list[Value | Known]:
     name, params = eqn.primitive.name, eqn.params
     known = all(isinstance(x, Known) for x in inputs)
-    if name in CALLS and (known or not log_sum_exp.is_logaddexp(eqn)):
+    if name in CALLS:
       return self._inner(params[CALLS[name]], inputs, place)
     if name == "scan":
       unrolled = self._scan(params, inputs, place)
@@ -210,9 +210,9 @@ class Walk:
         return _split(eqn, inputs[0], op)
       nothing = [uniform(True, v.aval.shape) for v in eqn.outvars]
       return [Value(no, no, op, real) for no, real in zip(nothing, reals, strict=True)]
-    # A custom_jvp_call that is not entered is a logaddexp: convex and non-decreasing, as max is.
-    rule = rules.maximum if name == "custom_jvp_call" else rules.RULES.get(name, rules.lost)
-    masks = rule(op, *inputs)
+    if name == "select_n" and (case := log_sum_exp.settled(inputs[0])) is not None:
+      return [inputs[1 + case]]
+    masks = rules.RULES.get(name, rules.lost)(op, *inputs)
     if not rules.is_defined(name, inputs):
       return [Value(*rules.lost(op), op)]
     masks = tidy(masks[0], op.shape), tidy(masks[1], op.shape)
@@ -264,18 +264,18 @@ class Walk:
 
 def _second_look(op: Operation, masks: Masks) -> tuple[Masks, Operation]:
   """Masks and operation, better where several operations together show a curvature."""
-  pattern = log_sum_exp.PATTERNS.get(op.primitive)
-  found = pattern(op, *op.inputs) if pattern else None
-  if found is None and op.primitive in activations.ELEMENTWISE:
+  if op.primitive in log_sum_exp.ENDS:
+    found, op = log_sum_exp.look(op)
+    masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
+  if op.primitive in activations.ELEMENTWISE and (masks[0] & masks[1]).any():
     seen = activations.as_scalar_function(Value(*masks, op))
     if seen is not None:
       z, f = seen
       found = composed(z, f.convex, f.concave, f.rising, f.falling)
+      masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
       bent = not np.all(f.convex | f.concave) and op.primitive in ("select_n", "add")
       op = dataclasses.replace(op, scalar=seen, note=str(f) if bent else "")
-  if found is None:
-    return masks, op
-  return (tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)), op
+  return masks, op
 
 
 def _split(eqn, x: Value, op: Operation) -> list[Value | Known]:

@@ -88,7 +88,7 @@ def _gather(op: Operation, x, indices) -> Masks:
 def _signed(op: Operation, x: Value, weights: Known, apply: Callable) -> Masks:
   """A linear operation `apply(mask, part of the weights)`, by the signs that weights may have."""
   plus, minus = weights.high > 0, weights.low < 0
-  if x.is_lost and not _has_no_zero(weights) and not is_total(x):
+  if x.is_lost and not has_no_zero(weights) and not is_total(x):
     return lost(op)  # 0 times a value that may be infinite is not 0.
 
   def one(same, turned):
@@ -124,12 +124,13 @@ def _multiply(op: Operation, a, b) -> Masks:
 
 
 def _divide(op: Operation, a, b) -> Masks:
-  if isinstance(b, Value) or not _has_no_zero(b):
+  if isinstance(b, Value) or not has_no_zero(b):
     return lost(op)
   return _multiply(op, a, Known.exactly(np.sign(b.low)))
 
 
-def _has_no_zero(x: Known) -> bool:
+def has_no_zero(x: Known) -> bool:
+  """Whether all entries of a known number are surely other than 0."""
   return bool(((x.low > 0) | (x.high < 0)).all())
 
 
@@ -244,12 +245,12 @@ RULES: dict[str, Callable[..., Masks]] = {
   **dict.fromkeys(("exp", "exp2", "expm1"), _exponential),
   **dict.fromkeys(("abs", "square"), _square),
   "integer_pow": _integer_power,
-  "max": maximum,
+  **dict.fromkeys(("max", "logaddexp"), maximum),  # `log_sum_exp` names the latter.
   "min": lambda op, a, b: swapped(maximum(op, _negated(a), _negated(b))),
   "clamp": _clamp,
   "reduce_max": _largest(_over_axes),
   "reduce_window_max": _largest(_in_windows),
-  "cummax": _largest(_so_far),
+  **dict.fromkeys(("cummax", "cumlogsumexp"), _largest(_so_far)),
   "reduce_min": _smallest(_over_axes),
   "reduce_window_min": _smallest(_in_windows),
   "cummin": _smallest(_so_far),
@@ -260,7 +261,7 @@ RULES: dict[str, Callable[..., Masks]] = {
 _EXTREMES = {"reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min"}
 TOTAL = {*RULES} - {"integer_pow"}  # Finite at every finite input.
 TOTAL |= {"is_finite", "gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not", "sign"}
-TOTAL |= {"convert_element_type", "custom_jvp_call", "tanh", "logistic", "erf", "sin", "cos"}
+TOTAL |= {"convert_element_type", "tanh", "logistic", "erf", "sin", "cos"}
 
 
 def is_total(x: Any) -> bool:
@@ -270,12 +271,19 @@ def is_total(x: Any) -> bool:
     node = todo.pop()
     if id(node) in seen or not isinstance(node, Value) or node.made_by is None:
       continue
+    if not node.is_lost:
+      continue  # A convex or concave function on all of R^n is finite.
     seen.add(id(node))
     op = node.made_by
     if op.primitive not in TOTAL:
       return False
+    if op.primitive == "select_n" and isinstance(op.inputs[0], Value):
+      test = op.inputs[0].made_by
+      if test is not None and test.primitive == "is_finite" and test.inputs[0] is op.inputs[2]:
+        todo.append(op.inputs[1])  # x where it is finite, else this.
+        continue
     divisor = op.inputs[1] if op.primitive == "div" else None
-    if isinstance(divisor, Value) or (divisor is not None and not _has_no_zero(divisor)):
+    if isinstance(divisor, Value) or (divisor is not None and not has_no_zero(divisor)):
       return False
     if op.primitive == "gather" and "FILL" in str(op.params["mode"]):
       return False

@@ -21,8 +21,8 @@ from convex_jax.proof.enclosures import magnitude as magnitude_of
 from convex_jax.proof.values import Known, Operation, ScalarFunction, Value
 
 # Primitives by how they pass changes on. The larger of two numbers changes by no more than the
-# sum of both changes, and log(e^a + e^b), a custom_jvp_call, likewise.
-_SUMS = {"add", "add_any", "sub", "max", "min", "custom_jvp_call"}
+# sum of both changes, and log(e^a + e^b), which the pattern `log_sum_exp` names, likewise.
+_SUMS = {"add", "add_any", "sub", "max", "min", "logaddexp"}
 _WEIGHTED = {"mul", "div", "dot_general", "conv_general_dilated"}
 _EXTREMES = {"reduce_max", "reduce_min"}
 _WINDOW_EXTREMES = {"reduce_window_max", "reduce_window_min"}
