@@ -3,9 +3,10 @@
 What a program computes of its weights must be known well enough for signs, orders and places.
 Integers, booleans and random bits are computed as the program does, in its own dtypes: they may
 wrap. A float is enclosed: the interval contains the real number, and every number that the
-program may get by rounding each operation to its dtype. So the sign of a product of two tiny
-weights is kept, which float32 rounds to 0, and `floor(0.7 * 10)` is known only if both agree.
-Overflow, underflow and the reduced precision of some accelerators' products are left out.
+program may get by rounding each operation to its dtype. So a product of two tiny positive
+weights, which float32 rounds to 0, is not negative, and `floor(0.7 * 10)` is known only if both
+agree.
+The reduced precision in which some accelerators multiply is left out.
 """
 
 import math
@@ -24,6 +25,8 @@ from convex_jax.proof.values import Known
 SAME = {"copy", "name", "optimization_barrier", "pvary", "reshard"}
 SAME |= {"sharding_constraint", "stop_gradient"}
 
+_IMPURE = ("callback", "ffi_call", "rng_uniform")  # Parts of the names of such primitives.
+
 # Applied to the low ends and to the high ends of their data: moves of elements, and functions
 # that are non-decreasing in each. The rest of their operands are indices.
 _ALL, _FIRST = slice(None), slice(1)
@@ -38,7 +41,14 @@ _BY_ENDS: dict[str, slice] = {
   **dict.fromkeys(("dynamic_slice", "gather"), _FIRST),
   "dynamic_update_slice": slice(2),
 }
+# Of these, which pass NaN on.
+_MOVES = {"transpose", "squeeze", "tile", "rev", "slice", "split", "concatenate", "stack", "pad"}
+_MOVES |= {"max", "min", "floor", "ceil", "sign", "reshape", "broadcast_in_dim", "dynamic_slice"}
+_MOVES |= {"gather", "dynamic_update_slice"}
 _SUMS = {"reduce_sum", "cumsum", "reduce_window_sum"}
+# Which compute no float from others: what the program gets of exact numbers is exact.
+_DISCRETE = {"iota", "bitcast_convert_type", "sort", "scatter", "scatter-max", "scatter-min"}
+_DISCRETE |= {"real", "imag", "complex", "conj", "rem", "nextafter", "select_and_gather_add"}
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
 _ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
   "add": enclosures.add,
@@ -50,6 +60,7 @@ _ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
 }
 # By IEEE 754.
 _ROUNDED_ONCE = {*_ARITHMETIC, "square", "sqrt", "abs", "neg", "convert_element_type"} - {"pow"}
+_LOOPS = {"scan", "while", "cond"}  # Walked; one that reaches the folding is too long, or unclear.
 _ORDERS = {"gt", "ge", "lt", "le", "eq", "ne"}
 _INTEGERS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative}
 # In numpy, which compiles nothing.
@@ -79,6 +90,15 @@ def is_half_or_more(dtype: Any) -> bool:
   return is_float(dtype) and jnp.finfo(dtype).nmant >= jnp.finfo(jnp.bfloat16).nmant
 
 
+def keeps_precision(eqn) -> bool:
+  """Whether an equation is a `reduce_precision` to no less than what its dtype has."""
+  if eqn.primitive.name != "reduce_precision":
+    return False
+  info = jnp.finfo(eqn.invars[0].aval.dtype)
+  bits = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
+  return bits[0] >= info.nexp and bits[1] >= info.nmant
+
+
 def fold(eqn, inputs: Sequence[Known]) -> list[Known]:
   """The outputs of an equation of known numbers.
 
@@ -86,9 +106,9 @@ def fold(eqn, inputs: Sequence[Known]) -> list[Known]:
     Unknown: they cannot be enclosed.
   """
   name = eqn.primitive.name
-  if eqn.effects or "callback" in name or "ffi_call" in name:
+  if eqn.effects or any(impure in name for impure in _IMPURE):
     raise Unknown(f"{name}, a call whose result may change")
-  if name in SAME:
+  if name in SAME or keeps_precision(eqn):
     return list(inputs)
   origins = {n: a for x in inputs for n, a in x.origins.items()}
   varies = any(x.varies for x in inputs)
@@ -97,7 +117,7 @@ def fold(eqn, inputs: Sequence[Known]) -> list[Known]:
     known = []
     for (low, high), var in zip(outputs, eqn.outvars, strict=True):
       if is_float(var.aval.dtype) and not varies and name not in _BY_ENDS:
-        low, high = _rounded(low, high, var.aval.dtype, 1 if name in _ROUNDED_ONCE else 4 * ULPS)
+        low, high = _rounded(low, high, var.aval.dtype, _ulps(eqn, high))
       known.append(Known(low, high, origins, varies))
   return known
 
@@ -123,14 +143,31 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
     return [enclosures.integer_power(ends[0], params["y"])]
   if floats and name in _SUMS:
     return [_sum(eqn, inputs[0])]
+  if floats and name in ("reduce_prod", "cumprod"):
+    return [_products(name, params, ends[0])]
+  if floats and name == "scatter-add":
+    return [_scatter_add(eqn, *inputs)]
   if floats and name in _PRODUCTS:
     return [_product(name, eqn, *inputs)]
+  if name in _LOOPS:
+    raise Unknown(f"{name}, too long to be walked, or of a predicate known only to within rounding")
   if not all(x.is_exact for x in inputs) or (varies and any(map(_has_floats, eqn.outvars))):
     raise Unknown(f"{name} of a number that is known only to within rounding")
   exact = [x.low for x in inputs]
   if name in _INTEGERS and not floats:
     return [_point(_INTEGERS[name](*exact))]
-  return [_point(out) for out in _as_the_program_does(eqn, exact)]
+  outputs = [_point(out) for out in _as_the_program_does(eqn, exact)]
+  if name in _DISCRETE or not any(map(_has_floats, eqn.outvars)):
+    return outputs
+  return [_about(*out, v.aval.dtype) for out, v in zip(outputs, eqn.outvars, strict=True)]
+
+
+def _about(low: Any, high: Any, dtype: Any) -> Ends:
+  """Ends a little further out, of a number that the program's library has computed."""
+  if not is_float(dtype):
+    return low, high
+  tiny = float(jnp.finfo(dtype).smallest_normal)
+  return low - tiny, high + tiny
 
 
 def _has_floats(var) -> bool:
@@ -141,7 +178,23 @@ def _point(array: Any) -> Ends:
   return array, array
 
 
-def _rounded(low: Any, high: Any, dtype: Any, ulps: int) -> Ends:
+def _ulps(eqn, result: Any) -> Any:
+  """By how many units in the last place the program's own results may miss."""
+  name = eqn.primitive.name
+  if name in _ROUNDED_ONCE:
+    return 1
+  if name in ("reduce_prod", "cumprod"):
+    return 4 * ULPS + math.prod(eqn.invars[0].aval.shape)
+  if name == "integer_pow":
+    return max(4 * ULPS, abs(eqn.params["y"]))
+  if name == "pow":  # As exp(b log a): the error of the exponent counts by its size.
+    return 4 * ULPS * (1 + np.abs(np.log(np.maximum(np.abs(result), 1e-300))))
+  if name in ("sin", "cos"):  # Of 1, not of the result, at zeros.
+    return 4 * ULPS / np.maximum(np.abs(result), 1e-300)
+  return 4 * ULPS
+
+
+def _rounded(low: Any, high: Any, dtype: Any, ulps: Any) -> Ends:
   """Ends that contain all that rounding to a dtype makes of the numbers between them."""
   if low is high or np.array_equal(low, high):
     low = high
@@ -150,9 +203,13 @@ def _rounded(low: Any, high: Any, dtype: Any, ulps: int) -> Ends:
   if dtype == np.float64:
     return low, high
   exact = (low == high) & (low.astype(dtype).astype(np.float64) == low)
-  margin = ulps * float(jnp.finfo(dtype).eps)
-  wide = low - margin * np.abs(low), high + margin * np.abs(high)
-  return np.where(exact, low, wide[0]), np.where(exact, high, wide[1])
+  info = jnp.finfo(dtype)
+  margin = ulps * float(info.eps)
+  down, up = low - margin * np.abs(low), high + margin * np.abs(high)
+  tiny, largest = float(info.smallest_normal), float(info.max)
+  down = np.where((down > 0) & (down < tiny), 0, np.where(down < -largest, -np.inf, down))
+  up = np.where((up < 0) & (up > -tiny), 0, np.where(up > largest, np.inf, up))
+  return np.where(exact, low, down), np.where(exact, high, up)
 
 
 def _as_the_program_does(eqn, arrays: Sequence[Any]) -> list[Any]:
@@ -186,6 +243,9 @@ def _by_ends(name: str, eqn, inputs: Sequence[Known]) -> list[Ends]:
   if any(jnp.issubdtype(x.low.dtype, jax.dtypes.prng_key) for x in inputs):
     return [_point(out) for out in _as_the_program_does(eqn, [x.low for x in inputs])]
   keys = [i.low for i in indices]
+
+  if name not in _MOVES and any(np.any(_may_be_nan(x)) for x in inputs):
+    raise Unknown(f"{name} of what may be no number")
 
   def apply(arrays):
     if name in _IN_NUMPY and (arrays[0].dtype in (np.bool_, np.float64) or name in ("max", "min")):
@@ -278,23 +338,27 @@ _SPECIAL: dict[str, Callable[..., Ends]] = {
 
 
 def _order(name: str, a: Known, b: Known) -> Ends:
-  """(surely, perhaps), for a comparison."""
+  """(surely, perhaps), for a comparison; NaN stands for a number of which nothing is known."""
   if name in ("lt", "le"):
     return _order({"lt": "gt", "le": "ge"}[name], b, a)
   if name == "ne":
     surely, perhaps = _order("eq", a, b)
     return ~perhaps, ~surely
+  unknown = _may_be_nan(a) | _may_be_nan(b)
+  if a is b:  # A number equals itself: so programs ask whether it is NaN.
+    same = np.full(a.shape, name != "gt")
+    return same & ~unknown, same | unknown
   if name == "eq":
-    apart = (a.high < b.low) | (b.high < a.low)
-    undefined = _is_nan(a) | _is_nan(b)
-    same = (a.low == a.high) & (b.low == b.high) & (a.low == b.low)
-    return same, ~apart & ~undefined
-  compare = np.greater if name == "gt" else np.greater_equal
-  return compare(a.low, b.high), compare(a.high, b.low)
+    surely = (a.low == a.high) & (b.low == b.high) & (a.low == b.low)
+    perhaps = (a.low <= b.high) & (b.low <= a.high)
+  else:
+    compare = np.greater if name == "gt" else np.greater_equal
+    surely, perhaps = compare(a.low, b.high), compare(a.high, b.low)
+  return surely & ~unknown, perhaps | unknown
 
 
-def _is_nan(x: Known) -> Any:
-  return np.isnan(x.low) if x.low.dtype == np.float64 else np.False_
+def _may_be_nan(x: Known) -> Any:
+  return np.isnan(x.low) | np.isnan(x.high) if x.is_float else np.False_
 
 
 def _sum(eqn, x: Known) -> Ends:
@@ -317,17 +381,59 @@ def _float_sum(eqn, array: np.ndarray) -> np.ndarray:
   return bind(eqn, array)[0]
 
 
+def _scatter_add(eqn, x: Known, indices: Known, updates: Known) -> Ends:
+  if not indices.is_exact:
+    raise Unknown("scatter-add by an index that is known only to within rounding")
+  n = 1 + indices.low.size
+  exact = x.is_exact and updates.is_exact
+  low = bind(eqn, x.low, indices.low, updates.low)[0]
+  high = low if exact else bind(eqn, x.high, indices.low, updates.high)[0]
+  sizes = [np.maximum(np.abs(t.low), np.abs(t.high)) for t in (x, updates)]
+  size = bind(eqn, sizes[0], indices.low, sizes[1])[0]
+  return _within(eqn, low, high, n, size, [x, updates])
+
+
+def _products(name: str, params, ends: Ends) -> Ends:
+  """Products over axes, factor by factor."""
+  axes = tuple(params["axes"]) if name == "reduce_prod" else (params["axis"],)
+  shape = [n for i, n in enumerate(ends[0].shape) if i not in axes]
+  first = range(len(axes))
+  low, high = (np.moveaxis(e, axes, first).reshape(-1, *shape) for e in ends)
+  if params.get("reverse"):
+    low, high = low[::-1], high[::-1]
+  out = np.ones(shape), np.ones(shape)
+  steps = []
+  for factor in zip(low, high, strict=True):
+    out = enclosures.multiply(out, factor)
+    steps.append(out)
+  if name == "reduce_prod":
+    return out
+  if params["reverse"]:
+    steps.reverse()
+  low, high = (np.stack(e, axes[0]) for e in zip(*steps, strict=True))
+  return low, high
+
+
 def _within(eqn, low, high, n: int, size, terms: Sequence[Known]) -> Ends:
   """The ends of sums of n terms, moved outwards by what rounding them one by one may do."""
-  dtype, exact = eqn.outvars[0].aval.dtype, False
-  if n <= 1 or (low is high and _are_small_integers(terms, size, dtype)):
+  if n <= 1 or (low is high and _are_small_integers(terms, size, eqn.outvars[0].aval.dtype)):
     return low, high
+  margin = (n + 2) * _epsilon(eqn, terms) * size + n * _flushed(terms)
+  return enclosures.outward(low - margin, high + margin, (margin == 0, margin == 0))
+
+
+def _epsilon(eqn, terms: Sequence[Known]) -> float:
   varies = any(x.varies for x in terms)
-  epsilon = float(jnp.finfo(np.float64 if varies else dtype).eps)
-  margin = (n + 2) * epsilon * size
-  exact = size == 0
-  low, high = low - margin, high + margin
-  return enclosures.outward(low, high, (exact, exact))
+  return float(jnp.finfo(np.float64 if varies else eqn.outvars[0].aval.dtype).eps)
+
+
+def _flushed(factors: Sequence[Known]) -> float:
+  """More than what XLA loses of a product of such numbers by taking subnormal ones for 0."""
+  least = 1.0
+  for x in factors:
+    size = np.maximum(np.abs(x.low), np.abs(x.high))
+    least *= min(1.0, float(np.min(size, initial=1.0, where=size > 0)))
+  return 0.0 if least > 1e-290 else 1e-290
 
 
 def _are_small_integers(terms: Sequence[Known], size, dtype) -> bool:
@@ -353,6 +459,5 @@ def _product(name: str, eqn, a: Known, b: Known) -> Ends:
     low, high = middle - radius, middle + radius
   elif _are_small_integers([a, b], size, eqn.outvars[0].aval.dtype):
     return _point(middle)
-  dtype = np.float64 if a.varies or b.varies else eqn.outvars[0].aval.dtype
-  margin = 2 * (n + 2) * float(jnp.finfo(dtype).eps) * size
-  return enclosures.outward(low - margin, high + margin, (size == 0, size == 0))
+  margin = 2 * (n + 2) * _epsilon(eqn, [a, b]) * size + n * _flushed([a, b])
+  return enclosures.outward(low - margin, high + margin, (margin == 0, margin == 0))

@@ -34,10 +34,12 @@ def is_short(x: Any) -> Any:
   return np.equal(np.asarray(x).astype(np.float32), x)
 
 
-def _is_exact_product(a: Any, b: Any) -> Any:
+def _is_exact_product(a: Any, b: Any, product: Any) -> Any:
+  """Whether a product of two, times 0 or a power of 2 if need be, was not rounded."""
+  kept = (np.abs(product) >= np.finfo(np.float64).smallest_normal) | (a == 0) | (b == 0)
   fractions = [np.abs(np.frexp(x)[0]) for x in (a, b)]
-  powers = [(f == 0.5) | (f == 0) for f in fractions]  # Times 0 or a power of 2.
-  return (is_short(a) & is_short(b)) | powers[0] | powers[1]
+  powers = [(f == 0.5) | (f == 0) for f in fractions]
+  return kept & ((is_short(a) & is_short(b)) | powers[0] | powers[1])
 
 
 def add(a: Ends, b: Ends) -> Ends:
@@ -64,7 +66,7 @@ def subtract(a: Ends, b: Ends) -> Ends:
 
 def multiply(a: Ends, b: Ends) -> Ends:
   """a b: its extremes are at corners."""
-  return _corners(a, b, lambda x, y: (x * y, _is_exact_product(x, y)))
+  return _corners(a, b, lambda x, y: (x * y, _is_exact_product(x, y, x * y)))
 
 
 def divide(a: Ends, b: Ends) -> Ends:
@@ -72,7 +74,7 @@ def divide(a: Ends, b: Ends) -> Ends:
 
   def quotient(x, y):
     q = x / y
-    return q, (q * y == x) & _is_exact_product(q, y)
+    return q, (q * y == x) & _is_exact_product(q, y, x)
 
   low, high = _corners(a, b, quotient)
   undefined = (b[0] <= 0) & (b[1] >= 0)

@@ -21,7 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from convex_jax.proof import activations, log_sum_exp, rules
-from convex_jax.proof.constants import SAME, Unknown, fold, is_float, is_half_or_more, number
+from convex_jax.proof.constants import (
+  SAME,
+  Unknown,
+  fold,
+  is_float,
+  is_half_or_more,
+  keeps_precision,
+  number,
+)
 from convex_jax.proof.source import Place, place_of
 from convex_jax.proof.values import (
   Known,
@@ -321,14 +329,10 @@ def _is_real(x: Value | Known) -> bool:
 
 def _keeps_precision(eqn) -> bool:
   """Whether an equation is a change of precision whose rounding is left out of account."""
-  name, source = eqn.primitive.name, eqn.invars[0].aval.dtype if eqn.invars else None
-  if name == "convert_element_type":
-    return is_float(source) and is_half_or_more(eqn.outvars[0].aval.dtype)
-  if name == "reduce_precision":
-    info = jnp.finfo(source)
-    kept = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
-    return kept[0] >= info.nexp and kept[1] >= info.nmant
-  return False
+  if eqn.primitive.name == "convert_element_type":
+    source, target = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+    return is_float(source) and is_half_or_more(target)
+  return keeps_precision(eqn)
 
 
 def _needed(jaxpr) -> Iterator[Any]:

@@ -1,6 +1,7 @@
 """Known numbers: enclosures that contain the real number and what the program makes of it."""
 
 import fractions
+import functools
 import itertools
 
 import jax
@@ -128,6 +129,7 @@ def test_a_point_is_enclosed_in_float64(name, program):
   assert (found.high - found.low <= 1e-11 * (1 + np.abs(real))).all()
 
 
+T = jnp.float32(1e-30)
 KEY = jax.random.key(7)
 
 # (name, a factor that the program computes, whether it is surely > 0)
@@ -179,6 +181,40 @@ FACTORS = [
   ("an argument of most", lambda: 1.5 - jnp.argmax(jnp.float32([0.1 * 3, 0.3])), True),
   ("bits", lambda: lax.bitcast_convert_type(jnp.uint32(0x3F800000), jnp.float32), True),
   ("exp, far below", lambda: jnp.exp(jnp.float32(-80)), True),
+  ("underflow that is compared", lambda: 2 * (jnp.float32(1e-30) * 1e-30 > 0) - 1.0, False),
+  ("overflow that is asked for", lambda: 2.0 * jnp.isfinite(jnp.float32(1e30) * 1e30) - 1, False),
+  ("overflow", lambda: jnp.float32(1e30) * jnp.float32(1e30), False),
+  ("a quotient by what may be 0", lambda: 1 / (jnp.float32(0.1) * 3 - jnp.float32(0.3)), False),
+  (
+    "a comparison with such a quotient",
+    lambda: jnp.where(1 / (jnp.float32(0.1) * 3 - jnp.float32(0.3)) > 0, -1.0, 1.0),
+    False,
+  ),
+  (
+    "sorted with such a quotient",
+    lambda: jnp.sort(jnp.stack([1 / (jnp.float32(0.1) * 3 - jnp.float32(0.3)), 1.0]))[0],
+    False,
+  ),
+  (
+    "clipped from such a quotient",
+    lambda: jnp.clip(1 / (jnp.float32(0.1) * 3 - jnp.float32(0.3)), 1, 2),
+    False,
+  ),
+  ("softplus of a rounded number", lambda: jax.nn.softplus(jnp.float32(-0.1) * 3), True),
+  ("a long loop", lambda: lax.fori_loop(0, 2000, lambda i, c: c * 1.001, 1.0), False),
+  (
+    "a loop that may end sooner",
+    lambda: 0.35 - lax.while_loop(lambda c: c < 0.3, lambda c: c + 0.1, jnp.float32(0)),
+    False,
+  ),
+  ("a high power", lambda: jnp.float32(1.1) ** 100, True),
+  ("a product of twelve", lambda: -jnp.prod(jnp.full(12, 1e-30)), False),
+  ("a product that underflows float64", lambda: -functools.reduce(jnp.multiply, [T] * 12), False),
+  ("a product of three", lambda: jnp.prod(jnp.float32([0.1, -0.2, -0.3])), True),
+  ("a running product", lambda: jnp.cumprod(jnp.float32([-0.1, -0.2, 0.3, 4]))[2], True),
+  ("what XLA takes for 0", lambda: -(jnp.exp(jnp.full(3, -1000.0)) @ jnp.ones(3)), False),
+  ("sums of updates", lambda: jnp.zeros(3).at[jnp.array([0, 0, 1])].add(0.1)[0], True),
+  ("updates that cancel", lambda: jnp.full(3, -0.3).at[jnp.array([0, 0, 0])].add(0.1)[0], False),
   ("counted in a loop", lambda: lax.while_loop(lambda c: c < 5, lambda c: c * 2.0, 1.0), True),
 ]
 
