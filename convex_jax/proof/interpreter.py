@@ -36,7 +36,6 @@ from convex_jax.proof.values import (
   Masks,
   Operation,
   Value,
-  composed,
   is_finite,
   tidy,
   uniform,
@@ -276,13 +275,8 @@ def _second_look(op: Operation, masks: Masks) -> tuple[Masks, Operation]:
     found, op = log_sum_exp.look(op)
     masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
   if op.primitive in activations.ELEMENTWISE and (masks[0] & masks[1]).any():
-    seen = activations.as_scalar_function(Value(*masks, op))
-    if seen is not None:
-      z, f = seen
-      found = composed(z, f.convex, f.concave, f.rising, f.falling)
-      masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
-      bent = not np.all(f.convex | f.concave) and op.primitive in ("select_n", "add")
-      op = dataclasses.replace(op, scalar=seen, note=str(f) if bent else "")
+    found, op = activations.look(op, masks)
+    masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
   return masks, op
 
 

@@ -12,8 +12,9 @@ from convex_jax.proof.values import Operation
 USED = "used by whoever looks through"
 LAYOUT = "says on which devices the numbers are"
 
-_PLAIN = "add add_any sub div neg abs max min sign gt ge lt le eq ne select_n is_finite square cosh"
-_ACCURATE = "exp exp2 expm1 log log1p log2 logistic sqrt"
+_PLAIN = "abs add add_any and cosh div eq ge gt is_finite le lt max min ne neg not or select_n sign"
+_PLAIN += " square sub"
+_ACCURATE = "exp exp2 expm1 log log1p log2 logistic sqrt tanh"
 
 PARAMETERS: dict[str, dict[str, Any]] = {  # Of each primitive: USED, LAYOUT or the plain value.
   **{name: {} for name in _PLAIN.split()},

@@ -33,17 +33,14 @@ PRIMITIVES = {*_SUMS, "neg", "abs", *_WEIGHTED, *_EXTREMES, *_WINDOW_EXTREMES, *
 
 
 def steepest(f: ScalarFunction) -> np.ndarray:
-  """The largest |slope| of a monotone convex or concave scalar function.
+  """The largest |slope| of a scalar function.
 
   Raises:
-    ValueError: its two halves show no bound.
+    ValueError: no bound is known.
   """
-  left, right = f.slopes
-  if np.all(f.convex & f.rising & f.right_affine):
-    return np.asarray(right)
-  if np.all(f.concave & f.rising & f.left_affine):
-    return np.asarray(left)
-  raise ValueError("a scalar function without a bound on its slope")
+  if not np.isfinite(f.steepest).all():
+    raise ValueError("a scalar function without a bound on its slope")
+  return np.asarray(f.steepest)
 
 
 def magnitude(output: Value) -> Callable[[jax.Array], jax.Array]:
