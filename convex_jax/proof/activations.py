@@ -49,6 +49,8 @@ COMPARISONS |= {"eq": operator.eq, "ne": operator.ne}
 LOGIC = {"and": operator.and_, "or": operator.or_, "not": operator.not_}
 ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "max", "min", "abs", "exp", "exp2", "expm1"}
 ELEMENTWISE |= {"square", "integer_pow", "tanh", "logistic", "log1p", "select_n"}
+# What an activation may end in. A function of one lost value, as exp or a factor, mends nothing.
+ENDS = {"add", "sub", "mul", "max", "min", "select_n", "square", "integer_pow"}
 LIMIT = 40  # Operations that are searched for the kinks of a value.
 MOST = 8  # Earlier values that are tried.
 
@@ -103,6 +105,11 @@ def _exp2(v: Ends) -> tuple[Ends, Ends, Ends]:
   return power, _times(LOG_2, power), _times(_times(LOG_2, LOG_2), power)
 
 
+def _exp(v: Ends) -> tuple[Ends, Ends, Ends]:
+  power = FUNCTIONS["exp"](v)
+  return power, power, power
+
+
 def _expm1(v: Ends) -> tuple[Ends, Ends, Ends]:
   power = FUNCTIONS["exp"](v)
   return FUNCTIONS["expm1"](v), power, power
@@ -134,7 +141,7 @@ def _integer_power(v: Ends, y: int) -> tuple[Ends, Ends, Ends]:
 
 
 DERIVATIVES: dict[str, Callable[[Ends], tuple[Ends, Ends, Ends]]] = {
-  "exp": lambda v: (FUNCTIONS["exp"](v),) * 3,
+  "exp": _exp,
   "exp2": _exp2,
   "expm1": _expm1,
   "square": lambda v: _integer_power(v, 2),
@@ -152,6 +159,7 @@ class Jet:
   slope: Ends  # Times `over`.
   over: Ends  # Above 0. A quotient would be rounded; so celu(z) = alpha expm1(z / alpha) is not.
   second: Ends
+  is_continuous: Any = True  # Whether its limits at the ends are its values there.
 
   @property
   def steepness(self) -> Ends:
@@ -163,10 +171,12 @@ class Jet:
     else:
       slope = _plus(_times(self.slope, other.over), _times(other.slope, self.over))
       over = _times(self.over, other.over)
-    return Jet(_plus(self.value, other.value), slope, over, _plus(self.second, other.second))
+    second = _plus(self.second, other.second)
+    return Jet(_plus(self.value, other.value), slope, over, second, self._joined(other))
 
   def negated(self) -> "Jet":
-    return Jet(negative(self.value), _negated(self.slope), self.over, _negated(self.second))
+    value, slope, second = negative(self.value), _negated(self.slope), _negated(self.second)
+    return Jet(value, slope, self.over, second, self.is_continuous)
 
   def times(self, other: "Jet") -> "Jet":
     slope = _plus(
@@ -176,21 +186,25 @@ class Jet:
     twice = _times(TWO, _times(self.steepness, other.steepness))
     second = _plus(_times(self.second, other.value), _times(other.second, self.value))
     over = ONE if self.over is other.over is ONE else _times(self.over, other.over)
-    return Jet(_times(self.value, other.value), slope, over, _plus(second, twice))
+    second = _plus(second, twice)
+    return Jet(_times(self.value, other.value), slope, over, second, self._joined(other))
 
   def divided(self, divisor: Ends) -> "Jet":
     """By a known number other than 0."""
     sign = np.sign(divisor[0])
     slope = _times(self.slope, (sign, sign))
     value, second = divide(self.value, divisor), divide(self.second, divisor)
-    return Jet(value, slope, _times(self.over, magnitude(divisor)), second)
+    return Jet(value, slope, _times(self.over, magnitude(divisor)), second, self.is_continuous)
 
   def through(self, derivatives: tuple[Ends, Ends, Ends]) -> "Jet":
     """g(self), for g, g' and g'' of the value."""
     value, slope, second = derivatives
     square = ONE if self.steepness is ONE else integer_power(self.steepness, 2)
     second = _plus(_times(second, square), _times(slope, self.second))
-    return Jet(value, _times(slope, self.slope), self.over, second)
+    return Jet(value, _times(slope, self.slope), self.over, second, self.is_continuous)
+
+  def _joined(self, other: "Jet") -> Any:
+    return np.logical_and(self.is_continuous, other.is_continuous)
 
 
 class _Piece:
@@ -207,13 +221,14 @@ class _Piece:
     ends = [np.where(np.isfinite(end), end, np.nan) for end in (low, high)]
     value = np.stack([low, *ends]), np.stack([high, *ends])
     self._root, self._points = root, points
-    self._jets = {id(root): Jet(value, ONE, ONE, ZERO)}
-    self.is_continuous: Any = True
+    # By identity; the nodes are kept, lest another takes their place in memory.
+    self._jets: dict[int, tuple[Any, Jet]] = {id(root): (root, Jet(value, ONE, ONE, ZERO))}
+    self._settled: dict[int, tuple[Any, Any, Any]] = {}
 
   def of(self, node: Value | Known) -> Jet:
     if id(node) not in self._jets:
-      self._jets[id(node)] = self._compute(node)
-    return self._jets[id(node)]
+      self._jets[id(node)] = node, self._compute(node)
+    return self._jets[id(node)][1]
 
   def _compute(self, node: Value | Known) -> Jet:
     if isinstance(node, Known):
@@ -221,9 +236,11 @@ class _Piece:
         raise _NoRuleError
       low = node.low[None] if node.shape else node.low
       return Jet((low, low if node.low is node.high else node.high[None]), ZERO, ONE, ZERO)
-    chosen = self.settled(node)
+    chosen, is_continuous = self.settled(node)
     if chosen is not node:
-      return self.of(chosen)
+      jet = self.of(chosen)
+      both = np.logical_and(jet.is_continuous, is_continuous)
+      return dataclasses.replace(jet, is_continuous=both)
     op = _operation(node)
     name, inputs = op.primitive, op.inputs
     if name in ("add", "sub", "mul"):
@@ -245,9 +262,14 @@ class _Piece:
       return jet.through(DERIVATIVES[name](jet.value))
     raise _NoRuleError
 
-  def settled(self, node: Value | Known) -> Value | Known:
-    """What the choices that made a node take here; the node itself if none made it."""
-    start, may_jump = node, False
+  def settled(self, node: Value | Known) -> tuple[Value | Known, Any]:
+    """What the choices that made a node take here, and whether they take no other at the ends."""
+    if id(node) not in self._settled:
+      self._settled[id(node)] = node, *self._settle(node)
+    return self._settled[id(node)][1:]
+
+  def _settle(self, start: Value | Known) -> tuple[Value | Known, Any]:
+    node, may_jump, is_continuous = start, False, True
     while isinstance(node, Value) and node is not self._root:
       op = _operation(node)
       if op.primitive in ("max", "min"):
@@ -261,9 +283,9 @@ class _Piece:
         break
     for point, end in zip(self._points, (_LEFT, _RIGHT), strict=False):
       if may_jump and point is not None:
-        same = _are_equal(self, node, end, point, point.settled(start))
-        self.is_continuous = self.is_continuous & same
-    return node
+        same = _are_equal(self, node, end, point, point.settled(start)[0])
+        is_continuous = np.logical_and(is_continuous, same)
+    return node, is_continuous
 
   def _holds(self, test: Any) -> bool:
     op = _operation(test)
@@ -331,7 +353,7 @@ def _are_equal(p: _Piece, x: Any, end: int, q: _Piece, y: Any) -> Any:
 
 def _without_zeros(p: _Piece, x: Any, end: int) -> Any:
   """x, without what is added to it and is 0 there."""
-  x = p.settled(x)
+  x, _ = p.settled(x)
   if isinstance(x, Value) and x is not p._root and _operation(x).primitive in ("add", "sub"):
     a, b = _operation(x).inputs
     pairs = ((b, a), (a, b)) if _operation(x).primitive == "add" else ((b, a),)
@@ -341,47 +363,61 @@ def _without_zeros(p: _Piece, x: Any, end: int) -> Any:
   return x
 
 
-def look(op: Operation, masks: Masks) -> tuple[Masks, Operation]:
-  """The masks of a value, better where it is a scalar function of an earlier one, and it."""
-  found = None
-  nowhere = Value(*masks, op)
-  for root, kinks in _candidates(nowhere):
-    if found is not None and root.is_lost:
-      continue
-    try:
-      with np.errstate(all="ignore"):
-        f = _judged(nowhere, root, kinks)
-    except _NoRuleError:
-      continue
-    curved = composed(root, f.convex, f.concave, f.rising, f.falling)
-    if found is None or not (curved[0] & curved[1]).all():
-      bent = not np.all(f.convex | f.concave) and op.primitive in ("select_n", "add")
-      note = f.note if bent else ""
-      found = curved, dataclasses.replace(op, scalar=(root, f), note=note)
-    if not (curved[0] & curved[1]).any():
-      break
-  return (masks, op) if found is None else found
+class Looks:
+  """Second looks at the values of one computation, which share what they read."""
+
+  def __init__(self):
+    self._pieces: dict[Any, tuple[Value, list[_Piece]]] = {}
+
+  def at(self, op: Operation, masks: Masks) -> tuple[Masks, Operation]:
+    """The masks of a value, better where it is a scalar function of an earlier one; and it."""
+    found, value = None, Value(*masks, op)
+    if op.primitive in ("add", "sub", "mul") and any(isinstance(x, Known) for x in op.inputs):
+      return masks, op
+    for root, kinks in _candidates(value):
+      if found is not None and root.is_lost:
+        continue
+      try:
+        with np.errstate(all="ignore"):
+          kinks = _reached(root, kinks)
+          f = _judged([p.of(value) for p in self._between(root, kinks)], kinks)
+      except _NoRuleError:
+        continue
+      curved = composed(root, f.convex, f.concave, f.rising, f.falling)
+      if found is None or not (curved[0] & curved[1]).all():
+        bent = not np.all(f.convex | f.concave) and op.primitive in ("select_n", "add")
+        note = f.note if bent else ""
+        found = curved, dataclasses.replace(op, scalar=(root, f), note=note)
+      if not (curved[0] & curved[1]).any():
+        break
+    return (masks, op) if found is None else found
+
+  def _between(self, root: Value, kinks: list[np.ndarray]) -> list[_Piece]:
+    """Readings of the pieces of the line, from the first number on."""
+    key = id(root), *((k.shape, k.tobytes()) for k in kinks)
+    if key not in self._pieces:
+      finite = [np.isfinite(k).all() for k in kinks]
+      points = [
+        _Piece(root, k, k) if there else None for k, there in zip(kinks, finite, strict=True)
+      ]
+      sides = zip(itertools.pairwise(kinks), itertools.pairwise(points), strict=True)
+      self._pieces[key] = root, [_Piece(root, *ends, points) for ends, points in sides]
+    return self._pieces[key][1]
 
 
-def _judged(value: Value, root: Value, kinks: list[np.ndarray]) -> ScalarFunction:
-  """What is proved of a value as a function of `root`, with kinks in rising order."""
-  least = _least(root)
-  if np.isfinite(least):
-    kinks = [np.full_like(kinks[0], least), *(k for k in kinks if not np.all(k <= least))]
-  for low, high in itertools.pairwise(kinks):
-    if not np.all(low < high):
-      raise _NoRuleError
-  infinite = np.full_like(kinks[0], np.inf)
-  points = [None, *(_Piece(root, k, k) for k in kinks), None]
-  ends = [-infinite, *kinks, infinite]
-  sides = zip(itertools.pairwise(ends), itertools.pairwise(points), strict=True)
-  pieces = [_Piece(root, low, high, points) for (low, high), points in sides]
-  if np.isfinite(least):
-    del pieces[0], kinks[0]
-  jets = [p.of(value) for p in pieces]
-  falls = rises = False  # At some kink.
-  note = ""
-  for k, left, right in zip(kinks, jets[:-1], jets[1:], strict=True):
+def _reached(root: Value, kinks: list[np.ndarray]) -> list[np.ndarray]:
+  """The ends of the pieces of the line in which a value may be."""
+  infinite, least = np.full_like(kinks[0], np.inf), np.full_like(kinks[0], _least(root))
+  ends = [least, *(k for k in kinks if not np.all(k <= least)), infinite]
+  if not all(np.all(low < high) for low, high in itertools.pairwise(ends)):
+    raise _NoRuleError
+  return ends
+
+
+def _judged(jets: list[Jet], ends: list[np.ndarray]) -> ScalarFunction:
+  """What is proved of a function of which these are the pieces between these ends."""
+  falls, rises, note = np.False_, np.False_, ""
+  for k, left, right in zip(ends[1:-1], jets[:-1], jets[1:], strict=True):
     before = _times(_ends_at(left.slope, _RIGHT), _ends_at(right.over, _LEFT))
     after = _times(_ends_at(right.slope, _LEFT), _ends_at(left.over, _RIGHT))
     up, down = before[1] <= after[0], after[1] <= before[0]
@@ -390,7 +426,7 @@ def _judged(value: Value, root: Value, kinks: list[np.ndarray]) -> ScalarFunctio
       slopes = (_ends_at(x.steepness, i)[0] for x, i in ((left, _RIGHT), (right, _LEFT)))
       numbers = [f"{float(np.ravel(x)[0]):g}" for x in (*slopes, k)]
       note = "its slope goes from {} to {} at {}".format(*numbers)
-  continuous = functools.reduce(np.logical_and, [p.is_continuous for p in pieces])
+  continuous = functools.reduce(np.logical_and, [x.is_continuous for x in jets])
   if not np.all(continuous):
     note = f"it jumps at {float(np.ravel(ends[-2])[0]):g}"
   seconds = [_ends_at(x.second, _PIECE) for x in jets]
@@ -401,12 +437,12 @@ def _judged(value: Value, root: Value, kinks: list[np.ndarray]) -> ScalarFunctio
     return functools.reduce(np.logical_and, tests, continuous)
 
   return ScalarFunction(
-    everywhere(~np.asarray(falls), *(x[0] >= 0 for x in seconds)),
-    everywhere(~np.asarray(rises), *(x[1] <= 0 for x in seconds)),
-    everywhere(*(x[0] >= 0 for x in slopes)),
-    everywhere(*(x[1] <= 0 for x in slopes)),
-    np.where(continuous, functools.reduce(np.maximum, steepest), np.inf),
-    note,
+    convex=everywhere(~falls, *(x[0] >= 0 for x in seconds)),
+    concave=everywhere(~rises, *(x[1] <= 0 for x in seconds)),
+    rising=everywhere(*(x[0] >= 0 for x in slopes)),
+    falling=everywhere(*(x[1] <= 0 for x in slopes)),
+    steepest=np.where(continuous, functools.reduce(np.maximum, steepest), np.inf),
+    note=note,
   )
 
 

@@ -162,6 +162,7 @@ class Walk:
 
   def __init__(self):
     self._order = 0
+    self._looks = activations.Looks()
 
   def run(self, jaxpr, consts, arguments, place: Place) -> list[Value | Known]:
     """The outputs of `jaxpr` for these inputs; `place` is where it was called."""
@@ -224,8 +225,18 @@ class Walk:
       return [Value(*rules.lost(op), op)]
     masks = tidy(masks[0], op.shape), tidy(masks[1], op.shape)
     if (masks[0] & masks[1]).any():
-      masks, op = _second_look(op, masks)
+      masks, op = self._second_look(op, masks)
     return [Value(*masks, op)]
+
+  def _second_look(self, op: Operation, masks: Masks) -> tuple[Masks, Operation]:
+    """Masks and operation, better where several operations together show a curvature."""
+    if op.primitive in log_sum_exp.ENDS:
+      found, op = log_sum_exp.look(op)
+      masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
+    if op.primitive in activations.ENDS and (masks[0] & masks[1]).any():
+      found, op = self._looks.at(op, masks)
+      masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
+    return masks, op
 
   def _scan(self, params, inputs, place: Place) -> list[Value | Known] | None:
     """The outputs of a `scan`, unrolled; None where it is too long."""
@@ -267,17 +278,6 @@ class Walk:
     if isinstance(jaxpr, jex.ClosedJaxpr):
       return self.run(jaxpr.jaxpr, _consts(jaxpr), inputs, place)
     return self.run(jaxpr, [], inputs, place)
-
-
-def _second_look(op: Operation, masks: Masks) -> tuple[Masks, Operation]:
-  """Masks and operation, better where several operations together show a curvature."""
-  if op.primitive in log_sum_exp.ENDS:
-    found, op = log_sum_exp.look(op)
-    masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
-  if op.primitive in activations.ELEMENTWISE and (masks[0] & masks[1]).any():
-    found, op = activations.look(op, masks)
-    masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
-  return masks, op
 
 
 def _split(eqn, x: Value, op: Operation) -> list[Value | Known]:
