@@ -1,113 +1,483 @@
-"""Curvature of a scalar function with one kink, found from how it is computed.
+"""Curvature of a scalar function with kinks, found from how it is computed.
 
 ELU is `where(z > 0, z, alpha expm1(where(z > 0, 0, z)))`. Neither the choice nor `expm1` of a
-choice has a curvature that a rule could state. But on either side of the kink every choice is
-made, and the rest is a composition that has one. A continuous function that is convex on both
-sides, and whose slope does not fall at the kink, is convex on the whole line.
+choice has a curvature that a rule could state. But between the kinks, the numbers with which z is
+compared, every choice is made, and the rest has derivatives. A continuous function whose second
+derivative is nowhere negative, and whose slope falls at no kink, is convex on the whole line.
 
-Values and slopes at the kink are compared as real numbers, although float64 computes them: two
-values count as equal only if no rounding has touched them; slopes, kept as fractions, are ordered
-only if none has, or if they are well apart.
+All numbers are enclosures (`enclosures`): over a piece of the line, or of the limits at its ends.
+A sign is known only if a whole enclosure has it. Two numbers are equal only if both are exact, or
+the same computation of equal numbers.
 """
 
 import collections
 import dataclasses
+import functools
+import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from convex_jax.proof.values import Known, ScalarFunction, Value
+from convex_jax.proof.enclosures import (
+  FUNCTIONS,
+  ONE,
+  Ends,
+  add,
+  divide,
+  integer_power,
+  magnitude,
+  multiply,
+  negative,
+  subtract,
+)
+from convex_jax.proof.linear import has_no_zero, is_defined
+from convex_jax.proof.parameters import is_plain
+from convex_jax.proof.values import (
+  Known,
+  Masks,
+  Operation,
+  ScalarFunction,
+  Value,
+  composed,
+  is_finite,
+)
 
 COMPARISONS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
-ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "max", "min", "abs", "exp", "expm1", "select_n"}
-APART = 1e-9  # Relative; more than rounding can change slopes in which nothing has cancelled.
-LIMIT = 40  # Operations that are searched for the kink of a value.
+COMPARISONS |= {"eq": operator.eq, "ne": operator.ne}
+LOGIC = {"and": operator.and_, "or": operator.or_, "not": operator.not_}
+ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "max", "min", "abs", "exp", "exp2", "expm1"}
+ELEMENTWISE |= {"square", "integer_pow", "tanh", "logistic", "log1p", "select_n"}
+# What an activation may end in. A function of one lost value, as exp or a factor, mends nothing.
+ENDS = {"add", "sub", "mul", "max", "min", "select_n", "square", "integer_pow"}
+LIMIT = 40  # Operations that are searched for the kinks of a value.
+MOST = 8  # Earlier values that are tried.
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Side:
-  """A function on one side of the kink: value and slope at it, curvature and monotonicity."""
-
-  value: "Number"
-  slope: "Number"  # The numerator of the slope ...
-  over: "Number"  # ... and its denominator, above 0.
-  convex: Any
-  concave: Any
-  rising: Any
-  falling: Any
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Number:
-  """A float64 or an array of them, and whether it is exact: no rounding has occurred."""
-
-  at: Any
-  exact: Any = True
-
-  def __add__(self, other: "Number") -> "Number":
-    total = self.at + other.at
-    exact = np.logical_and(self.exact, other.exact)
-    exact = exact & np.equal(total - self.at, other.at) & np.equal(total - other.at, self.at)
-    if np.any((np.sign(self.at) * np.sign(other.at) < 0) & ~exact):
-      raise _NoRuleError  # The remainder of rounded numbers that cancel may be anything.
-    return Number(total, exact)
-
-  def __mul__(self, other: "Number") -> "Number":
-    with np.errstate(over="ignore"):
-      short = [np.equal(np.float32(x.at), x.at) for x in (self, other)]
-    simple = short[0] & short[1]  # A product of two float32 fits into float64.
-    for x in (self, other):
-      simple = simple | np.equal(np.abs(x.at), 1) | np.equal(x.at, 0)
-    exact = np.logical_and(self.exact, other.exact) & simple
-    return Number(self.at * other.at, exact)
-
-  def equals(self, other: "Number") -> Any:
-    """Whether both are surely the same number."""
-    return np.equal(self.at, other.at) & self.exact & other.exact
-
-  def at_most(self, other: "Number") -> Any:
-    """Whether surely self <= other."""
-    apart = other.at - self.at > APART * (np.abs(self.at) + np.abs(other.at))
-    return apart | (np.less_equal(self.at, other.at) & self.exact & other.exact)
-
-
-ONE, ZERO = Number(1.0), Number(0.0)
+ZERO = (np.float64(0), np.float64(0))
+TWO = (np.float64(2), np.float64(2))
+HALF = (np.float64(0.5), np.float64(0.5))
+LOG_2 = (np.float64(0.6931471805599453), np.float64(0.6931471805599454))
+_PIECE, _LEFT, _RIGHT = range(3)  # Where a jet is taken: all over a piece, and at its ends.
 
 
 class _NoRuleError(Exception):
-  """The computation is not a scalar function with this kink, as far as can be seen."""
+  """The computation is not a scalar function with these kinks, as far as can be seen."""
 
 
-def as_scalar_function(value: Value) -> tuple[Value, ScalarFunction] | None:
-  """(z, f) where `value` is f(z), a scalar function with one kink of an earlier value z."""
-  for root, kink in _kinks(value):
-    try:
-      left, at, right = (_Half(root, kink, side).of(value) for side in (-1, 0, 1))
-    except _NoRuleError:
-      continue
-    numbers = [x.at for s in (left, at, right) for x in (s.value, s.slope, s.over)]
-    if not all(np.isfinite(x).all() for x in numbers):
-      continue
-    joined = left.value.equals(right.value) & left.value.equals(at.value)
-    below, above = left.slope * right.over, right.slope * left.over
-    return root, ScalarFunction(
-      joined & left.convex & right.convex & below.at_most(above),
-      joined & left.concave & right.concave & above.at_most(below),
-      joined & left.rising & right.rising,
-      joined & left.falling & right.falling,
-      kink,
-      (left.slope.at / left.over.at, right.slope.at / right.over.at),
-      joined,
-      left.convex & left.concave,
-      right.convex & right.concave,
+def _times(a: Ends, b: Ends) -> Ends:
+  """a b, of bounds: 0 times an infinite one is 0."""
+  if a is ZERO or b is ZERO:
+    return ZERO
+  if a is ONE or b is ONE:
+    return a if b is ONE else b
+  low, high = np.inf, -np.inf
+  for x, y in ((x, y) for x in _distinct(a) for y in _distinct(b)):
+    corner, zero = multiply((x, x), (y, y)), np.equal(x, 0) | np.equal(y, 0)
+    low = np.minimum(low, np.where(zero, 0.0, corner[0]))
+    high = np.maximum(high, np.where(zero, 0.0, corner[1]))
+  return low, high
+
+
+def _distinct(a: Ends) -> tuple[Any, ...]:
+  return a[:1] if a[0] is a[1] else a
+
+
+def _negated(a: Ends) -> Ends:
+  return a if a is ZERO else negative(a)
+
+
+def _plus(a: Ends, b: Ends) -> Ends:
+  if a is ZERO or b is ZERO:
+    return a if b is ZERO else b
+  return add(a, b)
+
+
+def _is_zero(a: Ends) -> Any:
+  return np.equal(a[0], 0) & np.equal(a[1], 0)
+
+
+# g, g' and g'' of the scalar functions that programs use around kinks.
+
+
+def _exp2(v: Ends) -> tuple[Ends, Ends, Ends]:
+  power = FUNCTIONS["exp2"](v)
+  return power, _times(LOG_2, power), _times(_times(LOG_2, LOG_2), power)
+
+
+def _exp(v: Ends) -> tuple[Ends, Ends, Ends]:
+  power = FUNCTIONS["exp"](v)
+  return power, power, power
+
+
+def _expm1(v: Ends) -> tuple[Ends, Ends, Ends]:
+  power = FUNCTIONS["exp"](v)
+  return FUNCTIONS["expm1"](v), power, power
+
+
+def _logistic(v: Ends) -> tuple[Ends, Ends, Ends]:
+  sigmoid, other = FUNCTIONS["logistic"](v), FUNCTIONS["logistic"](negative(v))
+  slope = _times(sigmoid, other)
+  return sigmoid, slope, _times(slope, negative(FUNCTIONS["tanh"](_times(HALF, v))))
+
+
+def _tanh(v: Ends) -> tuple[Ends, Ends, Ends]:
+  value, twice = FUNCTIONS["tanh"](v), _times(TWO, v)
+  slope = _times((np.float64(4), np.float64(4)), _logistic(twice)[1])
+  return value, slope, _times(slope, _times(negative(TWO), value))
+
+
+def _softplus(v: Ends) -> tuple[Ends, Ends, Ends]:
+  sigmoid, slope, _ = _logistic(v)
+  return FUNCTIONS["log1p"](FUNCTIONS["exp"](v)), sigmoid, slope
+
+
+def _integer_power(v: Ends, y: int) -> tuple[Ends, Ends, Ends]:
+  def multiple(factor: int, power: int) -> Ends:
+    times = np.float64(factor)
+    return _times((times, times), integer_power(v, power)) if factor else ZERO
+
+  return integer_power(v, y), multiple(y, y - 1), multiple(y * (y - 1), y - 2)
+
+
+DERIVATIVES: dict[str, Callable[[Ends], tuple[Ends, Ends, Ends]]] = {
+  "exp": _exp,
+  "exp2": _exp2,
+  "expm1": _expm1,
+  "square": lambda v: _integer_power(v, 2),
+  "logistic": _logistic,
+  "softplus": _softplus,  # log1p(exp(z)).
+  "tanh": _tanh,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Jet:
+  """A function, its slope and its second derivative, along a first axis: `_PIECE`, ..."""
+
+  value: Ends
+  slope: Ends  # Times `over`.
+  over: Ends  # Above 0. A quotient would be rounded; so celu(z) = alpha expm1(z / alpha) is not.
+  second: Ends
+  is_continuous: Any = True  # Whether its limits at the ends are its values there.
+
+  @property
+  def steepness(self) -> Ends:
+    return self.slope if self.over is ONE else divide(self.slope, self.over)
+
+  def plus(self, other: "Jet") -> "Jet":
+    if self.over is other.over:
+      slope, over = _plus(self.slope, other.slope), self.over
+    else:
+      slope = _plus(_times(self.slope, other.over), _times(other.slope, self.over))
+      over = _times(self.over, other.over)
+    second = _plus(self.second, other.second)
+    return Jet(_plus(self.value, other.value), slope, over, second, self._joined(other))
+
+  def negated(self) -> "Jet":
+    value, slope, second = negative(self.value), _negated(self.slope), _negated(self.second)
+    return Jet(value, slope, self.over, second, self.is_continuous)
+
+  def times(self, other: "Jet") -> "Jet":
+    slope = _plus(
+      _times(_times(self.slope, other.over), other.value),
+      _times(_times(other.slope, self.over), self.value),
     )
-  return None
+    twice = _times(TWO, _times(self.steepness, other.steepness))
+    second = _plus(_times(self.second, other.value), _times(other.second, self.value))
+    over = ONE if self.over is other.over is ONE else _times(self.over, other.over)
+    second = _plus(second, twice)
+    return Jet(_times(self.value, other.value), slope, over, second, self._joined(other))
+
+  def divided(self, divisor: Ends) -> "Jet":
+    """By a known number other than 0."""
+    sign = np.sign(divisor[0])
+    slope = _times(self.slope, (sign, sign))
+    value, second = divide(self.value, divisor), divide(self.second, divisor)
+    return Jet(value, slope, _times(self.over, magnitude(divisor)), second, self.is_continuous)
+
+  def through(self, derivatives: tuple[Ends, Ends, Ends]) -> "Jet":
+    """g(self), for g, g' and g'' of the value."""
+    value, slope, second = derivatives
+    square = ONE if self.steepness is ONE else integer_power(self.steepness, 2)
+    second = _plus(_times(second, square), _times(slope, self.second))
+    return Jet(value, _times(slope, self.slope), self.over, second, self.is_continuous)
+
+  def _joined(self, other: "Jet") -> Any:
+    return np.logical_and(self.is_continuous, other.is_continuous)
 
 
-def _kinks(value: Value) -> Iterator[tuple[Value, np.ndarray]]:
-  """Pairs (z, c): values z that are compared with known numbers c on the way to `value`."""
+class _Piece:
+  """Reads values as functions of `root` between two of its values, or at one: `low` = `high`.
+
+  Args:
+    root: the earlier value.
+    low: the left end, of as many axes as the result; so is `high`.
+    high: the right end.
+    points: the readings at the left and the right end; None where it is infinite.
+  """
+
+  def __init__(self, root: Value, low: Any, high: Any, points: Sequence["_Piece | None"] = ()):
+    ends = [np.where(np.isfinite(end), end, np.nan) for end in (low, high)]
+    value = np.stack([low, *ends]), np.stack([high, *ends])
+    self._root, self._points = root, points
+    # By identity; the nodes are kept, lest another takes their place in memory.
+    self._jets: dict[int, tuple[Any, Jet]] = {id(root): (root, Jet(value, ONE, ONE, ZERO))}
+    self._settled: dict[int, tuple[Any, Any, Any]] = {}
+
+  def of(self, node: Value | Known) -> Jet:
+    if id(node) not in self._jets:
+      self._jets[id(node)] = node, self._compute(node)
+    return self._jets[id(node)][1]
+
+  def _compute(self, node: Value | Known) -> Jet:
+    if isinstance(node, Known):
+      if not node.is_float or not is_finite(node).all():
+        raise _NoRuleError
+      low = node.low[None] if node.shape else node.low
+      return Jet((low, low if node.low is node.high else node.high[None]), ZERO, ONE, ZERO)
+    chosen, is_continuous = self.settled(node)
+    if chosen is not node:
+      jet = self.of(chosen)
+      both = np.logical_and(jet.is_continuous, is_continuous)
+      return dataclasses.replace(jet, is_continuous=both)
+    op = _operation(node)
+    name, inputs = op.primitive, op.inputs
+    if name in ("add", "sub", "mul"):
+      a, b = map(self.of, inputs)
+      return a.times(b) if name == "mul" else a.plus(b if name == "add" else b.negated())
+    if name == "div" and isinstance(inputs[1], Known) and has_no_zero(inputs[1]):
+      return self.of(inputs[0]).divided(self.of(inputs[1]).value)
+    if name == "log1p":
+      op = _operation(inputs[0])
+      name = "softplus" if op.primitive == "exp" else name
+    jet = self.of(op.inputs[0])
+    if name == "neg" or (name == "abs" and self._order(jet, strictly=False) < 0):
+      return jet.negated()
+    if name == "abs":
+      return jet
+    if name == "integer_pow" and op.params["y"] > 0:
+      return jet.through(_integer_power(jet.value, op.params["y"]))
+    if name in DERIVATIVES:
+      return jet.through(DERIVATIVES[name](jet.value))
+    raise _NoRuleError
+
+  def settled(self, node: Value | Known) -> tuple[Value | Known, Any]:
+    """What the choices that made a node take here, and whether they take no other at the ends."""
+    if id(node) not in self._settled:
+      self._settled[id(node)] = node, *self._settle(node)
+    return self._settled[id(node)][1:]
+
+  def _settle(self, start: Value | Known) -> tuple[Value | Known, Any]:
+    node, may_jump, is_continuous = start, False, True
+    while isinstance(node, Value) and node is not self._root:
+      op = _operation(node)
+      if op.primitive in ("max", "min"):
+        a, b = op.inputs
+        difference = self.of(a).plus(self.of(b).negated())
+        node = a if (self._order(difference, strictly=False) > 0) == (op.primitive == "max") else b
+      elif op.primitive == "select_n" and len(op.inputs) == 3:
+        test, *cases = op.inputs
+        node, may_jump = cases[self._holds(test)], True
+      else:
+        break
+    for point, end in zip(self._points, (_LEFT, _RIGHT), strict=False):
+      if may_jump and point is not None:
+        same = _are_equal(self, node, end, point, point.settled(start)[0])
+        is_continuous = np.logical_and(is_continuous, same)
+    return node, is_continuous
+
+  def _holds(self, test: Any) -> bool:
+    op = _operation(test)
+    if op.primitive in LOGIC:
+      return LOGIC[op.primitive](*map(self._holds, op.inputs))
+    if op.primitive not in COMPARISONS:
+      raise _NoRuleError
+    a, b = map(self.of, op.inputs)
+    return COMPARISONS[op.primitive](self._order(a.plus(b.negated()), strictly=True), 0)
+
+  def _order(self, jet: Jet, strictly: bool) -> int:
+    """The sign of a value everywhere between the ends."""
+    low, high = _tight(jet.value, jet.slope)
+    if np.all(_is_zero((low, high))):
+      return 0
+    # What moves is 0 at most once, at an end.
+    up, down = (_at(end, _PIECE) for end in jet.slope)
+    moves = ((up > 0) | (down < 0)) & bool(self._points)
+    for sign, least in ((1, low), (-1, -high)):
+      if np.all((least > 0) | ((least == 0) & moves) if strictly else least >= 0):
+        return sign
+    raise _NoRuleError
+
+
+def _operation(node: Any) -> Operation:
+  op = node.made_by if isinstance(node, Value) else None
+  if op is None or not is_plain(op) or not is_defined(op.primitive, op.inputs):
+    raise _NoRuleError
+  return op
+
+
+def _at(end: Any, where: int) -> Any:
+  if not np.ndim(end):
+    return end
+  return end[where] if len(end) > 1 else end[0]
+
+
+def _tight(value: Ends, slope: Ends) -> Ends:
+  """Bounds over a piece: the limits at its ends, where these are finite, of what is monotone."""
+  (low, high), (least, most) = ([_at(end, _PIECE) for end in ends] for ends in (value, slope))
+  for moves, first, last in ((least >= 0, _LEFT, _RIGHT), (most <= 0, _RIGHT, _LEFT)):
+    limits = _at(value[0], first), _at(value[1], last)
+    low, high = (
+      np.where(moves & np.isfinite(limit), limit, end)
+      for limit, end in zip(limits, (low, high), strict=True)
+    )
+  return low, high
+
+
+def _are_equal(p: _Piece, x: Any, end: int, q: _Piece, y: Any) -> Any:
+  """Whether the limit of x at an end of the piece p is surely the value of y there, at q."""
+  x, y = _without_zeros(p, x, end), _without_zeros(q, y, _PIECE)
+  a, b = ([_at(e, i) for e in z.of(v).value] for z, v, i in ((p, x, end), (q, y, _PIECE)))
+  exact = np.equal(a[0], a[1]) & np.equal(b[0], b[1]) & np.equal(a[0], b[0])
+  if np.all(exact) or x is y:
+    return True
+  if isinstance(x, Known) or isinstance(y, Known) or p._root in (x, y):
+    return exact
+  first, second = _operation(x), _operation(y)
+  if (first.primitive, first.params) != (second.primitive, second.params):
+    return exact
+  pairs = zip(first.inputs, second.inputs, strict=True)
+  return exact | all(np.all(_are_equal(p, u, end, q, v)) for u, v in pairs)
+
+
+def _without_zeros(p: _Piece, x: Any, end: int) -> Any:
+  """x, without what is added to it and is 0 there."""
+  x, _ = p.settled(x)
+  if isinstance(x, Value) and x is not p._root and _operation(x).primitive in ("add", "sub"):
+    a, b = _operation(x).inputs
+    pairs = ((b, a), (a, b)) if _operation(x).primitive == "add" else ((b, a),)
+    for nothing, rest in pairs:
+      if np.all(_is_zero(tuple(_at(e, end) for e in p.of(nothing).value))):
+        return _without_zeros(p, rest, end)
+  return x
+
+
+class Looks:
+  """Second looks at the values of one computation, which share what they read."""
+
+  def __init__(self):
+    self._pieces: dict[Any, tuple[Value, list[_Piece]]] = {}
+
+  def at(self, op: Operation, masks: Masks) -> tuple[Masks, Operation]:
+    """The masks of a value, better where it is a scalar function of an earlier one; and it."""
+    found, value = None, Value(*masks, op)
+    if op.primitive in ("add", "sub", "mul") and any(isinstance(x, Known) for x in op.inputs):
+      return masks, op
+    for root, kinks in _candidates(value):
+      if found is not None and root.is_lost:
+        continue
+      try:
+        with np.errstate(all="ignore"):
+          kinks = _reached(root, kinks)
+          f = _judged([p.of(value) for p in self._between(root, kinks)], kinks)
+      except _NoRuleError:
+        continue
+      curved = composed(root, f.convex, f.concave, f.rising, f.falling)
+      if found is None or not (curved[0] & curved[1]).all():
+        bent = not np.all(f.convex | f.concave) and op.primitive in ("select_n", "add")
+        note = f.note if bent else ""
+        found = curved, dataclasses.replace(op, scalar=(root, f), note=note)
+      if not (curved[0] & curved[1]).any():
+        break
+    return (masks, op) if found is None else found
+
+  def _between(self, root: Value, kinks: list[np.ndarray]) -> list[_Piece]:
+    """Readings of the pieces of the line, from the first number on."""
+    key = id(root), *((k.shape, k.tobytes()) for k in kinks)
+    if key not in self._pieces:
+      finite = [np.isfinite(k).all() for k in kinks]
+      points = [
+        _Piece(root, k, k) if there else None for k, there in zip(kinks, finite, strict=True)
+      ]
+      sides = zip(itertools.pairwise(kinks), itertools.pairwise(points), strict=True)
+      self._pieces[key] = root, [_Piece(root, *ends, points) for ends, points in sides]
+    return self._pieces[key][1]
+
+
+def _reached(root: Value, kinks: list[np.ndarray]) -> list[np.ndarray]:
+  """The ends of the pieces of the line in which a value may be."""
+  infinite, least = np.full_like(kinks[0], np.inf), np.full_like(kinks[0], _least(root))
+  ends = [least, *(k for k in kinks if not np.all(k <= least)), infinite]
+  if not all(np.all(low < high) for low, high in itertools.pairwise(ends)):
+    raise _NoRuleError
+  return ends
+
+
+def _judged(jets: list[Jet], ends: list[np.ndarray]) -> ScalarFunction:
+  """What is proved of a function of which these are the pieces between these ends."""
+  falls, rises, note = np.False_, np.False_, ""
+  for k, left, right in zip(ends[1:-1], jets[:-1], jets[1:], strict=True):
+    before = _times(_ends_at(left.slope, _RIGHT), _ends_at(right.over, _LEFT))
+    after = _times(_ends_at(right.slope, _LEFT), _ends_at(left.over, _RIGHT))
+    up, down = before[1] <= after[0], after[1] <= before[0]
+    falls, rises = falls | ~up, rises | ~down
+    if not note and not np.all(up):
+      slopes = (_ends_at(x.steepness, i)[0] for x, i in ((left, _RIGHT), (right, _LEFT)))
+      numbers = [f"{float(np.ravel(x)[0]):g}" for x in (*slopes, k)]
+      note = "its slope goes from {} to {} at {}".format(*numbers)
+  continuous = functools.reduce(np.logical_and, [x.is_continuous for x in jets])
+  if not np.all(continuous):
+    note = f"it jumps at {float(np.ravel(ends[-2])[0]):g}"
+  seconds = [_ends_at(x.second, _PIECE) for x in jets]
+  slopes = [_tight(x.slope, x.second) for x in jets]
+  steepest = [magnitude(_tight(x.steepness, x.second))[1] for x in jets]
+
+  def everywhere(*tests: Any) -> Any:
+    return functools.reduce(np.logical_and, tests, continuous)
+
+  return ScalarFunction(
+    convex=everywhere(~falls, *(x[0] >= 0 for x in seconds)),
+    concave=everywhere(~rises, *(x[1] <= 0 for x in seconds)),
+    rising=everywhere(*(x[0] >= 0 for x in slopes)),
+    falling=everywhere(*(x[1] <= 0 for x in slopes)),
+    steepest=np.where(continuous, functools.reduce(np.maximum, steepest), np.inf),
+    note=note,
+  )
+
+
+def _ends_at(ends: Ends, where: int) -> Ends:
+  return _at(ends[0], where), _at(ends[1], where)
+
+
+def _least(root: Value) -> float:
+  """A lower bound of an earlier value: 0 for magnitudes and the like."""
+  op = root.made_by
+  if op is None or not is_plain(op):
+    return -np.inf
+  even = op.primitive == "integer_pow" and op.params["y"] > 0 and op.params["y"] % 2 == 0
+  positive = op.primitive == "max" and any(
+    isinstance(k, Known) and np.all(k.low >= 0) for k in op.inputs
+  )
+  return 0.0 if even or positive or op.primitive in ("abs", "sqrt", "square") else -np.inf
+
+
+def _candidates(value: Value) -> Iterator[tuple[Value, list[np.ndarray]]]:
+  """Earlier values, and where `value`, as a function of them, may have kinks, in rising order."""
+  rank = len(value.shape)
+  roots: dict[int, tuple[Value, list[np.ndarray]]] = {}
+  for node, number in _compared(value):
+    for root, kink in _solved(node, number):
+      kink = np.reshape(kink, (1,) * (rank - np.ndim(kink)) + np.shape(kink))
+      kinks = roots.setdefault(id(root), (root, []))[1]
+      if not any(np.array_equal(kink, k) for k in kinks):
+        kinks.append(kink)
+  for root, kinks in list(roots.values())[:MOST]:
+    yield root, list(np.sort(np.stack(np.broadcast_arrays(*kinks)), 0))
+
+
+def _compared(value: Value) -> Iterator[tuple[Value, np.ndarray]]:
+  """Pairs (z, c): values that are compared with known numbers on the way to `value`."""
   todo, seen = collections.deque[Any]([value]), set()
   while todo and len(seen) < LIMIT:  # Breadth first: the nearest comparison comes first.
     node = todo.popleft()
@@ -115,116 +485,44 @@ def _kinks(value: Value) -> Iterator[tuple[Value, np.ndarray]]:
       continue
     seen.add(id(node))
     op = node.made_by
+    if op.primitive == "abs" and isinstance(op.inputs[0], Value):
+      yield op.inputs[0], np.array(0.0)
     if op.primitive in COMPARISONS or op.primitive in ("max", "min"):
       for z, c in (op.inputs, op.inputs[::-1]):
-        if isinstance(z, Value) and isinstance(c, Known) and c.is_exact:
+        if isinstance(z, Value) and isinstance(c, Known) and _is_number(c):
           yield z, c.low
-    if op.primitive in ELEMENTWISE or op.primitive in COMPARISONS:
+    if op.primitive in ELEMENTWISE or op.primitive in COMPARISONS or op.primitive in LOGIC:
       todo.extend(op.inputs)
 
 
-class _Half:
-  """Reads values as functions of `root` on one side of `kink`: -1 below, 0 at, +1 above it."""
-
-  def __init__(self, root: Value, kink: np.ndarray, side: int):
-    self._root, self._kink, self._side = root, kink, side
-    self._read: dict[int, Side] = {id(root): Side(Number(kink), ONE, ONE, True, True, True, False)}
-
-  def of(self, node: Value | Known) -> Side:
-    if id(node) not in self._read:
-      self._read[id(node)] = self._compute(node)
-    return self._read[id(node)]
-
-  def _compute(self, node: Value | Known) -> Side:
-    if isinstance(node, Known):
-      if not node.is_exact or not np.isfinite(node.low).all():
-        raise _NoRuleError
-      return Side(Number(node.low), ZERO, ONE, True, True, True, True)
-    if node.made_by is None:
-      raise _NoRuleError
-    name, inputs = node.made_by.primitive, node.made_by.inputs
-    if name == "select_n":
-      return self.of(self._chosen(*inputs))
-    if name in ("max", "min"):
-      a, b = inputs
-      return self.of(a if (self._order(a, b) > 0) == (name == "max") else b)
-    if name == "abs" and inputs[0] is self._root and not np.any(self._kink):
-      return _scaled(self.of(self._root), float(self._side or 1))
-    if name == "neg":
-      return _scaled(self.of(inputs[0]), -1.0)
-    if name in ("exp", "expm1"):
-      return _exponential(self.of(inputs[0]), offset=0.0 if name == "exp" else -1.0)
-    if name in ("add", "sub"):
-      a, b = map(self.of, inputs)
-      return _sum(a, b if name == "add" else _scaled(b, -1.0))
-    if name in ("mul", "div"):
-      return self._product(name, *inputs)
-    raise _NoRuleError
-
-  def _order(self, x: Any, y: Any) -> int:
-    """The sign of x - y here, one being the root and the other the kink."""
-    for a, b, sign in ((x, y, 1), (y, x, -1)):
-      if (
-        a is self._root
-        and isinstance(b, Known)
-        and b.is_exact
-        and np.array_equal(b.low, self._kink)
-      ):
-        return self._side * sign
-    raise _NoRuleError
-
-  def _chosen(self, test: Any, *cases: Any) -> Any:
-    op = test.made_by if isinstance(test, Value) else None
-    if len(cases) != 2 or op is None or op.primitive not in COMPARISONS:
-      raise _NoRuleError
-    return cases[COMPARISONS[op.primitive](self._order(*op.inputs), 0)]
-
-  def _product(self, name: str, a: Any, b: Any) -> Side:
-    if name == "mul" and isinstance(a, Known):
-      a, b = b, a
-    if not isinstance(a, Value) or not isinstance(b, Known) or not b.is_exact:
-      raise _NoRuleError
-    if not np.isfinite(b.low).all():
-      raise _NoRuleError
-    if name == "mul":
-      return _scaled(self.of(a), b.low)
-    if np.any(b.low == 0):
-      raise _NoRuleError
-    return _divided(self.of(a), b.low)
+def _is_number(k: Known) -> bool:
+  return k.is_float and k.is_exact and bool(is_finite(k).all())
 
 
-def _exponential(x: Side, offset: float) -> Side:
-  """exp(x) + offset, an offset of -1 by expm1."""
-  if np.any(np.abs(x.value.at) > 700):
-    raise _NoRuleError  # Over- or underflow would hide a jump.
-  exact = np.equal(x.value.at, 0) & x.value.exact
-  power = Number(np.exp(x.value.at), exact)
-  value = power if offset == 0 else Number(np.expm1(x.value.at), exact)
-  flat = np.logical_and(x.rising, x.falling)
-  return Side(value, power * x.slope, x.over, x.convex, flat, x.rising, x.falling)
-
-
-def _sum(a: Side, b: Side) -> Side:
-  names = ("convex", "concave", "rising", "falling")
-  both = [np.logical_and(getattr(a, name), getattr(b, name)) for name in names]
-  return Side(a.value + b.value, a.slope * b.over + b.slope * a.over, a.over * b.over, *both)
-
-
-def _scaled(x: Side, factor: Any) -> Side:
-  """factor x, for a known factor of either sign."""
-  return _turned(x, factor, x.value * Number(factor), x.slope * Number(factor), x.over)
-
-
-def _divided(x: Side, divisor: Any) -> Side:
-  """x / divisor, for a known divisor other than 0."""
-  value = Number(x.value.at / divisor, np.equal(x.value.at, 0) & x.value.exact)
-  slope, over = x.slope * Number(np.sign(divisor)), x.over * Number(np.abs(divisor))
-  return _turned(x, divisor, value, slope, over)
-
-
-def _turned(x: Side, factor: Any, value: Number, slope: Number, over: Number) -> Side:
-  """`x` with its curvature and monotonicity swapped where the factor is negative."""
-  up, down = np.greater_equal(factor, 0), np.less_equal(factor, 0)
-  pairs = ((x.convex, x.concave), (x.concave, x.convex), (x.rising, x.falling))
-  pairs += ((x.falling, x.rising),)
-  return Side(value, slope, over, *((up & same) | (down & other) for same, other in pairs))
+def _solved(node: Value, number: np.ndarray) -> Iterator[tuple[Value, np.ndarray]]:
+  """Pairs (z, c): `node` = `number` only at z = c. Back through what can be solved exactly."""
+  yield node, number
+  op = node.made_by
+  if op is None or op.primitive not in ELEMENTWISE:
+    return
+  point, solutions = (number, number), []
+  values = [x for x in op.inputs if isinstance(x, Value)]
+  others = [(k.low, k.high) for k in op.inputs if isinstance(k, Known) and k.is_float]
+  if len(values) != 1 or len(others) != len(op.inputs) - 1:
+    return
+  k = others[0] if others else ZERO
+  with np.errstate(all="ignore"):
+    if op.primitive == "neg" or (op.primitive == "sub" and values[0] is op.inputs[1]):
+      solutions = [subtract(k, point)]
+    elif op.primitive in ("add", "sub"):
+      solutions = [subtract(point, k) if op.primitive == "add" else add(point, k)]
+    elif op.primitive == "mul" or (op.primitive == "div" and values[0] is op.inputs[0]):
+      solutions = [divide(point, k) if op.primitive == "mul" else multiply(point, k)]
+    elif op.primitive == "abs":
+      solutions = [point, negative(point)] if np.all(number > 0) else []
+    elif op.primitive in ("max", "min"):
+      beyond = number > k[1] if op.primitive == "max" else number < k[0]
+      solutions = [point] if np.all(beyond) else []
+  for low, high in solutions:
+    if np.all(np.equal(low, high)) and np.all(np.isfinite(low)):
+      yield from _solved(values[0], low)

@@ -39,7 +39,6 @@ from convex_jax.proof.values import (
   Masks,
   Operation,
   Value,
-  composed,
   is_finite,
   tidy,
   uniform,
@@ -179,6 +178,7 @@ class Walk:
   def __init__(self):
     self._order = 0
     self._done: dict[Any, tuple[Any, list[Value | Known]]] = {}
+    self._looks = activations.Looks()
 
   def run(self, jaxpr, consts, arguments, place: Place, written=True) -> list[Value | Known]:
     """The outputs of `jaxpr` for these inputs; `place` is where it was called, or `written`."""
@@ -200,7 +200,7 @@ class Walk:
     name = eqn.primitive.name
     known = all(isinstance(x, Known) for x in inputs)
     called, collective = layouts.called(eqn), on_one_device(eqn)
-    if called is not None and (known or not log_sum_exp.is_logaddexp(eqn)):
+    if called is not None:
       return self._inner(called, inputs, place)
     if collective is not None:
       return self._compute(collective, eqn.invars, inputs, place)
@@ -241,13 +241,27 @@ class Walk:
         return _split(eqn, inputs[0], op)
       nothing = [uniform(True, v.aval.shape) for v in eqn.outvars]
       return [Value(no, no, op, real) for no, real in zip(nothing, reals, strict=True)]
-    # A custom_jvp_call that is not entered is a logaddexp: convex and non-decreasing, as max is.
-    rule = rules.maximum if name == "custom_jvp_call" else rules.RULES.get(name, linear.lost)
-    masks = rule(op, *inputs)
+    if name == "select_n" and (case := log_sum_exp.settled(inputs[0])) is not None:
+      return [inputs[1 + case]]
+    masks = rules.RULES.get(name, linear.lost)(op, *inputs)
     masks = tidy(masks[0], op.shape), tidy(masks[1], op.shape)
     if (masks[0] & masks[1]).any() and linear.is_defined(name, inputs):
-      masks, op = _second_look(op, masks)
+      masks, op = self._second_look(op, masks)
     return [Value(*masks, op)]
+
+  def _second_look(self, op: Operation, masks: Masks) -> tuple[Masks, Operation]:
+    """Masks and operation, better where several operations together show a curvature."""
+    if op.primitive in log_sum_exp.ENDS:
+      found, op = log_sum_exp.look(op)
+      masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
+    if op.primitive in activations.ENDS and (masks[0] & masks[1]).any():
+      found, op = self._looks.at(op, masks)
+      masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
+    if op.primitive in quadratic.PRIMITIVES and (masks[0] & masks[1]).any():
+      found = quadratic.curvature(Value(*masks, op))
+      if found is not None:
+        masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
+    return masks, op
 
   def _scan(self, eqn, inputs, place: Place) -> list[Value | Known] | None:
     """The outputs of a `scan`, unrolled; None where it is too long."""
@@ -333,24 +347,6 @@ def _content(x: Value | Known) -> Any:
   if isinstance(x, Known) and isinstance(x.low, np.ndarray | np.generic) and x.low.size <= SMALL:
     return x.low.tobytes(), x.high.tobytes(), tuple(x.origins)
   return id(x)
-
-
-def _second_look(op: Operation, masks: Masks) -> tuple[Masks, Operation]:
-  """Masks and operation, better where several operations together show a curvature."""
-  pattern = log_sum_exp.PATTERNS.get(op.primitive)
-  found = pattern(op, *op.inputs) if pattern else None
-  if found is None and op.primitive in activations.ELEMENTWISE:
-    seen = activations.as_scalar_function(Value(*masks, op))
-    if seen is not None:
-      z, f = seen
-      found = composed(z, f.convex, f.concave, f.rising, f.falling)
-      bent = not np.all(f.convex | f.concave) and op.primitive in ("select_n", "add")
-      op = dataclasses.replace(op, scalar=seen, note=str(f) if bent else "")
-  if found is None and op.primitive in quadratic.PRIMITIVES:
-    found = quadratic.curvature(Value(*masks, op))
-  if found is None:
-    return masks, op
-  return (tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)), op
 
 
 def _split(eqn, x: Value, op: Operation) -> list[Value | Known]:

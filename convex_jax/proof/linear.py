@@ -308,9 +308,9 @@ def carried(op: Operation, masks: Callable[[Value | Known], Masks]) -> Masks:
 _EXTREMES = {"reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min"}
 TOTAL = {*LINEAR, *_EXTREMES}  # Finite at every finite input.
 TOTAL |= {"exp", "exp2", "expm1", "abs", "square", "cosh", "sinh", "max", "min", "clamp"}
-TOTAL |= {"cummax", "cummin", "scatter-max", "scatter-min"}
+TOTAL |= {"logaddexp", "cumlogsumexp", "cummax", "cummin", "scatter-max", "scatter-min"}
 TOTAL |= {"is_finite", "gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not", "sign"}
-TOTAL |= {"convert_element_type", "custom_jvp_call", "tanh", "logistic", "erf", "sin", "cos"}
+TOTAL |= {"convert_element_type", "tanh", "logistic", "erf", "sin", "cos"}
 
 
 def is_over_nothing(op: Operation, x: Value | Known) -> np.ndarray:
@@ -336,6 +336,11 @@ def is_total(x: Any) -> bool:
     op = node.made_by
     if op.primitive not in TOTAL:
       return False
+    if op.primitive == "select_n" and isinstance(op.inputs[0], Value):
+      test = op.inputs[0].made_by
+      if test is not None and test.primitive == "is_finite" and test.inputs[0] is op.inputs[2]:
+        todo.append(op.inputs[1])  # x where it is finite, else this.
+        continue
     divisor = op.inputs[1] if op.primitive == "div" else None
     if isinstance(divisor, Value) or (divisor is not None and not has_no_zero(divisor)):
       return False

@@ -42,7 +42,7 @@ def _sign(op: Operation, of: Callable[[Any], Masks]) -> Masks | None:
     return of(inputs[0])
   if name in ("integer_pow", "pow"):
     return _power(op, of)
-  if name in ("max", "min", "clamp", "custom_jvp_call"):  # logaddexp is above the maximum.
+  if name in ("max", "min", "clamp", "logaddexp"):  # logaddexp is above the maximum.
     return _bounded(op, of)
   if name in ("reduce_max", "reduce_min") and 0 not in inputs[0].shape:
     turn = swapped if name == "reduce_min" else tuple
@@ -74,7 +74,7 @@ def _bounded(op: Operation, of: Callable[[Any], Masks]) -> Masks | None:
     if isinstance(x, Known) and not turn(of(x))[0].any():
       return turn((~yes, yes))
   (p, n), (q, m) = (turn(of(x)) for x in op.inputs)
-  if op.primitive == "custom_jvp_call":
+  if op.primitive == "logaddexp":
     return yes & p & q, yes
   return turn((yes & p & q, yes & (n | m)))
 

@@ -21,8 +21,8 @@ from convex_jax.proof.enclosures import magnitude as magnitude_of
 from convex_jax.proof.values import Known, Operation, ScalarFunction, Value
 
 # Primitives by how they pass changes on. The larger of two numbers changes by no more than the
-# sum of both changes, and log(e^a + e^b), a custom_jvp_call, likewise.
-_SUMS = {"add", "add_any", "sub", "max", "min", "custom_jvp_call"}
+# sum of both changes, and log(e^a + e^b), which the pattern `log_sum_exp` names, likewise.
+_SUMS = {"add", "add_any", "sub", "max", "min", "logaddexp"}
 _WEIGHTED = {"mul", "div", "dot_general", "conv_general_dilated"}
 _EXTREMES = {"reduce_max", "reduce_min"}
 _WINDOW_EXTREMES = {"reduce_window_max", "reduce_window_min"}
@@ -33,17 +33,14 @@ PRIMITIVES = {*_SUMS, "neg", "abs", *_WEIGHTED, *_EXTREMES, *_WINDOW_EXTREMES, *
 
 
 def steepest(f: ScalarFunction) -> np.ndarray:
-  """The largest |slope| of a monotone convex or concave scalar function.
+  """The largest |slope| of a scalar function.
 
   Raises:
-    ValueError: its two halves show no bound.
+    ValueError: no bound is known.
   """
-  left, right = f.slopes
-  if np.all(f.convex & f.rising & f.right_affine):
-    return np.asarray(right)
-  if np.all(f.concave & f.rising & f.left_affine):
-    return np.asarray(left)
-  raise ValueError("a scalar function without a bound on its slope")
+  if not np.isfinite(f.steepest).all():
+    raise ValueError("a scalar function without a bound on its slope")
+  return np.asarray(f.steepest)
 
 
 def magnitude(output: Value) -> Callable[[jax.Array], jax.Array]:

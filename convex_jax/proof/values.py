@@ -73,23 +73,14 @@ def is_finite(known: Known) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScalarFunction:
-  """What is proved of a scalar function with one kink; every field may be an array."""
+  """What is proved of a scalar function with kinks; every field but the note may be an array."""
 
   convex: Any
   concave: Any
   rising: Any
   falling: Any
-  kink: Any
-  slopes: tuple[Any, Any]  # Below and above the kink.
-  continuous: Any
-  left_affine: Any
-  right_affine: Any
-
-  def __str__(self) -> str:
-    at, left, right = (f"{float(np.ravel(x)[0]):g}" for x in (self.kink, *self.slopes))
-    if not np.all(self.continuous):
-      return f"it jumps at {at}"
-    return f"its slope goes from {left} to {right} at {at}"
+  steepest: Any  # A bound on its slope's magnitude, infinite if none is known.
+  note: str = ""  # What keeps it from being convex.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

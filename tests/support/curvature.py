@@ -1,6 +1,7 @@
 """What is proved of a function, in a word, and tried at midpoints."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convex_jax.proof import certify
@@ -9,7 +10,10 @@ from tests.support.midpoints import midpoint_gaps
 KINDS = {"affine": (1, -1), "convex": (1,), "concave": (-1,), "unknown": ()}  # Signs of gaps.
 
 
-def curvature_of(function, example):
+X = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+
+
+def curvature_of(function, example=X) -> str:
   """affine, convex, concave, or unknown: what is proved of all outputs."""
   found = [
     kind for kind in ("convex", "concave") if certify(function, example, kind=kind, search_steps=0)
