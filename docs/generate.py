@@ -33,9 +33,10 @@ PRIMITIVES = {
   "minima: concave of concave": "min reduce_min reduce_window_min cummin",
   "convex and increasing": "exp exp2 expm1",
   "convex of affine": "abs square integer_pow",
-  "as part of a log-sum-exp of convex values": "log",
+  "convex of convex, as log(exp(a) + exp(b)) is": "logaddexp cumlogsumexp",
+  "as part of a log-sum-exp of convex values": "log log1p log2",
   "convex where nothing is cut off above, concave where nothing is cut off below": "clamp",
-  "a choice by a known condition; or an activation with one kink, judged by what it computes": "select_n",
+  "a choice by a known condition; or an activation with kinks, judged by what it computes": "select_n",
   "moves elements: curvature moves with them": "broadcast_in_dim reshape transpose squeeze"
   " expand_dims rev slice dynamic_slice gather dynamic_update_slice concatenate stack tile pad",
 }

@@ -339,7 +339,7 @@ def _are_equal(p: _Piece, x: Any, end: int, q: _Piece, y: Any) -> Any:
   """Whether the limit of x at an end of the piece p is surely the value of y there, at q."""
   x, y = _without_zeros(p, x, end), _without_zeros(q, y, _PIECE)
   a, b = ([_at(e, i) for e in z.of(v).value] for z, v, i in ((p, x, end), (q, y, _PIECE)))
-  exact = np.equal(a[0], a[1]) & np.equal(b[0], b[1]) & np.equal(a[0], b[0])
+  exact = np.equal(a[0], a[1]) & np.equal(b[0], b[1]) & np.equal(a[0], b[0]) & np.isfinite(a[0])
   if np.all(exact) or x is y:
     return True
   if isinstance(x, Known) or isinstance(y, Known) or p._root in (x, y):

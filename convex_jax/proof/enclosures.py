@@ -37,6 +37,7 @@ def is_short(x: Any) -> Any:
 def _is_exact_product(a: Any, b: Any, product: Any) -> Any:
   """Whether a product of two, times 0 or a power of 2 if need be, was not rounded."""
   kept = (np.abs(product) >= np.finfo(np.float64).smallest_normal) | (a == 0) | (b == 0)
+  kept &= np.isfinite(product)  # 2**1000 x overflows, and is not infinite.
   fractions = [np.abs(np.frexp(x)[0]) for x in (a, b)]
   powers = [(f == 0.5) | (f == 0) for f in fractions]
   return kept & ((is_short(a) & is_short(b)) | powers[0] | powers[1])

@@ -139,6 +139,18 @@ def test_all_that_is_proved_passes_the_midpoint_test():
     assert np.max((1 if expected == "convex" else -1) * gaps) < 1e-6, name
 
 
+def test_overflow_hides_no_jump():
+  """Both sides are beyond float64 at the kink, one of them twice as far."""
+
+  def function(x):
+    return jnp.where(x > 1e10, x * 2.0**1000, x * 2.0**1001)
+
+  with jax.enable_x64(True):
+    x = jax.ShapeDtypeStruct((2,), jnp.float64)
+    assert curvature_of(function, x) == "unknown"
+    assert curvature_of(lambda x: function(x) / 2.0**1000, x) == "unknown"
+
+
 # Random functions with kinks: all that is proved must pass the midpoint test.
 
 
@@ -175,7 +187,7 @@ def functions(draw):
   return function
 
 
-@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(functions())
 def test_nothing_that_is_proved_of_random_pieces_has_a_midpoint_too_high(function):
   check(function)

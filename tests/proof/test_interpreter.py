@@ -13,19 +13,12 @@ import numpy as np
 import pytest
 
 from convex_jax.proof import certify, constants, interpreter, layouts, linear, rules, slopes
+from tests.support.curvature import X, curvature_of
 from tests.support.midpoints import midpoint_gaps
 
-X = jax.ShapeDtypeStruct((2, 3), jnp.float32)
 RNG = np.random.default_rng(0)
 POSITIVE = RNG.uniform(0.1, 1, (3, 3)).astype(np.float32)
 MIXED = RNG.standard_normal((3, 3)).astype(np.float32)
-
-
-def curvature_of(function, example=X):
-  found = [
-    kind for kind in ("convex", "concave") if certify(function, example, kind=kind, search_steps=0)
-  ]
-  return {2: "affine", 1: found and found[0], 0: "unknown"}[len(found)]
 
 
 def scanned(weights, cell=nn.elu):

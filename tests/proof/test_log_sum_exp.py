@@ -4,6 +4,8 @@ import functools
 from types import SimpleNamespace
 
 import flax.linen as nn
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ import optax
 import pytest
 from jax import lax
 
-from convex_jax.proof import certify
+from convex_jax.proof import certify, log_sum_exp
 from convex_jax.proof.log_sum_exp import MOVES
 from convex_jax.proof.parameters import PARAMETERS, is_plain
 from convex_jax.proof.source import Place
@@ -247,6 +249,9 @@ EXAMPLES = {  # How to make each operation whose parameters the table names.
   "eq": lambda x: x == x,
   "ne": lambda x: x != x,
   "add_any": lambda x: jax.vjp(lambda x: (x, x), x)[1]((x, x)),
+  "and": lambda x: lax.bitwise_and(x > 0, x > 0),
+  "or": lambda x: lax.bitwise_or(x > 0, x > 0),
+  "not": lambda x: lax.bitwise_not(x > 0),
   "select_n": lambda x: lax.select_n(x > 0, x, x),
   "integer_pow": lambda x: lax.integer_pow(x, 3),
   "broadcast_in_dim": lambda x: lax.broadcast_in_dim(x, (4, 2, 3), (1, 2)),
@@ -279,7 +284,7 @@ def test_the_table_names_every_parameter():
 def made(name, **changed):
   eqn = equation(name)
   params = {**eqn.params, **changed}
-  eqn = SimpleNamespace(params=params, outvars=eqn.outvars)
+  eqn = SimpleNamespace(primitive=eqn.primitive, params=params, outvars=eqn.outvars)
   return Operation(name, eqn, (), Place(), 0)
 
 
@@ -290,3 +295,55 @@ def test_an_operation_with_another_parameter_is_not_looked_through():
   assert not is_plain(made("exp", accuracy=lax.Tolerance(atol=1.0)))
   assert not is_plain(made("mul", out_dtype=np.int32))
   assert {*MOVES} <= {*PARAMETERS}
+
+
+# Random programs of exponentials, logarithms, shifts and sums.
+
+UNARY = (jnp.exp, jnp.log, jnp.log, jnp.log1p, jnp.abs, jnp.negative, nn.sigmoid, jnp.square)
+UNARY += (lambda x: x.sum(keepdims=True) + 0 * x, lambda x: x[::-1], jnp.cumsum, nn.relu)
+UNARY += (lambda x: x.max(keepdims=True) + 0 * x, lambda x: x[:1] + 0 * x, lambda x: x / 2)
+UNARY += (lambda x: jnp.where(MASK, x, 0), lambda x: x @ WEIGHTS, lambda x: x * WEIGHTS[0])
+UNARY += (lambda x: x.max() + jnp.zeros(3), lambda x: x - x.max(), lambda x: x @ (WEIGHTS - 0.5))
+BINARY = (jnp.add, jnp.subtract, jnp.subtract, jnp.multiply, jnp.divide, jnp.maximum)
+
+
+@st.composite
+def programs(draw):
+  """Steps, each (function, which of the last three values): half of them undo an earlier one."""
+  steps = []
+  for i in range(draw(st.integers(3, 8))):
+    function = draw(st.sampled_from(UNARY if draw(st.booleans()) else BINARY))
+    steps.append((function, [draw(st.integers(max(0, i - 3), i)) for _ in range(2)]))
+  return steps
+
+
+def run(steps, x):
+  values = [x]
+  for function, (a, b) in steps:
+    values.append(function(values[a], values[b]) if function in BINARY else function(values[a]))
+  return values[-1]
+
+
+def check(steps) -> str:
+  """Raises if a proved output breaks its inequality at a midpoint; says what is proved."""
+  function = functools.partial(run, steps)
+  found = curvature_of(function, jax.ShapeDtypeStruct((3,), jnp.float32))
+  if found != "unknown":
+    with np.errstate(invalid="ignore"):  # Where exponentials overflow.
+      gaps = midpoint_gaps(jax.vmap(function), (3,), pairs=100, sizes=(0.3, 2), steps=(0.3, 2))
+    for kind, sign in (("convex", 1), ("concave", -1)):
+      assert found not in (kind, "affine") or not (sign * gaps > 1e-6).any(), steps
+  return found
+
+
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+@hypothesis.given(programs())
+def test_nothing_that_is_proved_of_random_programs_has_a_midpoint_too_high(steps):
+  check(steps)
+
+
+def test_the_midpoint_test_of_random_programs_can_fail(monkeypatch):
+  """The negative control: terms that cancel whatever their elements are caught."""
+  monkeypatch.setattr(log_sum_exp.Term, "is_alike", lambda a, b: a.root is b.root)
+  with pytest.raises(AssertionError):
+    check([(nn.relu, (0, 0)), (UNARY[9], (1, 1)), (jnp.subtract, (1, 2))])

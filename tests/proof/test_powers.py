@@ -65,7 +65,7 @@ POWERS = [  # (name, function, what is to be proved)
   ("square of relu by choice", lambda x: jnp.where(x > 0, x, 0.0) ** 2, "convex"),
   ("square of the other choice", lambda x: jnp.where(x > 0, 0.0, x) ** 2, "convex"),
   ("square of elu", lambda x: nn.elu(x) ** 2, "unknown"),
-  ("square of leaky relu", lambda x: nn.leaky_relu(x) ** 2, "unknown"),
+  ("square of leaky relu", lambda x: nn.leaky_relu(x) ** 2, "convex"),
   ("square of a sum with positive weights", lambda x: (relu(x) @ np.abs(MIXED)) ** 2, "convex"),
   ("square of a sum with mixed weights", lambda x: (relu(x) @ MIXED) ** 2, "unknown"),
   (
