@@ -23,7 +23,7 @@ from convex_jax.proof.wide import Impure, widened
 GROWTH, BOXES = 4.0, 5  # Each box is GROWTH times as wide as the one before it.
 HALF = 8  # A line of 2 HALF + 1 points holds HALF^2 pairs and their midpoints.
 NOISE = 2.0**-46  # Relative to the values: a gap that is not worth a check.
-CHECKS = 8  # Pairs that may fail the check before the search ends.
+CHECKS = 4  # Pairs that may fail the check before the search ends.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
