@@ -2,8 +2,8 @@
 
 Each operation that is not affine becomes a vector t of new variables, bounded on the side that the
 proof needs: t >= g(u) where g is convex, t <= g(u) where it is concave. What lies between is one
-sparse matrix for each pair of such vectors, read off the graph by differentiation. The output y
-then lies on or above f(x), and at the optimum of what DCP allows to be done with it, on f(x):
+sparse matrix for each pair of such vectors, read off the graph by differentiation; between two
+dense maps stands a vector too, as their product would be larger than both. The output y then lies on or above f(x), and at the optimum of what DCP allows to be done with it, on f(x):
 
     f(x) = min y  subject to the constraints                        elementwise,
 
@@ -34,6 +34,7 @@ from convex_jax.proof.values import Known, Operation, ScalarFunction, Value
 LARGEST = 10**8  # Entries of the second derivatives of a product of two affine values.
 ROUNDING = 1e-9  # Relative; how far below 0 an eigenvalue of a convex form may be computed.
 
+_DENSE = {"dot_general", "conv_general_dilated"}
 _WINDOW = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
 # Which entries an extreme is taken over: those that this sum adds.
 _EXTREMES: dict[str, Callable[[Operation, jax.Array], jax.Array]] = {
@@ -164,11 +165,21 @@ class _Export:
     self.steps: list[Callable[[], None]] = []
     self._plans: dict[int, _Plan] = {}  # Of each value that is neither affine nor the input.
     self._vectors: dict[int, _Vector] = {}
+    mixed = set()  # Values with one dense map between the vectors so far and them.
     for value in affine_maps.in_order([output], self._inputs_of):
-      if value.made_by is None:
+      op = value.made_by
+      if op is None:
         self._vectors[id(value)] = self.x
       elif id(value) in self._plans:
         self._vectors[id(value)] = self._vector(value, self._plans[id(value)])
+      elif op.primitive in _DENSE:
+        for x in op.inputs:
+          if isinstance(x, Value) and id(x) in mixed:
+            self._vectors[id(x)] = self._equal(x)
+            mixed.remove(id(x))
+        mixed.add(id(value))
+      elif any(id(x) in mixed for x in op.inputs):
+        mixed.add(id(value))
 
   def _inputs_of(self, value: Value) -> Sequence[Input]:
     """What the program makes a value of."""
@@ -194,6 +205,15 @@ class _Export:
       if vector.reason and matrix[:, vector.above & vector.below].nnz:
         return vector.reason
     return ""
+
+  def _equal(self, value: Value) -> _Vector:
+    """Variables for an affine value: the product of two dense maps would be larger than both."""
+    op = value.made_by
+    assert op is not None
+    u, t = self.affine([value]), cp.Variable(math.prod(value.shape))
+    self.constraints.append(t == u.expression)
+    self.define(t, lambda: u.expression.value)
+    return _Vector(t, u.above | u.infinite, u.below | u.infinite, self.reason_of(u))
 
   def _vector(self, value: Value, plan: "_Plan") -> _Vector:
     """The variables of the results of an operation, with their constraints."""
@@ -278,12 +298,15 @@ class _Export:
     return weights @ ((u.above & u.below) | u.infinite) > 0
 
   def quadratic(self, t: cp.Variable, u: _Affine, op: Operation):
-    """t >= a quadratic form of the input, a product of two affine values, by factorisation."""
-    x, (left, right) = self.x.variable, op.inputs
-    terms = [m for m, vector in u.terms if vector is self.x]
-    if not u.is_exact or u.infinite.any() or not terms or t.size * x.size**2 > LARGEST:
+    """t >= a quadratic form, the product of two affine values, by factorisation."""
+    left, right = op.inputs
+    terms = [(matrix, vector.variable) for matrix, vector in u.terms if matrix.nnz]
+    if not u.is_exact or u.infinite.any() or not terms:
       raise _NoConicFormError
-    matrix = terms[0].toarray()
+    x = cp.hstack([variable for _, variable in terms])
+    if t.size * x.size**2 > LARGEST:
+      raise _NoConicFormError
+    matrix = scipy.sparse.hstack([m for m, _ in terms]).toarray()
     cut = math.prod(left.shape)
 
     def product(point):

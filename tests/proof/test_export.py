@@ -75,7 +75,10 @@ FUNCTIONS = {  # Each of an input of N numbers, but for the convolutions.
   "unbound": lambda x: jnp.maximum(jnp.abs(x), jnp.array([0.5, -jnp.inf, 1, -jnp.inf])),
   "parts": lambda x: sum(i * jnp.abs(part[0]) for i, part in enumerate(jnp.split(x, [1, 3]))),
   "scan": scanned,
-  "affine": lambda x: 2 - x[::-1] @ FIRST,
+  "dense maps in a row": lambda x: (
+    nn.elu((x @ FIRST @ FIRST.T + 1) @ FIRST) @ SECOND @ LAST - x[:2]
+  ),
+  "affine": lambda x: 2 - x[::-1] @ FIRST @ SECOND,
 }
 
 
@@ -270,6 +273,7 @@ QUADRATIC = {  # Whose rules look at more than signs.
   "root of a mean": lambda x: jnp.sqrt(jnp.mean(nn.softplus(x @ FIRST) ** 2)),
   "product with itself": lambda x: x @ x,
   "form": lambda x: x @ FORM @ x + 3 * x[0],
+  "form of two dense maps": lambda x: (y := x @ FIRST @ SECOND - 1) @ (y + SHIFT),
   "product": lambda x: (x + 1) * (2 * x + 2),
   "squares of convex values": lambda x: nn.elu(nn.relu(x @ FIRST) ** 2) @ LAST,
   "powers": lambda x: nn.relu(x @ FIRST) ** 2.5 @ LAST + nn.relu(x[:2]) ** 3,
