@@ -210,6 +210,13 @@ SCALARS: list[tuple[str, Callable[[Any, Any], Any], float, float]] = [
   ("arctan", lambda xp, z: z * xp.arctan(z) - xp.where(z > F, E, 0) * z, F - 1, F + 1),
   ("relu of a relu minus 1e-6", lambda xp, z: relu(xp, E - relu(xp, z)), -1e-6, 1e-6),
   ("exp of minus relu", lambda xp, z: xp.exp(-E * relu(xp, z)), -1, 1),
+  ("a jump behind a maximum", lambda xp, z: xp.maximum(xp.where(z < 0, z - 1, z + E), z + E / 2), -1e-7, 2e-7),
+  ("a jump behind a minimum", lambda xp, z: xp.maximum(z / 2, -2) + xp.minimum(xp.where(z < 0, z, -1.0), 0 * z), -0.3, 0.3),
+  ("a jump behind a maximum that takes the other side", lambda xp, z: xp.maximum(xp.where(z < 0, z, 1.0), 0 * z) - 2 * z, -0.1, 0.2),
+  ("a jump behind an absolute value", lambda xp, z: abs(xp.where(z < 0, 0 * z, 1.0)) - z, -0.1, 0.2),
+  ("a jump behind a clip", lambda xp, z: xp.clip(xp.where(z < 0, z, 1.0), 0, 9) - z, -0.1, 0.2),
+  ("a jump behind a square", lambda xp, z: xp.where(z < 0, 0 * z, 1.0) ** 2, -0.1, 0.2),
+  ("a jump behind a maximum and a softplus", lambda xp, z: xp.log1p(xp.exp(xp.maximum(xp.where(z < 0, z, 1.0), 0 * z))), -0.1, 0.2),
   ("a power below one", lambda xp, z: 0.999999 ** relu(xp, z), -1, 1),
 ]
 
