@@ -210,6 +210,13 @@ SCALARS: list[tuple[str, Callable[[Any, Any], Any], float, float]] = [
   ("arctan", lambda xp, z: z * xp.arctan(z) - xp.where(z > F, E, 0) * z, F - 1, F + 1),
   ("relu of a relu minus 1e-6", lambda xp, z: relu(xp, E - relu(xp, z)), -1e-6, 1e-6),
   ("exp of minus relu", lambda xp, z: xp.exp(-E * relu(xp, z)), -1, 1),
+  ("a jump behind a maximum", lambda xp, z: xp.maximum(xp.where(z < 0, z - 1, z + E), z + E / 2), -1e-7, 2e-7),
+  ("a jump behind a minimum", lambda xp, z: xp.maximum(z / 2, -2) + xp.minimum(xp.where(z < 0, z, -1.0), 0 * z), -0.3, 0.3),
+  ("a jump behind a maximum that takes the other side", lambda xp, z: xp.maximum(xp.where(z < 0, z, 1.0), 0 * z) - 2 * z, -0.1, 0.2),
+  ("a jump behind an absolute value", lambda xp, z: abs(xp.where(z < 0, 0 * z, 1.0)) - z, -0.1, 0.2),
+  ("a jump behind a clip", lambda xp, z: xp.clip(xp.where(z < 0, z, 1.0), 0, 9) - z, -0.1, 0.2),
+  ("a jump behind a square", lambda xp, z: xp.where(z < 0, 0 * z, 1.0) ** 2, -0.1, 0.2),
+  ("a jump behind a maximum and a softplus", lambda xp, z: xp.log1p(xp.exp(xp.maximum(xp.where(z < 0, z, 1.0), 0 * z))), -0.1, 0.2),
   ("a power below one", lambda xp, z: 0.999999 ** relu(xp, z), -1, 1),
 ]
 
@@ -1226,6 +1233,30 @@ def norms() -> Iterator[Case]:
   yield one("sinh", lambda xp, x: xp.sinh(x), -2 * ones, 0 * ones)
   yield one("cosh of a convex value", lambda xp, x: xp.cosh(x**2 - 1), -ones, ones)
   yield one("hypot of a convex value", lambda xp, x: xp.hypot(x**2 - 1, 0 * x), -ones, ones)
+
+  def bent(xp, z):
+    """Of a convex square, though its size is not convex."""
+    return xp.where(z < 0, 2 - xp.exp(-xp.minimum(z, 0)), 1 + z)
+
+  inside = (-0.6 * ones, -0.02 * ones)
+  yield one("root of a square that is convex", lambda xp, x: xp.sqrt(bent(xp, x) ** 2), *inside)
+  yield one("root of a product that is convex", lambda xp, x: xp.sqrt(bent(xp, x) * bent(xp, x)), *inside)
+  yield one("power 1/2 of a square that is convex", lambda xp, x: (bent(xp, x) ** 2) ** 0.5, *inside)
+  yield one("fourth root of a fourth power that is convex", lambda xp, x: (bent(xp, x) ** 4) ** 0.25, *inside)
+  yield one("root of a sum of squares that are convex", lambda xp, x: xp.sqrt((bent(xp, x) ** 2).sum() + E), *inside)
+  yield one("hypot of a value of convex square", lambda xp, x: xp.hypot(bent(xp, x), 0 * x), *inside)
+  yield one("a value of convex square, absolute", lambda xp, x: abs(bent(xp, x)), *inside)
+  yield one("root of softplus to the power 1.4", lambda xp, x: xp.sqrt(xp.log1p(xp.exp(x)) ** 1.4), ones, 9 * ones)
+  yield one("root of x^2 exp(x)", lambda xp, x: xp.sqrt(x**2 * xp.exp(x)), -3.5 * ones, -1.5 * ones)
+  yield one("cube root of a square", lambda xp, x: xp.cbrt(x**2), 0 * ones, ones)
+  yield one("cube root of exp less 5", lambda xp, x: xp.cbrt(xp.exp(x) - 5), ones * 1.7, 4 * ones)
+  yield one("root of a minimum of squares", lambda xp, x: xp.sqrt(xp.minimum(x**2, 1)), 0.5 * ones, 1.5 * ones)
+  yield one("square of a clip at -1e-6", lambda xp, x: xp.maximum(x, -E) ** 2, -2 * E * ones, 0 * ones)
+  yield one("cube of a minimum with 0", lambda xp, x: xp.minimum(x, 0) ** 3, -2 * ones, 0 * ones)
+  yield one("x times x through a move", lambda xp, x: x * x[np.int32([1, 0, 2, 3])], [1, -1, 0, 0], [-1, 1, 0, 0])
+  yield one("x times x through a transposed square", lambda xp, x: x.reshape(2, 2) * x.reshape(2, 2).T, [0, 1, -1, 0], [0, -1, 1, 0], output=1)
+  yield one("x times its cast to an integer", lambda xp, x: x * x.astype(np.int32), 0.9 * ones, 1.2 * ones)
+  yield one("powers by an array, one of them 0.4", lambda xp, x: xp.power(x * x, np.float32([0.5, 0.4, 1, 2])), 0 * ones, ones, output=1)
   yield one("harmonic mean", lambda xp, x: 2 / (1 / x[0] + 1 / x[1]), [1, 2, 0, 0], [2, 1, 0, 0])
   yield one("geometric mean", lambda xp, x: xp.sqrt(relu(xp, x[0]) * relu(xp, x[1])), [1, 0, 0, 0], [0, 1, 0, 0])
   yield one("exp of a log, times 1 - x^2", lambda xp, x: xp.exp(xp.log(1 + x**2) * -1), -ones, ones)
