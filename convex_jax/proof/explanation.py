@@ -78,6 +78,8 @@ def _fault(op: Operation, kind: str) -> str:
     return f"{name}: {_count(known[0], lambda a: a < 0)} negative and multiply a value not affine"
   if name in ("add", "sub"):
     return f"{name}: the {'sum' if name == 'add' else 'difference'} of {_list(values)}"
+  if name == "select_n" and isinstance(op.inputs[0], Value):
+    return "select_n by a condition that depends on the input"
   if name not in RULES:
     return f"{name} of a value that depends on the input, for which there is no rule"
   if not values:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from convex_jax.proof import activations, layouts, linear, log_sum_exp, quadratic, rules
+from convex_jax.proof import activations, choices, layouts, linear, log_sum_exp, quadratic, rules
 from convex_jax.proof.collectives import on_one_device
 from convex_jax.proof.constants import (
   SAME,
@@ -199,9 +199,9 @@ class Walk:
   def _equation(self, eqn, inputs, place: Place) -> list[Value | Known]:
     name = eqn.primitive.name
     known = all(isinstance(x, Known) for x in inputs)
-    called, collective = layouts.called(eqn), on_one_device(eqn)
+    called, collective = layouts.called(eqn, inputs), on_one_device(eqn)
     if called is not None:
-      return self._inner(called, inputs, place)
+      return self._inner(*called, place)
     if collective is not None:
       return self._compute(collective, eqn.invars, inputs, place)
     if name in ("scan", "while"):
@@ -223,12 +223,25 @@ class Walk:
       if all(x is inputs[1] for x in inputs[2:]):
         return inputs[1:2]
       inputs = [_condition(inputs[0]), *inputs[1:]]
+      if isinstance(inputs[0], Value):
+        inputs[1:] = self._settled(*inputs)
+        plain = choices.unguarded(*inputs)
+        if plain is not None:
+          return [plain]
     key = _key(eqn, inputs)
     if key is None:
       return self._values(eqn, inputs, place)
     if key not in self._done:  # The inputs are kept, so that no other has the `id` of one.
       self._done[key] = inputs, self._values(eqn, inputs, place)
     return self._done[key][1]
+
+  def _settled(self, test: Value, *cases) -> list[Value | Known]:
+    """The cases of a choice, in which the same condition is known."""
+
+    def compute(op, inputs):
+      return self._equation(op.eqn, inputs, op.place)[0]
+
+    return [choices.settled(test, i, x, compute) for i, x in enumerate(cases)]
 
   def _values(self, eqn, inputs, place: Place) -> list[Value | Known]:
     self._order += 1

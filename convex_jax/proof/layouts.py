@@ -51,12 +51,18 @@ class While(NamedTuple):
   body_constants: int
 
 
-def called(eqn: Any) -> Any:
-  """The jaxpr that a call runs; None of what is no call."""
+def called(eqn: Any, operands: list[Any]) -> tuple[Any, list[Any]] | None:
+  """The jaxpr that a call runs, and of which operands; None of what is no call."""
   name, params = eqn.primitive.name, Parameters(eqn)
   if name == "shard_map":  # On one device it changes nothing.
-    return params["jaxpr"] if params["mesh"].size == 1 else None
-  return params[CALLS[name]] if name in CALLS else None
+    return (params["jaxpr"], operands) if params["mesh"].size == 1 else None
+  if (
+    name == "custom_linear_solve"
+  ):  # Its operands are constants of four jaxprs, and the right side.
+    sizes = params["const_lengths"]
+    start, end = sizes.matvec + sizes.vecmat, sum(sizes)
+    return params["jaxprs"].solve, operands[start : start + sizes.solve] + operands[end:]
+  return (params[CALLS[name]], operands) if name in CALLS else None
 
 
 def scan_of(eqn: Any) -> Scan:

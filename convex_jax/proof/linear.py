@@ -229,6 +229,18 @@ def _add(op: Operation, a, b) -> Masks:
   return np.broadcast_to(nc, op.shape), np.broadcast_to(nk, op.shape)
 
 
+def _solve(op: Operation, a, b) -> Masks:
+  """`triangular_solve`: linear in b, by a known matrix whose inverse has entries of any sign."""
+  if not isinstance(a, Known) or not isinstance(b, Value) or not_finite(a).any():
+    return lost(op)
+  diagonal = np.diagonal(a.low, axis1=-2, axis2=-1), np.diagonal(a.high, axis1=-2, axis2=-1)
+  if not op.params["unit_diagonal"] and not has_no_zero(Known(*diagonal)):
+    return lost(op)
+  axis = -2 if op.params["left_side"] else -1
+  mixed = np.broadcast_to(either(*b.masks).any(axis, keepdims=True), op.shape)
+  return mixed, mixed
+
+
 # Sums over axes, windows, and so far.
 
 
@@ -281,12 +293,14 @@ LINEAR = MOVES | {
   **dict.fromkeys(("dot_general", "conv_general_dilated"), _bilinear),
   "scatter-add": _scatter_add,
   "scatter-mul": _scatter_multiply,
+  "triangular_solve": _solve,
   "reduce_sum": _sum(over_axes),
   "reduce_window_sum": _sum(in_windows),
   "cumsum": _sum(so_far),
 }
 
 WEIGHTED = {"mul", "div", "dot_general", "conv_general_dilated", "scatter-mul"}
+WEIGHTED |= {"triangular_solve"}
 
 
 def carried(op: Operation, masks: Callable[[Value | Known], Masks]) -> Masks:

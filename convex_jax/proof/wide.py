@@ -57,9 +57,9 @@ class Impure(Exception):
 def _equation(eqn, inputs) -> Sequence[Any]:
   name, params = eqn.primitive.name, eqn.params
   has_body = any(True for _ in jex.jaxprs_in_params(params))
-  called, collective = layouts.called(eqn), on_one_device(eqn)
+  called, collective = layouts.called(eqn, inputs), on_one_device(eqn)
   if called is not None:
-    return widened(called)(*inputs)
+    return widened(called[0])(*called[1])
   if collective is not None:
     return collective(*inputs)
   if (eqn.effects and not has_body) or "callback" in name or "ffi_call" in name:

@@ -267,6 +267,10 @@ UNARY = (nn.relu, nn.elu, nn.softplus, nn.leaky_relu, jnp.abs, jnp.tanh, lambda 
 UNARY += (lambda x: -x, nn.gelu, lambda x: x**2 / 4, lambda x: jnp.maximum(x, 0.5), nn.selu)
 UNARY += (lambda x: jax.nn.logsumexp(x, -1, keepdims=True) + 0 * x, lambda x: jnp.minimum(x, 1.0))
 UNARY += (lambda x: x[..., ::-1], lambda x: x.max(-1, keepdims=True) + 0 * x, nn.celu)
+UNARY += (lambda x: jnp.sqrt(x**2 + 1), lambda x: x**3.0, lambda x: nn.relu(x) ** 1.5, jnp.abs)
+UNARY += (lambda x: jnp.linalg.norm(x, axis=-1, keepdims=True) + 0 * x, lambda x: x * x.sum() / 4)
+UNARY += (lambda x: jnp.clip(x, -1.0, jnp.inf), lambda x: x.at[..., 1].set(0.5 * x[..., 0]))
+UNARY += (lambda x: jnp.where(x > 0, x, 0.0), lambda x: jnp.sqrt(jnp.abs(x)), nn.silu)
 UNARY += (lambda x: nn.elu(x, alpha=1.3), lambda x: x - x.mean(-1, keepdims=True), jnp.cumsum)
 BINARY = (jnp.add, jnp.subtract, jnp.multiply, jnp.maximum, jnp.minimum, jnp.logaddexp)
 

@@ -15,6 +15,8 @@ X = jax.ShapeDtypeStruct((4,), jnp.float32)
 KEPT = np.array([True, False, True, True])
 PLACES = np.array([0, 1, 0, 1])
 INF = jnp.inf
+SYSTEM = np.float32([[3, 1, -1, 0], [0, 2, 1, 1], [0, 0, 4, 1], [0, 0, 0, 1]])
+solve_triangular = jax.scipy.linalg.solve_triangular
 relu = nn.relu
 
 
@@ -135,6 +137,41 @@ BRANCHES = [
 ]
 
 
+def guarded(x, test, root=jnp.sqrt, otherwise=0.0):
+  """A norm whose gradient at 0 is no NaN."""
+  s = x @ x
+  return jnp.where(test(s), root(jnp.where(test(s), s, 1.0)), otherwise)
+
+
+CHOICES = [
+  ("norm, guarded", lambda x: guarded(x, lambda s: s > 0), "convex"),
+  ("by !=", lambda x: guarded(x, lambda s: s != 0), "convex"),
+  ("by 0 <", lambda x: guarded(x, lambda s: s > 0), "convex"),
+  ("by not ==", lambda x: jnp.where(x @ x == 0, 0.0, jnp.sqrt(x @ x)), "convex"),
+  ("of each", lambda x: jnp.where(x**2 > 0, jnp.sqrt(jnp.where(x**2 > 0, x**2, 1.0)), 0), "convex"),
+  ("with a jump", lambda x: guarded(x, lambda s: s > 0, otherwise=1.0), "unknown"),
+  (
+    "with another jump",
+    lambda x: guarded(x, lambda s: s > 0, lambda s: jnp.sqrt(s) + 1),
+    "unknown",
+  ),
+  ("at another place", lambda x: guarded(x, lambda s: s > 1), "unknown"),
+  ("the wrong way round", lambda x: jnp.where(x @ x <= 0, jnp.sqrt(x @ x), 0.0), "unknown"),
+  ("of a value of any sign", lambda x: jnp.where(x > 0, jnp.abs(x), 0.0), "convex"),
+  (
+    "by another element",
+    lambda x: jnp.where(x > 0, jnp.where(x > 0, x, 1.0)[::-1], 0.0),
+    "unknown",
+  ),
+  (
+    "by another condition",
+    lambda x: jnp.where(x[0] > 0, jnp.where(x[1] > 0, x[0], 1.0), 0.0),
+    "unknown",
+  ),
+  ("elu, guarded", lambda x: jnp.where(x > 0, x, jnp.expm1(jnp.where(x > 0, 0.0, x))), "convex"),
+]
+
+
 def on_one_device(function, **kwargs):
   """A function inside a `shard_map` over a mesh of one device, whose axis is "i"."""
   mesh = jax.make_mesh((1,), ("i",), axis_types=(AxisType.Auto,))
@@ -189,11 +226,15 @@ CALLS = [
     jax.vmap(lambda x: -lax.psum(x * x, "i") - lax.pmax(x, "i"), axis_name="i"),
     "concave",
   ),
+  ("solution", lambda x: jnp.linalg.solve(SYSTEM, x), "affine"),
+  ("solution of a triangular system", lambda x: solve_triangular(SYSTEM, x), "affine"),
+  ("of a convex value", lambda x: solve_triangular(SYSTEM, relu(x)), "unknown"),
+  ("of a singular system", lambda x: solve_triangular(jnp.zeros((4, 4)), x), "unknown"),
   ("convolution", lambda x: jnp.convolve(relu(x), jnp.ones(3)), "convex"),
   ("associative scan", lambda x: lax.associative_scan(jnp.add, relu(x)), "convex"),
 ]
 
-ROWS = [*BOUNDS, *UPDATES, *BRANCHES, *CALLS]
+ROWS = [*BOUNDS, *UPDATES, *BRANCHES, *CHOICES, *CALLS]
 
 
 @pytest.mark.parametrize("name,function,expected", ROWS, ids=[row[0] for row in ROWS])
