@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from convex_jax import files
 from convex_jax.errors import Ended, UserError
 
 
@@ -21,9 +22,32 @@ def parser(command: str, summary: str, example: str) -> argparse.ArgumentParser:
   )
 
 
+def path(text: str) -> str:
+  """The type of an option that is a path; see `files.expand`."""
+  try:
+    return files.expand(text)
+  except UserError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def integer(low: int) -> Callable[[str], int]:
+  """The type of an option that is an integer from `low`."""
+
+  def read(text: str) -> int:
+    try:
+      value = int(text)
+    except ValueError:
+      value = low - 1
+    if value < low:
+      raise argparse.ArgumentTypeError(f"{text!r} given; expected an integer >= {low}")
+    return value
+
+  return read
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
   """Adds --workdir and --step, which say which checkpoint of which run is meant."""
-  parser.add_argument("--workdir", required=True, help="folder of the run")
+  parser.add_argument("--workdir", type=path, required=True, help="folder of the run")
   parser.add_argument(
     "--step",
     default="latest",

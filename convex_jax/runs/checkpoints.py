@@ -62,7 +62,8 @@ class _Save:
 
   def wait(self) -> bool:
     """Waits until it is written or has failed; False where it is late instead."""
-    self._thread.join(max(0.0, self._deadline - time.monotonic()))
+    left = self._deadline - time.monotonic()  # Infinite, where patience is.
+    self._thread.join(min(max(0.0, left), threading.TIMEOUT_MAX))
     return not self._thread.is_alive()
 
   def failure(self) -> str | None:

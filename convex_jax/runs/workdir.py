@@ -52,6 +52,9 @@ def essential(config: Any) -> dict[str, Any]:
   value. Where small images are kept (`data.loader`) makes no difference to a run.
   """
   values, defaults = _flat(config), _flat(config_files.defaults())
+  for key, value in values.items():
+    if isinstance(value, list) and {type(number) for number in defaults.get(key, ())} == {float}:
+      values[key] = [float(number) for number in value]  # Whole numbers are taken as well.
   if values.get("data.loader") != "stream":
     values["data.loader"] = "auto"
   return {
@@ -86,8 +89,8 @@ class Workdir:
   `damaged/` checkpoints that were set aside; `log.txt` the output of a run of a sweep.
   """
 
-  def __init__(self, path: str):
-    self.path = os.path.expanduser(path)
+  def __init__(self, path: str | os.PathLike[str]):
+    self.path = files.expand(path)
     of = functools.partial(os.path.join, self.path)
     self.config_file = of("config.json")
     self.metrics_file = of("metrics.jsonl")

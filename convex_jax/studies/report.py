@@ -145,9 +145,13 @@ def main(argv: list[str] | None = None) -> int:
     "results.csv and curves.csv.",
     "python -m convex_jax report runs/mixer_digits runs/mixer_ioc_digits --out=report",
   )
-  parser.add_argument("runs", nargs="+", help="folders of runs, or with a results.csv")
+  parser.add_argument(
+    "runs", type=command_line.path, nargs="+", help="folders of runs, or with a results.csv"
+  )
   output = parser.add_argument_group("output")
-  output.add_argument("--out", default="report", help="folder of the report (default: report)")
+  output.add_argument(
+    "--out", type=command_line.path, default="report", help="folder of the report (default: report)"
+  )
   output.add_argument("--title", help="heading (default: that of the sweep, where one is given)")
   return command_line.exit_code(_report, parser.parse_args(argv))
 

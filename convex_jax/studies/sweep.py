@@ -205,24 +205,32 @@ def main(argv: list[str] | None = None) -> int:
     "Exit codes: 0 done; 2 invalid input, or a run failed; 75 stopped and saved.",
     "python -m convex_jax sweep experiments/mlp --schedule=digits --at_once=2",
   )
-  parser.add_argument("folder", help="folder of a sweep.py, such as experiments/mlp")
+  parser.add_argument(
+    "folder", type=command_line.path, help="folder of a sweep.py, such as experiments/mlp"
+  )
   what = parser.add_argument_group("what to run")
   what.add_argument("--schedule", default="", help="a schedule of the sweep (default: its first)")
   what.add_argument("--only", default="", help="only runs whose panel and variant contain this")
   what.add_argument("--list", action="store_true", help="print the runs' options, and end")
   where = parser.add_argument_group("where")
-  where.add_argument("--workdir", default="", help="folder of the runs (default: runs/NAME)")
-  where.add_argument("--out", default="", help="folder of the report (default: the workdir)")
-  where.add_argument("--data_dir", default="", help="folder of the data (default: TFDS's)")
+  where.add_argument(
+    "--workdir", type=command_line.path, default="", help="folder of the runs (default: runs/NAME)"
+  )
+  where.add_argument(
+    "--out", type=command_line.path, default="", help="folder of the report (default: the workdir)"
+  )
+  where.add_argument(
+    "--data_dir", type=command_line.path, default="", help="folder of the data (default: TFDS's)"
+  )
   how = parser.add_argument_group("how")
-  how.add_argument("--at_once", type=int, default=1, help="simultaneous runs (default: 1)")
+  how.add_argument(
+    "--at_once", type=command_line.integer(1), default=1, help="simultaneous runs (default: 1)"
+  )
   return command_line.exit_code(_sweep, parser.parse_args(argv))
 
 
 def _sweep(args: argparse.Namespace) -> int:
   jax.config.update("jax_platforms", "cpu")  # Leave the accelerator to the runs.
-  if args.at_once < 1:
-    raise UserError(f"--at_once={args.at_once}; expected an integer >= 1")
   workdir = args.workdir or os.path.join("runs", os.path.basename(os.path.abspath(args.folder)))
   out = args.out or workdir
   module = jobs.read_sweep(args.folder)

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -64,8 +63,7 @@ def _run(config: Any, workdir: Workdir, examples: Data | None) -> dict[str, floa
   public = None
   if config.init_from and not manifest.steps_in(workdir.checkpoints):
     # Refused before anything is written.
-    path = os.path.expanduser(config.init_from)
-    public = load_public(program.model, path, program.image_shape, config.seed)
+    public = load_public(program.model, config.init_from, program.image_shape, config.seed)
   console = Console(lead)
   for line in manifest.quarantine_damaged(workdir.checkpoints):
     console.print(line)

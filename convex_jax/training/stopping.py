@@ -23,7 +23,7 @@ class Stopping:
     self._asked = threading.Event()
     self._before: dict[int, Any] = {}
     self._alone = jax.process_count() == 1
-    self._clock = threading.Timer(limit, self._ask) if limit else None
+    self._clock = threading.Timer(min(limit, threading.TIMEOUT_MAX), self._ask) if limit else None
 
   def should_stop(self, step: int) -> bool:
     """Whether to stop after `step`, the same answer in every process."""

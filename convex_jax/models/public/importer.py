@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from convex_jax import files
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.constraints import FREE, PROJECTIONS, constraints_of
@@ -76,7 +77,7 @@ def load_public(
       weights, such as its GELU or padding.
     ValueError: `model` is not an architecture of `convex_jax.models`.
   """
-  name = catalog.name_of(model)
+  name, path = catalog.name_of(model), files.expand(path)
   arrays = _weights(NAMES[name], model, path)
 
   def variables(network: nn.Module) -> Any:
