@@ -7,14 +7,10 @@ can import it. Nothing here imports JAX before the options are read.
 import argparse
 import os
 import sys
-import threading
 from typing import Any
 
 from convex_jax import command_line, config_files
 from convex_jax.errors import UserError
-
-# Set by schedulers whose clusters `jax.distributed.initialize()` knows by itself.
-CLUSTERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,14 +67,19 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
   logging.set_verbosity(logging.ERROR)  # TFDS and Orbax talk at length below that.
   runtime.keep_compiled_programs()
   runtime.tune_cpu()
+  from convex_jax import cluster
   from convex_jax.runs import checkpoints
   from convex_jax.training import loop, schema
 
   checkpoints.quieten_orbax()
   config = load_config(args.config, overrides)
   schema.check(config)  # Before the others are waited for; `loop.run` checks its own callers'.
-  if args.distributed == "on" or (args.distributed == "auto" and _in_cluster()):
-    _join(args)
+  where = (args.coordinator, args.num_processes, args.process_id)
+  here, note = cluster.place(args.distributed, *where)
+  if note:
+    print(note, file=sys.stderr)
+  if here is not None:
+    cluster.join(here, args.join_timeout)
   name, _ = os.path.splitext(os.path.basename(args.config.partition(":")[0]))
   loop.run(config, args.workdir or os.path.join("runs", f"{name}_{config.data.name}"))
   return 0
@@ -120,34 +121,6 @@ def _explain(file: str, overrides: list[str]) -> list[str]:
       lines.append(f"{override.lstrip('-')}: {why}")
   config = config_files.load([f"--config={file}", *good])
   return lines + schema.mistakes(config)
-
-
-def _in_cluster() -> bool:
-  values = [os.environ.get(name, "") for name in CLUSTERS]
-  return any("," in value or (value.isdigit() and int(value) > 1) for value in values)
-
-
-def _join(args: argparse.Namespace) -> None:
-  """Starts `jax.distributed`; ends the process by exit code 2 where others do not come."""
-  import jax
-
-  def give_up():
-    count = args.num_processes or "the cluster's"
-    why = (
-      f"Not all of {count} processes joined within --join_timeout={args.join_timeout} s.\n"
-      "  Run the same command on every host (gcloud ... ssh --worker=all, srun, or by hand with\n"
-      "  its own --process_id, from 0). If all of them run, they cannot reach"
-      f" {args.coordinator or 'host 0'}:\n  open its port, or pass another --coordinator."
-    )
-    print(why, file=sys.stderr, flush=True)
-    os._exit(UserError.code)  # JAX would abort the process, with a stack trace, a while later.
-
-  patience = threading.Timer(args.join_timeout, give_up)
-  patience.daemon = True
-  patience.start()
-  where, limit = (args.coordinator, args.num_processes, args.process_id), args.join_timeout + 60
-  jax.distributed.initialize(*where, initialization_timeout=limit)
-  patience.cancel()
 
 
 if __name__ == "__main__":

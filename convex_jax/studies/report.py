@@ -50,6 +50,7 @@ def write_report(found: Results, out: str, title: str, words: str = "") -> str:
   """
   if not found.rows:
     raise UserError(f"No results to report in {out}: no run is finished")
+  out = files.expand(out)
   os.makedirs(out, exist_ok=True)
   results.write(found, out)
   panels = [_panel(name, v, found, out) for name, v in tables.panels_of(found).items()]
@@ -115,7 +116,7 @@ def page(text: str, title: str, folder: str) -> str:
 def gather(paths: Iterable[str]) -> Results:
   """The results in folders of runs and in folders with a results.csv."""
   found, workdirs = Results(), []
-  for path in paths:
+  for path in map(files.expand, paths):
     if Workdir(path).exists():
       workdirs.append(path)
     elif (new := results.read(path)).rows:
