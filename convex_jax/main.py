@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-from convex_jax import command_line, config_files
+from convex_jax import command_line, config_files, streams
 from convex_jax.errors import UserError
 
 
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
   arguments = sys.argv[1:] if argv is None else argv
   overrides, others = config_files.split(arguments)
   args = _parser().parse_args(others)
-  return command_line.exit_code(_train, args, overrides)
+  return command_line.exit_code(_train, args, overrides, console_patience=streams.PATIENCE)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,17 +2,50 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 import convex_jax
-from convex_jax import __main__, files
+from convex_jax import __main__, command_line, files
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.public.importer import load_public
 from convex_jax.runs import checkpoints
 from convex_jax.studies import report, results
 from convex_jax.training import runtime
+from tests.support import ROOT
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])
+def test_a_platform_that_is_not_here_is_told(platform, tmp_path):
+  """In one sentence, whatever JAX raises: without words for cuda."""
+  args = ["-m", "convex_jax", "certify", f"--workdir={ROOT / 'tests' / 'fixtures' / 'run_1_1'}"]
+  env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": platform}
+  done = subprocess.run(
+    [sys.executable, *args], cwd=tmp_path, env=env, capture_output=True, text=True
+  )
+  if done.returncode == 0:
+    pytest.skip(f"this machine has {platform}")
+  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+  assert done.stderr.startswith(f"JAX cannot start '{platform}' (JAX_PLATFORMS): ")
+
+
+@pytest.mark.parametrize(
+  "error, code, words",
+  [
+    (KeyboardInterrupt(), 130, "Interrupted"),
+    (OSError(28, "No space left", "x"), 2, "x: No space"),
+  ],
+)
+def test_ends_that_have_a_name_show_no_trace(error, code, words, capsys):
+  def fail():
+    raise error
+
+  assert command_line.exit_code(fail) == code and words in capsys.readouterr().err
+  with pytest.raises(ZeroDivisionError):  # What has none does.
+    command_line.exit_code(lambda: 1 // 0)
 
 
 @pytest.fixture

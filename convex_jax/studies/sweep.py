@@ -17,22 +17,21 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from convex_jax import command_line, files
-from convex_jax.errors import Diverged, NotProved, Stopped, UserError
+from convex_jax import command_line, files, streams
+from convex_jax.errors import STOP_SIGNALS, Diverged, NotProved, Stopped, UserError
 from convex_jax.runs.workdir import Workdir
 from convex_jax.studies import jobs, report, results
 from convex_jax.studies.jobs import Task
+from convex_jax.training.stopping import stop_signals_to
 
 POLL = 0.5  # Seconds between two looks at the processes.
 LAST = 4096  # Bytes at the end of metrics.jsonl that hold its last row.
@@ -68,12 +67,14 @@ class Process:
           os.sched_setaffinity(self.popen.pid, cores[self.slot :: self._slots])
 
   def poll(self) -> str | None:
-    """None while it runs, then its outcome: "finished", "diverged", or what went wrong."""
+    """None while it runs, then its outcome: "finished", "diverged", "stopped", or its error."""
     code = self.popen.poll()
     if code is None:
       return None
     if not self._certifies and code == Diverged.code:
       return "diverged"
+    if code == Stopped.code:
+      return "stopped"
     if code and not (self._certifies and code == NotProved.code):  # Not proved is a result.
       with open(self.log, errors="replace") as file:
         tail = "\n  ".join(["", *file.read().splitlines()[-8:]])
@@ -100,7 +101,8 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
   """Runs the tasks that have no result yet, `at_once` at a time; writes each result into `out`.
 
   A job that fails does not keep the others from running. Raises `UserError` at the end if
-  any failed, `Stopped` after SIGTERM, SIGINT or SIGHUP once all processes have ended.
+  any failed, `Stopped` where any was stopped, and after a signal (`errors.STOP_SIGNALS`), once
+  all processes have ended.
   """
   found = results.read(out)
   jobs.refuse_other_configs(tasks, found)
@@ -119,8 +121,9 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
     console=Console(highlight=False),
   )
   processes: dict[Process, Any] = {}
-  free, failures = list(range(at_once)), []
-  with progress, _stop_signals() as signals:
+  free, failures, stopped = list(range(at_once)), [], 0
+  signals: list[int] = []
+  with progress, stop_signals_to(signals.append, STOP_SIGNALS):
     total = progress.add_task("runs", total=len(tasks), completed=len(tasks) - len(waiting))
     while (waiting or processes) and not signals:
       while waiting and free:
@@ -140,6 +143,8 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
         if outcome in ("finished", "diverged"):
           found = _add(found, process.task, outcome, out)
           outcome = _line(found.rows[-1])
+        elif outcome == "stopped":
+          stopped, outcome = stopped + 1, f"{process.task.name}: stopped and saved"
         else:
           failures.append(outcome)
         progress.console.print(outcome, markup=False, soft_wrap=True)
@@ -152,6 +157,9 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
   if failures:
     count = f"{len(failures)} run{'s' * (len(failures) > 1)} failed"
     raise UserError("\n".join([*failures, f"{count}; run the same command to retry."]))
+  if stopped:
+    count = f"{stopped} run{'s' * (stopped > 1)} stopped early"
+    raise Stopped(f"{count}, and saved. Run the same command to continue.")
   return found
 
 
@@ -178,22 +186,6 @@ def _line(row: results.Result) -> str:
   words = [f"train {100 * row.train_accuracy:.2f} %, test {100 * row.test_accuracy:.2f} %"]
   words += filter(None, [f"{row.seconds:.0f} s", row.certificate])
   return f"{name}: {', '.join(words)}"
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-  """While active, SIGTERM, SIGINT and SIGHUP are collected in a list and have no other effect."""
-  received: list[int] = []
-  before = {}
-  for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-    number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup ignores it.
-    if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-      before[number] = signal.signal(number, lambda number, _: received.append(number))
-  try:
-    yield received
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
   how.add_argument(
     "--at_once", type=command_line.integer(1), default=1, help="simultaneous runs (default: 1)"
   )
-  return command_line.exit_code(_sweep, parser.parse_args(argv))
+  return command_line.exit_code(_sweep, parser.parse_args(argv), console_patience=streams.PATIENCE)
 
 
 def _sweep(args: argparse.Namespace) -> int:

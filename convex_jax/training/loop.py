@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from convex_jax import mesh as meshes
+from convex_jax import streams
 from convex_jax.data import datasets
 from convex_jax.data.datasets import Data
 from convex_jax.errors import Lost, Stopped
@@ -45,16 +46,22 @@ def run(config: Any, workdir: str, examples: Data | None = None) -> dict[str, fl
     Diverged: too many updates were skipped.
     Unsaved: a checkpoint could not be written.
     Lost: another process is gone.
-    Stopped: after SIGTERM, SIGINT or `time_limit`, once everything is saved.
+    Stopped: after a signal (`errors.STOP_SIGNALS`) or `time_limit`, once everything is saved.
   """
   schema.check(config)
   folder = Workdir(workdir)
-  with folder.claim(config):
-    return _run(config, folder, examples)
+  with (
+    streams.careful(streams.PATIENCE),
+    Stopping(60 * config.time_limit) as stopping,
+    folder.claim(config),
+  ):
+    return _run(config, folder, examples, stopping)
 
 
-def _run(config: Any, workdir: Workdir, examples: Data | None) -> dict[str, float]:
-  began, lead = time.monotonic(), jax.process_index() == 0
+def _run(
+  config: Any, workdir: Workdir, examples: Data | None, stopping: Stopping
+) -> dict[str, float]:
+  lead = jax.process_index() == 0
   if examples is None:
     examples = datasets.load(config.data, config.seed, progress=lead)
   meshes.check_equal_hosts([device.process_index for device in jax.devices()])
@@ -70,8 +77,7 @@ def _run(config: Any, workdir: Workdir, examples: Data | None) -> dict[str, floa
   if lead:
     workdir.describe(config, examples, program.parameters)
   with contextlib.ExitStack() as stack:
-    limit = config.time_limit and max(60 * config.time_limit - (time.monotonic() - began), 1e-3)
-    stopping = stack.enter_context(Stopping(limit))  # Exited last: no signal interrupts a save.
+    stack.enter_context(stopping.held())  # Exited last: no signal interrupts a save.
     stack.callback(program.close)
     checkpoints = Checkpoints(
       workdir.checkpoints,
