@@ -105,7 +105,7 @@ def _no_platform() -> str | None:
     jax.devices()
     return None
   except Exception as error:  # An AssertionError without words, for one.
-    asked = jax.config.read("jax_platforms") or "a device"
+    asked = getattr(jax.config, "jax_platforms", None) or "a device"
     reason = (str(error).splitlines() or ["there is no such device"])[0]
     reason = reason.partition(" (set JAX")[0].rstrip(".")
     return (

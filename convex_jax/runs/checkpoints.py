@@ -239,7 +239,7 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
   if reason := manifest.fault(path, int(chosen)):
     intact = [s for s, fault in manifest.faults(folder).items() if fault is None]
     raise UserError(f"checkpoint {chosen} in {folder}: {reason}; intact ones: {intact or 'none'}")
-  has_ema = os.path.isdir(os.path.join(path, "ema"))
+  has_ema = has_averages(folder, int(chosen))
   if which == "ema" and not has_ema:
     raise UserError(
       f"checkpoint {chosen} in {folder} has no averaged weights; expected raw or auto"
@@ -249,3 +249,22 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
   target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), shapes)
   weights = ocp.load(path, target, checkpointable_name=item)
   return int(chosen), {"params": weights["params"], "stats": weights.get("stats") or {}}
+
+
+def read_training(folder: str, step: int, like: dict[str, Any]) -> dict[str, Any]:
+  """The item `training` of a checkpoint as numpy arrays, in the structure and shapes of `like`.
+
+  Raises `UserError` where it has another structure: it is another optimizer's.
+  """
+  path = os.path.join(os.path.abspath(folder), str(step))
+  target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+  try:
+    return ocp.load(path, target, checkpointable_name="training")
+  except Exception as error:  # Orbax raises whatever is at hand.
+    reason = (str(error).splitlines() or [repr(error)])[0][:200]
+    raise UserError(f"the optimizer state of {path} is another optimizer's: {reason}") from error
+
+
+def has_averages(folder: str, step: int) -> bool:
+  """Whether a checkpoint holds averaged weights."""
+  return os.path.isdir(os.path.join(folder, str(step), "ema"))

@@ -206,6 +206,12 @@ class Workdir:
     lines = [f"{self.path} contains a run with a different config:"]
     lines += [f"  config.{k}: {stored.get(k)!r} there, {given.get(k)!r} now" for k in differ]
     fix = "To resume that run, pass the same config; to start a new one, pass another --workdir."
+    if self.rows("final"):
+      fix += (
+        "\n  That run is finished. To train it further, in another --workdir, start from it:"
+        f" --config.init_from={self.path} (with its optimizer state:"
+        " --config.init_optimizer=True)."
+      )
     raise UserError("\n".join([*lines, f"  {fix}"]))
 
 

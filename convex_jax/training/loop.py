@@ -14,7 +14,6 @@ from convex_jax import streams
 from convex_jax.data import datasets
 from convex_jax.data.datasets import Data
 from convex_jax.errors import Lost, Stopped
-from convex_jax.models.public.importer import Public, load_public
 from convex_jax.runs import certified, manifest
 from convex_jax.runs.checkpoints import Checkpoints
 from convex_jax.runs.run import Run
@@ -24,6 +23,7 @@ from convex_jax.training.console import Console, parameter_table
 from convex_jax.training.profiling import Profiler
 from convex_jax.training.program import MAX_IN_FLIGHT, Program
 from convex_jax.training.recorder import Recorder
+from convex_jax.training.starting import Start, start_of
 from convex_jax.training.stopping import SkippedUpdates, Stopping
 
 
@@ -67,10 +67,9 @@ def _run(
   meshes.check_equal_hosts([device.process_index for device in jax.devices()])
   meshes.check_divisible(jax.device_count(), config.batch_size, config.fsdp)
   program = Program(config, examples, meshes.make_mesh(fsdp=config.fsdp))
-  public = None
+  start = None
   if config.init_from and not manifest.steps_in(workdir.checkpoints):
-    # Refused before anything is written.
-    public = load_public(program.model, config.init_from, program.image_shape, config.seed)
+    start = start_of(config, program)  # Refused before anything is written.
   console = Console(lead)
   for line in manifest.quarantine_damaged(workdir.checkpoints):
     console.print(line)
@@ -87,7 +86,7 @@ def _run(
       patience=config.checkpoint.patience,
     )
     stack.callback(checkpoints.close)
-    state = _first_state(program, checkpoints, public)
+    state = _first_state(program, checkpoints, start)
     recorder = Recorder(
       workdir,
       console,
@@ -100,8 +99,8 @@ def _run(
     stack.callback(recorder.close)
     if checkpoints.latest_step() is None:
       console.print(parameter_table(state.params, program.constraints))
-      if public is not None:
-        console.print(f"Weights from {config.init_from}: {public}")
+      if start is not None:
+        console.print(f"Weights from {config.init_from}: {start.words}")
     else:
       console.print(f"Resumed {workdir.path} at step {int(state.step)} of {program.total_steps}")
     profile = config.log.profile_steps if lead else (0, 0)
@@ -115,15 +114,12 @@ def _run(
   return figures
 
 
-def _first_state(program: Program, checkpoints: Checkpoints, public: Public | None) -> step.State:
-  """The state of the newest checkpoint; without one a fresh state, from public weights if any."""
+def _first_state(program: Program, checkpoints: Checkpoints, start: Start | None) -> step.State:
+  """The state of the newest checkpoint; without one a fresh state, or what `start` makes of it."""
   state = program.init()
   if checkpoints.latest_step() is not None:
     return step.State.of(checkpoints.restore(state.items()))
-  if public is None:
-    return state
-  weights = {"params": state.params, "stats": state.stats}
-  return step.start_from(state, meshes.put_like(weights, public.weights))
+  return state if start is None else start.state(state)
 
 
 @contextlib.contextmanager

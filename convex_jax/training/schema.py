@@ -111,6 +111,7 @@ RULES = {
   "skip_spikes": number(0, ends="[)"),
   "time_limit": number(0),
   "init_from": TEXT,
+  "init_optimizer": SWITCH,
   "label_smoothing": number(0, 1, ends="[)"),
   "ema_decay": number(0, 1, ends="[)"),
   "mixup": number(0, 100),
@@ -246,6 +247,11 @@ def _clashes(config: Any) -> Iterator[str]:
     yield (
       "config.model.head_depth is 0, but config.model.convex_from is 'head': a linear head is convex"
       " in its features whatever its weights; expected an integer >= 1"
+    )
+  if config.init_optimizer and not config.init_from:
+    yield (
+      "config.init_optimizer is True, but config.init_from is ''; expected the folder of a run in"
+      " config.init_from"
     )
   if config.batch_norm == "device" and config.fsdp > 1:
     yield (

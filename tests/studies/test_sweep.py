@@ -169,7 +169,7 @@ def test_a_job_that_fails_keeps_no_other_from_running(monkeypatch, tmp_path):
 def test_a_job_that_was_stopped_is_no_failure(monkeypatch, tmp_path):
   """By its own time limit, or by a signal to all processes of a job."""
   run, started = run_with(monkeypatch, tmp_path, {0: (75, 0), 1: (0, 75), 2: (0, 4)})
-  with pytest.raises(Stopped, match="2 runs stopped early, and saved. Run the same command"):
+  with pytest.raises(Stopped, match="2 runs stopped early, and saved"):
     run()
   assert [row.seed for row in results.read(str(tmp_path)).rows] == [2] and len(started) == 5
 
