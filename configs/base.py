@@ -30,7 +30,9 @@ def get_config() -> ConfigDict:
   config.skip_spikes = 0.0
   # Minutes, after which the run saves and stops, to be resumed; 0: no limit.
   config.time_limit = 0.0
-  config.init_from = ""  # Public weights to start from (.npz, .safetensors, .pth, ...); "": random.
+  # Weights to start from: public ones (.npz, .safetensors, .pth), or a run's folder; "": random.
+  config.init_from = ""
+  config.init_optimizer = False  # With the optimizer state of the run in init_from.
   # If > 0, weights are averaged with this decay, and the average is evaluated.
   config.ema_decay = 0.0
 

@@ -3,10 +3,12 @@
 import argparse
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from convex_jax import files, streams
 from convex_jax.errors import Ended, UserError
 
 
@@ -21,9 +23,32 @@ def parser(command: str, summary: str, example: str) -> argparse.ArgumentParser:
   )
 
 
+def path(text: str) -> str:
+  """The type of an option that is a path; see `files.expand`."""
+  try:
+    return files.expand(text)
+  except UserError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def integer(low: int) -> Callable[[str], int]:
+  """The type of an option that is an integer from `low`."""
+
+  def read(text: str) -> int:
+    try:
+      value = int(text)
+    except ValueError:
+      value = low - 1
+    if value < low:
+      raise argparse.ArgumentTypeError(f"{text!r} given; expected an integer >= {low}")
+    return value
+
+  return read
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
   """Adds --workdir and --step, which say which checkpoint of which run is meant."""
-  parser.add_argument("--workdir", required=True, help="folder of the run")
+  parser.add_argument("--workdir", type=path, required=True, help="folder of the run")
   parser.add_argument(
     "--step",
     default="latest",
@@ -32,13 +57,25 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def exit_code(action: Callable[..., int], *args: Any) -> int:
-  """What `action` returns; after an `Ended`, an OSError or a missing extra, its exit code.
+def exit_code(action: Callable[..., int], *args: Any, console_patience: float | None = None) -> int:
+  """What `action` returns; after an end that has a name, its exit code.
 
+  That is an `Ended`, an OSError, Ctrl-C, a missing extra, or a platform that JAX cannot start.
   Prints why. An end that threads could delay for ever (`Ended.at_once`) ends the process.
+
+  `console_patience`: seconds that a console which takes no text may delay the action; None:
+  no limit. See `streams.careful`.
   """
+  with streams.careful(console_patience):
+    return _exit_code(action, *args)
+
+
+def _exit_code(action: Callable[..., int], *args: Any) -> int:
   try:
     return action(*args)
+  except KeyboardInterrupt:
+    print("Interrupted", file=sys.stderr)
+    return 128 + signal.SIGINT
   except Ended as end:
     print(end, file=sys.stderr, flush=True)
     if end.at_once:
@@ -49,8 +86,29 @@ def exit_code(action: Callable[..., int], *args: Any) -> int:
       raise
     print(f"{error.name} is not installed: pip install 'convex_jax[train]'", file=sys.stderr)
     return UserError.code
-  except OSError as error:
-    if error.filename is None:
+  except Exception as error:
+    if isinstance(error, OSError) and error.filename is not None:
+      why = f"{error.filename}: {error.strerror}"
+    elif (why := _no_platform()) is None:
       raise
-    print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+    print(why, file=sys.stderr)
     return UserError.code
+
+
+def _no_platform() -> str | None:
+  """Why JAX cannot compute on the platform that was asked for; None if it can, or was not asked."""
+  if "jax" not in sys.modules:
+    return None
+  import jax  # Not for `--help`.
+
+  try:
+    jax.devices()
+    return None
+  except Exception as error:  # An AssertionError without words, for one.
+    asked = getattr(jax.config, "jax_platforms", None) or "a device"
+    reason = (str(error).splitlines() or ["there is no such device"])[0]
+    reason = reason.partition(" (set JAX")[0].rstrip(".")
+    return (
+      f"JAX cannot start {asked!r} (JAX_PLATFORMS): {reason}; expected the platform of a device of"
+      " this machine, for example JAX_PLATFORMS=cpu"
+    )

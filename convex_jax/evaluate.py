@@ -6,7 +6,7 @@ Options only, as in `main`: nothing here imports JAX before they are read.
 import argparse
 import sys
 
-from convex_jax import command_line
+from convex_jax import command_line, config_files, streams
 from convex_jax import main as train
 from convex_jax.errors import UserError
 
@@ -14,9 +14,9 @@ from convex_jax.errors import UserError
 def main(argv: list[str] | None = None) -> int:
   """Evaluates a file of public weights; returns 0, or 2 for invalid input."""
   arguments = sys.argv[1:] if argv is None else argv
-  overrides = [argument for argument in arguments if train._OVERRIDE.match(argument)]
-  args = _parser().parse_args([a for a in arguments if a not in overrides])
-  return command_line.exit_code(_evaluate, args, overrides)
+  overrides, others = config_files.split(arguments)
+  args = _parser().parse_args(others)
+  return command_line.exit_code(_evaluate, args, overrides, console_patience=streams.PATIENCE)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Atomic writes, JSON signed against damage, locks, and the refusal of bucket URLs."""
+"""Paths that users give, atomic writes, JSON signed against damage, and locks."""
 
 import contextlib
 import errno
@@ -108,6 +108,24 @@ def exclusive_lock(path: str, words: str) -> Iterator[None]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     yield
+
+
+def expand(path: str | os.PathLike[str]) -> str:
+  """A path that a user gave, with a leading `~` or `~NAME` replaced by the home folder.
+
+  Every path that a command, a config or a function takes goes through here, before it is used.
+  Raises `UserError` for what is no path, and where there is no such user.
+  """
+  if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str):
+    raise UserError(f"{path!r} is no path; expected text or a pathlib.Path")
+  if "\0" in text:
+    raise UserError(f"{text!r} is no path: it contains a null character")
+  expanded = os.path.expanduser(text)
+  if expanded.startswith("~"):
+    # Left as it is, it would name a folder here that a shell takes for somebody's home.
+    name = text.partition(os.sep)[0]
+    raise UserError(f"{text}: no home folder of {name} is known; to name a file here: ./{text}")
+  return expanded
 
 
 def refuse_url(flag: str, path: str) -> None:

@@ -6,25 +6,19 @@ can import it. Nothing here imports JAX before the options are read.
 
 import argparse
 import os
-import re
 import sys
-import threading
 from typing import Any
 
-from convex_jax import command_line, config_files
+from convex_jax import command_line, config_files, streams
 from convex_jax.errors import UserError
-
-# Set by schedulers whose clusters `jax.distributed.initialize()` knows by itself.
-CLUSTERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
-_OVERRIDE = re.compile(r"--(?:no)?config\.([\w.]+)")
 
 
 def main(argv: list[str] | None = None) -> int:
   """Trains; returns the exit code, or ends the process where threads would wait for ever."""
   arguments = sys.argv[1:] if argv is None else argv
-  overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
-  args = _parser().parse_args([a for a in arguments if a not in overrides])
-  return command_line.exit_code(_train, args, overrides)
+  overrides, others = config_files.split(arguments)
+  args = _parser().parse_args(others)
+  return command_line.exit_code(_train, args, overrides, console_patience=streams.PATIENCE)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,14 +33,25 @@ def _parser() -> argparse.ArgumentParser:
     "      --config.optimizer.learning_rate=3e-4",
   )
   parser.add_argument("--config", help="config file, and after a colon a data set", metavar="FILE")
-  parser.add_argument("--workdir", help="folder of the run (default: runs/<config>_<data set>)")
+  parser.add_argument(
+    "--workdir",
+    type=command_line.path,
+    help="folder of the run (default: runs/<config>_<data set>)",
+  )
   several = parser.add_argument_group("several processes (Slurm, Open MPI and TPU pods are found)")
   several.add_argument("--distributed", default="auto", choices=["auto", "on", "off"])
   several.add_argument("--coordinator", help="address of process 0", metavar="HOST:PORT")
-  several.add_argument("--num_processes", type=int, help="number of processes", metavar="N")
-  several.add_argument("--process_id", type=int, help="this process, from 0", metavar="I")
   several.add_argument(
-    "--join_timeout", type=int, default=300, help="seconds to wait for the others (default: 300)"
+    "--num_processes", type=command_line.integer(1), help="number of processes", metavar="N"
+  )
+  several.add_argument(
+    "--process_id", type=command_line.integer(0), help="this process, from 0", metavar="I"
+  )
+  several.add_argument(
+    "--join_timeout",
+    type=command_line.integer(1),
+    default=300,
+    help="seconds to wait for the others (default: 300)",
   )
   return parser
 
@@ -76,12 +81,17 @@ def configure(file: str | None, overrides: list[str]) -> Any:
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
   # Checked before the others are waited for; `loop.run` checks its own callers'.
   config = configure(args.config, overrides)
+  from convex_jax import cluster
   from convex_jax.runs import checkpoints
   from convex_jax.training import loop
 
   checkpoints.quieten_orbax()
-  if args.distributed == "on" or (args.distributed == "auto" and _in_cluster()):
-    _join(args)
+  where = (args.coordinator, args.num_processes, args.process_id)
+  here, note = cluster.place(args.distributed, *where)
+  if note:
+    print(note, file=sys.stderr)
+  if here is not None:
+    cluster.join(here, args.join_timeout)
   name, _ = os.path.splitext(os.path.basename(args.config.partition(":")[0]))
   loop.run(config, args.workdir or os.path.join("runs", f"{name}_{config.data.name}"))
   return 0
@@ -107,50 +117,22 @@ def _explain(file: str, overrides: list[str]) -> list[str]:
     names = sorted(f"configs/{n}" for n in os.listdir(config_files.bundled()) if n.endswith(".py"))
     return [f"--config={file} cannot be read: {path} does not exist; bundled: {', '.join(names)}"]
   try:
-    known = [path for path, _ in config_files.flatten(config_files.load([f"--config={file}"]))]
+    rules = schema.rules_of(config_files.load([f"--config={file}"]))
   except Exception as error:
     return [f"--config={file} cannot be read: {' '.join(str(error.__cause__ or error).split())}"]
   good, lines = [], []
   for override in overrides:
-    path = _OVERRIDE.findall(override)[0]
+    path = override.partition(".")[2].partition("=")[0]
     try:
       config_files.load([f"--config={file}", override])
       good.append(override)
-    except (AttributeError, KeyError):
-      lines.append(f"Unknown key config.{path}{schema.nearest(path, known)}")
+    except LookupError:
+      lines.append(f"Unknown key config.{path}{schema.nearest(path, rules)}")
     except Exception as error:
-      why = f"expected {schema.RULES[path].expected}" if path in schema.RULES else str(error)
+      why = f"expected {rules[path].expected}" if path in rules else str(error)
       lines.append(f"{override.lstrip('-')}: {why}")
   config = config_files.load([f"--config={file}", *good])
   return lines + schema.mistakes(config)
-
-
-def _in_cluster() -> bool:
-  values = [os.environ.get(name, "") for name in CLUSTERS]
-  return any("," in value or (value.isdigit() and int(value) > 1) for value in values)
-
-
-def _join(args: argparse.Namespace) -> None:
-  """Starts `jax.distributed`; ends the process by exit code 2 where others do not come."""
-  import jax
-
-  def give_up():
-    count = args.num_processes or "the cluster's"
-    why = (
-      f"Not all of {count} processes joined within --join_timeout={args.join_timeout} s.\n"
-      "  Run the same command on every host (gcloud ... ssh --worker=all, srun, or by hand with\n"
-      "  its own --process_id, from 0). If all of them run, they cannot reach"
-      f" {args.coordinator or 'host 0'}:\n  open its port, or pass another --coordinator."
-    )
-    print(why, file=sys.stderr, flush=True)
-    os._exit(UserError.code)  # JAX would abort the process, with a stack trace, a while later.
-
-  patience = threading.Timer(args.join_timeout, give_up)
-  patience.daemon = True
-  patience.start()
-  where, limit = (args.coordinator, args.num_processes, args.process_id), args.join_timeout + 60
-  jax.distributed.initialize(*where, initialization_timeout=limit)
-  patience.cancel()
 
 
 if __name__ == "__main__":

@@ -46,8 +46,6 @@ def _cache(args: argparse.Namespace) -> None:
   if not entry.is_natural:
     natural = ", ".join(name for name, e in DATASETS.items() if e.is_natural)
     raise UserError(f"{args.name} needs no cache: a run decodes it in seconds; expected {natural}")
-  if args.image_size < 1:
-    raise UserError(f"--image_size={args.image_size}; expected an integer >= 1, in px")
   builder = datasets.open_prepared(args.name, args.data_dir)
   workers, folder = args.workers if args.workers >= 0 else cores(), str(builder.data_dir)
   if args.to:
@@ -110,20 +108,36 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(action=action)
     if name != "list":
       command.add_argument("name", choices=PREPARED, metavar="NAME", help=", ".join(PREPARED))
-    command.add_argument("--data_dir", default="", help="folder of data sets (default: TFDS's own)")
-  commands["prepare"].add_argument("--manual_dir", default="", help="folder of the archives")
-  commands["convert"].add_argument("--to", required=True, help="folder of the copy")
+    command.add_argument(
+      "--data_dir",
+      type=command_line.path,
+      default="",
+      help="folder of data sets (default: TFDS's own)",
+    )
+  commands["prepare"].add_argument(
+    "--manual_dir", type=command_line.path, default="", help="folder of the archives"
+  )
+  commands["convert"].add_argument(
+    "--to", type=command_line.path, required=True, help="folder of the copy"
+  )
   for name, needed in (("cache", True), ("check", False)):
     commands[name].add_argument(
-      "--image_size", type=int, default=0, required=needed, help="side of the cached images, in px"
+      "--image_size",
+      type=command_line.integer(1),
+      default=0,
+      required=needed,
+      help="side of the cached images, in px",
     )
   commands["cache"].add_argument(
     "--to",
+    type=command_line.path,
     default="",
     help="another folder for it, where that of the data is read-only: it is then a --data_dir,"
     " with links to the data",
   )
-  commands["cache"].add_argument("--workers", type=int, default=-1, help="-1: one per core")
+  commands["cache"].add_argument(
+    "--workers", type=command_line.integer(-1), default=-1, help="-1: one per core"
+  )
   return parser
 
 

@@ -22,7 +22,7 @@ from convex_jax.data.photos.records import Records, source_of
 from convex_jax.data.progress import track
 from convex_jax.data.splits import Split
 from convex_jax.errors import UserError
-from convex_jax.files import refuse_url
+from convex_jax.files import expand, refuse_url
 
 Examples = Split | Records
 
@@ -72,6 +72,7 @@ def open_prepared(name: str, data_dir: str) -> Any:
 
   Raises `UserError` where the data set is absent, incomplete, damaged or in another format.
   """
+  data_dir = expand(data_dir)
   refuse_url("--config.data.dir", data_dir)
   entry = DATASETS[name]
   try:

@@ -73,7 +73,7 @@ with registered.skip_registration():  # Found by `builder_of`, not by `tfds.load
 
 def builder_of(name: str, data_dir: str, config: str = "") -> Any:
   """TFDS's builder of a data set and its variant in `data_dir` ("": TFDS's own folder)."""
-  folder = os.path.expanduser(data_dir) or None
+  folder = files.expand(data_dir) or None
   if name == "digits":
     return Digits(data_dir=folder, file_format="array_record")
   return tfds.builder(f"{name}/{config}" if config else name, data_dir=folder)
@@ -160,12 +160,12 @@ def prepare(name: str, data_dir: str, manual_dir: str = "", variant: str = "") -
   `UserError` when the folder cannot be written or the archives cannot be downloaded.
   """
   config = tfds.download.DownloadConfig(
-    manual_dir=os.path.abspath(os.path.expanduser(manual_dir)) if manual_dir else None,
+    manual_dir=os.path.abspath(files.expand(manual_dir)) if manual_dir else None,
     try_download_gcs=False,
   )
   builder = builder_of(name, data_dir, variant)
   if not builder.is_prepared():
-    check_archives(builder, os.path.expanduser(manual_dir))
+    check_archives(builder, files.expand(manual_dir))
   if name == "digits":  # Takes a second, at first use: no progress bars in a training log.
     tfds.disable_progress_bar()
   try:

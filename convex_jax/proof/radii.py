@@ -74,7 +74,12 @@ class Certifier:
       raise NotProved(f"its slope has no bound: {error}") from error
 
   def radius(self, image_HxWxC: np.ndarray, norms: tuple[str, ...] = NORMS) -> Radius:
-    """The certified radii of one input, an array of `shape`."""
+    """The certified radii of one input, an array of `shape`.
+
+    Raises `ValueError` for an unknown norm.
+    """
+    if isinstance(norms, str) or not set(norms) <= set(NORMS):
+      raise ValueError(f"norms are {norms!r}; expected some of {', '.join(NORMS)}, in a tuple")
     with jax.enable_x64(True):
       x = jnp.asarray(image_HxWxC, jnp.float64)
       y_K = np.asarray(self._logits(x[None]))[0]

@@ -35,6 +35,13 @@ PIXEL = 255.0  # The range of a pixel, in which radii are given.
 
 def _certify(run: Run, kind: str, search_steps: int) -> tuple[str, Certificate]:
   """(input, certificate): the run's network on its pixels, or its head on its features."""
+  _refuse_others(run)
+  if run.edited:
+    raise UserError(
+      f"{run.workdir}: these weights are not those of its checkpoint, and the certificate in that"
+      " folder is not theirs; expected a run of `load`. To prove others:"
+      " convex_jax.certify(run.network, image.astype('float32'))"
+    )
   weights, name = run.weights, "image"
   apply: Callable[..., Any] = run.apply
   shape, box = (1, *run.image_shape), (0.0, PIXEL)
@@ -51,6 +58,11 @@ def _certify(run: Run, kind: str, search_steps: int) -> tuple[str, Certificate]:
     apply = apply_head
   example = jax.ShapeDtypeStruct(shape, jnp.float32)
   return name, certify(apply, weights, example, kind=kind, box=box, search_steps=search_steps)
+
+
+def _refuse_others(run: Any) -> None:
+  if not isinstance(run, Run):
+    raise UserError(f"run is {run!r}; expected a run, as convex_jax.load returns it")
 
 
 def digest(weights: Any) -> str:
@@ -135,6 +147,7 @@ def certifier(run: Run) -> Certifier:
 
   Raises `UserError` where its logits are not proved convex in the image.
   """
+  _refuse_others(run)
   with _only_proved(run):
     return Certifier(run.apply, run.weights, run.image_shape, _exact(run), scale=PIXEL)
 
@@ -146,9 +159,20 @@ def minimise_logit(
 
   Raises `UserError` where the run's logits are not proved convex in the image.
   """
+  _refuse_others(run)
+  if not (isinstance(steps, int | np.integer) and steps >= 1):
+    raise UserError(f"steps is {steps!r}; expected an integer >= 1")
+  try:
+    low, high = (np.broadcast_to(np.asarray(b, np.float64), run.image_shape) for b in box)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"box is {box!r}; expected (least, greatest) pixels: {error}") from error
+  if not (low <= high).all():
+    raise UserError("box is empty; expected no least pixel above the greatest")
+  count = len(run.class_names)
+  if not (isinstance(k, int | np.integer) and 0 <= k < count):
+    raise UserError(f"k is {k!r}; expected a logit, an integer from 0 to {count - 1}")
   with _only_proved(run):
     proved(run.apply, run.weights, jax.ShapeDtypeStruct((1, *run.image_shape), jnp.float32))
-  low, high = (np.broadcast_to(np.asarray(b, np.float64), run.image_shape) for b in box)
   network = functools.partial(_exact(run), in_float64(run.weights))
   return minimise(lambda x: network(x[None])[0, k], low, high, steps=steps)
 

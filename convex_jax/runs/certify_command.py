@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--kind", default="convex", choices=list(KINDS), help="what to prove")
   parser.add_argument(
     "--search_steps",
-    type=int,
+    type=command_line.integer(0),
     default=200,
     help="gradient steps of the search for a counterexample; 0: no search (default: 200)",
   )

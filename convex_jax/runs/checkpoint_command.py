@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     "python -m convex_jax checkpoint verify runs/mixer_ioc_digits",
   )
   parser.add_argument("action", choices=["verify", "seal"])
-  parser.add_argument("workdir", help="folder of the run")
+  parser.add_argument("workdir", type=command_line.path, help="folder of the run")
   return command_line.exit_code(_act, parser.parse_args(argv))
 
 

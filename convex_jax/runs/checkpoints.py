@@ -63,7 +63,8 @@ class _Save:
 
   def wait(self) -> bool:
     """Waits until it is written or has failed; False where it is late instead."""
-    self._thread.join(max(0.0, self._deadline - time.monotonic()))
+    left = self._deadline - time.monotonic()  # Infinite, where patience is.
+    self._thread.join(min(max(0.0, left), threading.TIMEOUT_MAX))
     return not self._thread.is_alive()
 
   def failure(self) -> str | None:
@@ -241,7 +242,7 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
     raise UserError(f"checkpoint {chosen} in {folder}: {reason}; intact ones: {intact or 'none'}")
   if words := manifest.left_alone(folder, [int(chosen)]):
     warnings.warn(words, stacklevel=3)  # Once, where `load` is called.
-  has_ema = any(name.startswith("ema/") for name in manifest.listed(path))
+  has_ema = has_averages(folder, int(chosen))
   if which == "ema" and not has_ema:
     raise UserError(
       f"checkpoint {chosen} in {folder} has no averaged weights; expected raw or auto"
@@ -251,3 +252,22 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
   target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), shapes)
   weights = ocp.load(path, target, checkpointable_name=item)
   return int(chosen), {"params": weights["params"], "stats": weights.get("stats") or {}}
+
+
+def read_training(folder: str, step: int, like: dict[str, Any]) -> dict[str, Any]:
+  """The item `training` of a checkpoint as numpy arrays, in the structure and shapes of `like`.
+
+  Raises `UserError` where it has another structure: it is another optimizer's.
+  """
+  path = os.path.join(os.path.abspath(folder), str(step))
+  target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+  try:
+    return ocp.load(path, target, checkpointable_name="training")
+  except Exception as error:  # Orbax raises whatever is at hand.
+    reason = (str(error).splitlines() or [repr(error)])[0][:200]
+    raise UserError(f"the optimizer state of {path} is another optimizer's: {reason}") from error
+
+
+def has_averages(folder: str, step: int) -> bool:
+  """Whether a checkpoint holds averaged weights."""
+  return any(name.startswith("ema/") for name in manifest.listed(os.path.join(folder, str(step))))

@@ -6,16 +6,20 @@ workdir's config.json has everything.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import operator
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import core, traverse_util
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from convex_jax.data.preprocess import preparation
+from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.variables import apply
 from convex_jax.runs.checkpoints import read_weights
@@ -26,8 +30,9 @@ from convex_jax.runs.workdir import Workdir
 class Run:
   """A run's config, weights and figures, and its network at inference.
 
-  The arrays of `params` and `stats` are read-only: predictions use copies of them on the
-  device. To change weights, call `apply` with others.
+  `params` and `stats` are read-only, since predictions use copies of them on the device: `replace`
+  makes a run with others. A run can be pickled, also for processes of a pool; these are to be
+  spawned, since JAX does not work in a process that was forked after it had started.
   """
 
   workdir: str
@@ -39,6 +44,16 @@ class Run:
   image_shape: tuple[int, int, int]  # (H, W, C) of the images it takes, px.
   mean: tuple[float, ...]
   std: tuple[float, ...]
+  edited: bool = False  # Whether the weights are others than those of its folder.
+
+  def __post_init__(self) -> None:
+    for name in ("params", "stats"):
+      tree = jax.tree.map(_read_only, core.unfreeze(getattr(self, name)))
+      object.__setattr__(self, name, core.FrozenDict(tree))
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    # Without what is compiled; the arrays that are unpickled become read-only again.
+    return Run, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
   @classmethod
   def described(cls, workdir: str, description: dict[str, Any], step: int, weights: Any) -> "Run":
@@ -46,7 +61,18 @@ class Run:
     config = FrozenConfigDict(ConfigDict(description["config"]))
     names = ("class_names", "image_shape", "mean", "std")  # More may come with a later version.
     about: dict[str, Any] = {name: tuple(description["data"][name]) for name in names}
-    return cls(workdir, config, step, **jax.tree.map(_read_only, weights), **about)
+    return cls(workdir, config, step, **weights, **about)
+
+  def replace(self, *, params: Any = None, stats: Any = None) -> "Run":
+    """The run with other weights, on which all that it computes depends; this one stays as it is.
+
+    It has no certificate; `convex_jax.certify(run.network, x)` proves it, for float images x.
+
+    Raises `UserError` where names or shapes differ from those of this run.
+    """
+    given = {"params": params, "stats": stats}
+    new = {name: _like(name, getattr(self, name), t) for name, t in given.items() if t is not None}
+    return dataclasses.replace(self, **new, edited=True)
 
   @property
   def weights(self) -> dict[str, Any]:
@@ -56,14 +82,19 @@ class Run:
   @functools.cached_property
   def network(self) -> Callable[[jax.Array], jax.Array]:
     """Images (B, H, W, C), pixel values 0..255, to logits (B, K): what is to be convex."""
-    weights = self.weights
-    return lambda image_BxHxWxC: self.apply(weights, image_BxHxWxC)
+    return functools.partial(self.apply, self.weights)  # No closure: it can be pickled.
 
   def apply(self, weights: Any, image_BxHxWxC: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """`network` with other weights {"params", "stats"}, or computed in another dtype."""
+    _refuse_fork()
+    if not (isinstance(weights, Mapping) and "params" in weights):
+      raise UserError(f"weights are a {type(weights).__name__}; expected a dict of params, stats")
+    if np.shape(image_BxHxWxC)[1:] != self.image_shape:
+      shape = ("any", *self.image_shape)
+      raise UserError(f"images of shape {np.shape(image_BxHxWxC)}; expected {shape}")
     model = catalog.build(self.config.model, classes=len(self.class_names), dtype=dtype)
     prepare = preparation(self.config.data, self.mean, self.std, dtype)
-    return apply(model, weights, prepare(image_BxHxWxC))
+    return apply(model, dict(weights), prepare(image_BxHxWxC))
 
   @functools.cached_property
   def _jitted(self):
@@ -72,14 +103,17 @@ class Run:
   def logits(self, images_BxHxWxC: Any, batch_size: int = 256) -> np.ndarray:
     """Logits (B, K) float32 of uint8 images (B, H, W, C), a batch at a time.
 
-    Raises `ValueError` when the images are not those of `image_shape`.
+    Raises `UserError` (a `ValueError`) when the images are not those of `image_shape`.
     """
-    images = np.asarray(images_BxHxWxC)
+    _refuse_fork()
+    _check("batch_size", batch_size, _is_integer(batch_size) and batch_size >= 1, "an integer >= 1")
+    try:
+      images = np.asarray(images_BxHxWxC)
+    except ValueError as error:  # A list of images of several sizes.
+      raise UserError(f"images are no array: {error}; {self._wanted()}") from error
     if images.shape[1:] != self.image_shape or images.dtype != np.uint8:
-      raise ValueError(
-        f"images are {images.dtype} of shape {images.shape}; expected uint8 of shape"
-        f" (any, {', '.join(map(str, self.image_shape))}), pixels 0 to 255"
-      )
+      found = f"images are {images.dtype} of shape {images.shape}"
+      raise UserError(f"{found}; {self._wanted()}")
     out = np.empty((len(images), len(self.class_names)), np.float32)
     for start in range(0, len(images), batch_size):
       batch = images[start : start + batch_size]
@@ -89,18 +123,25 @@ class Run:
       out[start : start + len(batch)] = np.asarray(self._jitted(filled))[: len(batch)]
     return out
 
+  def _wanted(self) -> str:
+    return (
+      f"expected uint8 of shape (any, {', '.join(map(str, self.image_shape))}), pixels 0 to 255"
+    )
+
   def predict(self, images_BxHxWxC: Any) -> np.ndarray:
     """Class indices (B,) of uint8 images; names are in `class_names`."""
     return self.logits(images_BxHxWxC).argmax(-1)
 
   def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, all or of one `kind`: "train", "eval", "final"."""
+    kinds = (None, "train", "eval", "final")
+    _check("kind", kind, kind in kinds, "'train', 'eval', 'final', or None for all")
     return Workdir(self.workdir).rows(kind)
 
   @property
   def certificate(self) -> dict[str, Any] | None:
     """The content of certificate.json, or None where the run has none."""
-    return Workdir(self.workdir).certificate()
+    return None if self.edited else Workdir(self.workdir).certificate()
 
   def __repr__(self) -> str:
     count = optax.tree.size(self.params)
@@ -111,7 +152,7 @@ class Run:
     )
 
 
-def load(workdir: str, step: int | str = "latest", weights: str = "auto") -> Run:
+def load(workdir: str | os.PathLike[str], step: int | str = "latest", weights: str = "auto") -> Run:
   """The run saved in a workdir.
 
   Args:
@@ -120,15 +161,75 @@ def load(workdir: str, step: int | str = "latest", weights: str = "auto") -> Run
     weights: "ema", "raw", or "auto": averaged weights if the run averaged them.
 
   Raises:
-    UserError: (a `ValueError`) there is no such run or checkpoint, or it is damaged.
+    UserError: (a `ValueError`) there is no such run or checkpoint, or it is damaged; another
+      argument than these.
   """
+  _refuse_fork()
+  if isinstance(step, str) and step.isdigit():
+    step = int(step)
+  fine = step in ("latest", "best") if isinstance(step, str) else _is_integer(step)
+  _check("step", step, fine, "the number of a checkpoint, 'latest' or 'best'")
+  choices = ("auto", "ema", "raw")
+  _check("weights", weights, weights in choices, "'auto', 'ema' or 'raw'")
   folder = Workdir(workdir)
   saved = folder.description()
   chosen, tree = read_weights(folder.checkpoints, step, weights)
+  for array in jax.tree.leaves(tree):
+    array.flags.writeable = False  # They are nobody else's: no copies are needed.
   return Run.described(folder.path, saved, chosen, tree)
 
 
+def _check(name: str, value: Any, is_fine: bool, expected: str) -> None:
+  if not is_fine:
+    raise UserError(f"{name} is {value!r}; expected {expected}")
+
+
+def _is_integer(value: Any) -> bool:
+  try:
+    return not isinstance(value, bool) and operator.index(value) is not None
+  except TypeError:
+    return False
+
+
+def _like(name: str, old: Any, new: Any) -> Any:
+  """`new`, as arrays of the dtypes of `old`; raises `UserError` unless it has the same arrays."""
+  if not isinstance(new, Mapping):
+    raise UserError(f"{name} is a {type(new).__name__}; expected a dict of arrays, as run.{name}")
+  have: dict[str, Any]
+  want: dict[str, Any]
+  have, want = (
+    traverse_util.flatten_dict(core.unfreeze(tree), sep="/")  # pyright: ignore
+    for tree in (new, old)
+  )
+  wrong = [f"{key} is missing" for key in want if key not in have]
+  wrong += [f"{key} is unknown" for key in have if key not in want]
+  for key in have.keys() & want.keys():
+    if (shape := np.shape(have[key])) != want[key].shape:
+      wrong.append(f"{key} has shape {shape}; expected {want[key].shape}")
+  if wrong:
+    raise UserError(f"{name} does not fit this network: {'; '.join(sorted(wrong))}")
+  arrays = {key: np.array(value, want[key].dtype) for key, value in have.items()}
+  return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+_computes_in: int | None = None  # The process in which JAX was started from here.
+
+
+def _refuse_fork() -> None:
+  """Raises `UserError` in a process in which JAX would never end."""
+  global _computes_in
+  _computes_in = _computes_in or os.getpid()
+  if _computes_in != os.getpid():
+    raise UserError(
+      "This process was forked from one in which JAX runs, whose threads it lacks: nothing that it"
+      " computes would end. Start it by multiprocessing.get_context('spawn') instead; a run can be"
+      " passed to it"
+    )
+
+
 def _read_only(array: Any) -> np.ndarray:
-  array = np.asarray(array).view()
-  array.flags.writeable = False
+  array = np.asarray(array)
+  if array.flags.writeable:
+    array = array.copy()
+    array.flags.writeable = False
   return array

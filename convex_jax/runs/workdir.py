@@ -52,6 +52,9 @@ def essential(config: Any) -> dict[str, Any]:
   value. Where small images are kept (`data.loader`) makes no difference to a run.
   """
   values, defaults = _flat(config), _flat(config_files.defaults())
+  for key, value in values.items():
+    if isinstance(value, list) and {type(number) for number in defaults.get(key, ())} == {float}:
+      values[key] = [float(number) for number in value]  # Whole numbers are taken as well.
   if values.get("data.loader") != "stream":
     values["data.loader"] = "auto"
   return {
@@ -86,8 +89,8 @@ class Workdir:
   `damaged/` checkpoints that were set aside; `log.txt` the output of a run of a sweep.
   """
 
-  def __init__(self, path: str):
-    self.path = os.path.expanduser(path)
+  def __init__(self, path: str | os.PathLike[str]):
+    self.path = files.expand(path)
     of = functools.partial(os.path.join, self.path)
     self.config_file = of("config.json")
     self.metrics_file = of("metrics.jsonl")
@@ -197,6 +200,12 @@ class Workdir:
     lines = [f"{self.path} contains a run with a different config:"]
     lines += [f"  config.{k}: {stored.get(k)!r} there, {given.get(k)!r} now" for k in differ]
     fix = "To resume that run, pass the same config; to start a new one, pass another --workdir."
+    if self.rows("final"):
+      fix += (
+        "\n  That run is finished. To train it further, in another --workdir, start from it:"
+        f" --config.init_from={self.path} (with its optimizer state:"
+        " --config.init_optimizer=True)."
+      )
     raise UserError("\n".join([*lines, f"  {fix}"]))
 
 

@@ -10,7 +10,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from convex_jax import config_files
+from convex_jax import config_files, files
 from convex_jax.errors import UserError
 from convex_jax.runs import workdir
 from convex_jax.runs.workdir import Workdir
@@ -64,7 +64,7 @@ class Task:
 
 def read_sweep(folder: str) -> Any:
   """The module of a sweep; raises `UserError` where there is none."""
-  path = os.path.join(folder, "sweep.py")
+  path = os.path.join(files.expand(folder), "sweep.py")
   if not os.path.exists(path):
     raise UserError(f"{path} not found; expected the folder of a sweep, such as experiments/mlp")
   try:

@@ -124,8 +124,12 @@ def main(argv: list[str] | None = None) -> int:
   )
   command_line.add_run_options(parser)
   parser.add_argument("--norms", default=",".join(NORMS), help="default: %(default)s")
-  parser.add_argument("--examples", type=int, default=200, help="test images (default: 200)")
-  parser.add_argument("--data_dir", default="", help="folder of the data (default: the run's)")
+  parser.add_argument(
+    "--examples", type=command_line.integer(1), default=200, help="test images (default: 200)"
+  )
+  parser.add_argument(
+    "--data_dir", type=command_line.path, default="", help="folder of the data (default: the run's)"
+  )
   return command_line.exit_code(_report, parser.parse_args(argv))
 
 

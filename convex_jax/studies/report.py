@@ -50,6 +50,7 @@ def write_report(found: Results, out: str, title: str, words: str = "") -> str:
   """
   if not found.rows:
     raise UserError(f"No results to report in {out}: no run is finished")
+  out = files.expand(out)
   os.makedirs(out, exist_ok=True)
   results.write(found, out)
   panels = [_panel(name, v, found, out) for name, v in tables.panels_of(found).items()]
@@ -115,7 +116,7 @@ def page(text: str, title: str, folder: str) -> str:
 def gather(paths: Iterable[str]) -> Results:
   """The results in folders of runs and in folders with a results.csv."""
   found, workdirs = Results(), []
-  for path in paths:
+  for path in map(files.expand, paths):
     if Workdir(path).exists():
       workdirs.append(path)
     elif (new := results.read(path)).rows:
@@ -145,9 +146,13 @@ def main(argv: list[str] | None = None) -> int:
     "results.csv and curves.csv.",
     "python -m convex_jax report runs/mixer_digits runs/mixer_ioc_digits --out=report",
   )
-  parser.add_argument("runs", nargs="+", help="folders of runs, or with a results.csv")
+  parser.add_argument(
+    "runs", type=command_line.path, nargs="+", help="folders of runs, or with a results.csv"
+  )
   output = parser.add_argument_group("output")
-  output.add_argument("--out", default="report", help="folder of the report (default: report)")
+  output.add_argument(
+    "--out", type=command_line.path, default="report", help="folder of the report (default: report)"
+  )
   output.add_argument("--title", help="heading (default: that of the sweep, where one is given)")
   return command_line.exit_code(_report, parser.parse_args(argv))
 

@@ -150,7 +150,7 @@ def of_workdirs(workdirs: Iterable[str]) -> Results:
   The panel is the architecture on its data; the variant its parts, and every key of the
   config (but the seed) in which the runs of a panel differ.
   """
-  paths = [os.path.expanduser(path) for path in workdirs]
+  paths = [files.expand(path) for path in workdirs]
   configs = [dict(flatten(Workdir(path).description()["config"])) for path in paths]
   panels = [f"{c['model.name']} {c['model.size']} on {c['data.name']}" for c in configs]
   found = Results()

@@ -17,7 +17,6 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -28,11 +27,12 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from convex_jax import command_line, files
-from convex_jax.errors import Diverged, NotProved, Stopped, UserError
+from convex_jax import command_line, files, streams
+from convex_jax.errors import STOP_SIGNALS, Diverged, NotProved, Stopped, UserError
 from convex_jax.runs.workdir import Workdir
 from convex_jax.studies import jobs, report, results
 from convex_jax.studies.jobs import Task
+from convex_jax.training.stopping import stop_signals_to
 
 POLL = 0.5  # Seconds between two looks at the processes.
 LAST = 4096  # Bytes at the end of metrics.jsonl that hold its last row.
@@ -68,7 +68,7 @@ class Process:
           os.sched_setaffinity(self.popen.pid, cores[self.slot :: self._slots])
 
   def poll(self) -> str | None:
-    """None while it runs, then its outcome: "finished" or "diverged".
+    """None while it runs, then its outcome: "finished", "diverged", or "stopped".
 
     Raises `UserError` where it failed.
     """
@@ -77,6 +77,8 @@ class Process:
       return None
     if not self._certifies and code == Diverged.code:
       return "diverged"
+    if code == Stopped.code:
+      return "stopped"
     if code and not (self._certifies and code == NotProved.code):  # Not proved is a result.
       with open(self.log, errors="replace") as file:
         tail = "\n  ".join(["", *file.read().splitlines()[-8:]])
@@ -105,7 +107,8 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
   """Runs the tasks that have no result yet, `at_once` at a time; writes each result into `out`.
 
   A job that fails does not keep the others from running. Raises `UserError` at the end if
-  any failed, `Stopped` after SIGTERM, SIGINT or SIGHUP once all processes have ended.
+  any failed, `Stopped` where any was stopped, and after a signal (`errors.STOP_SIGNALS`), once
+  all processes have ended.
   """
   found = results.read(out)
   jobs.refuse_other_configs(tasks, found)
@@ -125,8 +128,10 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
     console=Console(highlight=False),
   )
   processes: dict[Process, Any] = {}
-  free, failures = list(range(at_once)), []
-  with progress, _stop_signals() as signals, _stopped_at_the_end(processes):
+  free, failures, stopped = list(range(at_once)), [], 0
+  signals: list[int] = []
+  handled = stop_signals_to(signals.append, STOP_SIGNALS)
+  with progress, handled, _stopped_at_the_end(processes):
     total = progress.add_task("runs", total=len(tasks), completed=len(tasks) - len(waiting))
     while (waiting or processes) and not signals:
       while waiting and free:
@@ -140,8 +145,11 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
           outcome = process.poll()
           if outcome is None:
             continue
-          found = _add(found, process.task, outcome, out)
-          words = _line(found.rows[-1])
+          if outcome == "stopped":
+            stopped, words = stopped + 1, f"{process.task.name}: stopped and saved"
+          else:
+            found = _add(found, process.task, outcome, out)
+            words = _line(found.rows[-1])
         except UserError as error:  # Of this run, which keeps no other from running.
           failures.append(words := str(error))
         del processes[process]
@@ -154,6 +162,9 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
   if failures:
     count = f"{len(failures)} run{'s' * (len(failures) > 1)} failed"
     raise UserError("\n".join([*failures, f"{count}; run the same command to retry."]))
+  if stopped:
+    count = f"{stopped} run{'s' * (stopped > 1)} stopped early"
+    raise Stopped(f"{count}, and saved. Run the same command to continue.")
   return found
 
 
@@ -201,22 +212,6 @@ def _line(row: results.Result) -> str:
   return f"{name}: {', '.join(words)}"
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-  """While active, SIGTERM, SIGINT and SIGHUP are collected in a list and have no other effect."""
-  received: list[int] = []
-  before = {}
-  for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-    number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup ignores it.
-    if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-      before[number] = signal.signal(number, lambda number, _: received.append(number))
-  try:
-    yield received
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
-
-
 def main(argv: list[str] | None = None) -> int:
   """Runs a sweep and reports it; returns 0, 2 for invalid input, 75 if it was stopped."""
   parser = command_line.parser(
@@ -226,24 +221,32 @@ def main(argv: list[str] | None = None) -> int:
     "Exit codes: 0 done; 2 invalid input, or a run failed; 75 stopped and saved.",
     "python -m convex_jax sweep experiments/mlp --schedule=digits --at_once=2",
   )
-  parser.add_argument("folder", help="folder of a sweep.py, such as experiments/mlp")
+  parser.add_argument(
+    "folder", type=command_line.path, help="folder of a sweep.py, such as experiments/mlp"
+  )
   what = parser.add_argument_group("what to run")
   what.add_argument("--schedule", default="", help="a schedule of the sweep (default: its first)")
   what.add_argument("--only", default="", help="only runs whose panel and variant contain this")
   what.add_argument("--list", action="store_true", help="print the runs' options, and end")
   where = parser.add_argument_group("where")
-  where.add_argument("--workdir", default="", help="folder of the runs (default: runs/NAME)")
-  where.add_argument("--out", default="", help="folder of the report (default: the workdir)")
-  where.add_argument("--data_dir", default="", help="folder of the data (default: TFDS's)")
+  where.add_argument(
+    "--workdir", type=command_line.path, default="", help="folder of the runs (default: runs/NAME)"
+  )
+  where.add_argument(
+    "--out", type=command_line.path, default="", help="folder of the report (default: the workdir)"
+  )
+  where.add_argument(
+    "--data_dir", type=command_line.path, default="", help="folder of the data (default: TFDS's)"
+  )
   how = parser.add_argument_group("how")
-  how.add_argument("--at_once", type=int, default=1, help="simultaneous runs (default: 1)")
-  return command_line.exit_code(_sweep, parser.parse_args(argv))
+  how.add_argument(
+    "--at_once", type=command_line.integer(1), default=1, help="simultaneous runs (default: 1)"
+  )
+  return command_line.exit_code(_sweep, parser.parse_args(argv), console_patience=streams.PATIENCE)
 
 
 def _sweep(args: argparse.Namespace) -> int:
   jax.config.update("jax_platforms", "cpu")  # Leave the accelerator to the runs.
-  if args.at_once < 1:
-    raise UserError(f"--at_once={args.at_once}; expected an integer >= 1")
   workdir = args.workdir or os.path.join("runs", os.path.basename(os.path.abspath(args.folder)))
   out = args.out or workdir
   module = jobs.read_sweep(args.folder)

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from convex_jax import files, streams
 from convex_jax import mesh as meshes
 from convex_jax.data import datasets
 from convex_jax.data.datasets import Data
@@ -24,6 +26,7 @@ from convex_jax.training.console import Console, parameter_table
 from convex_jax.training.profiling import Profiler
 from convex_jax.training.program import MAX_IN_FLIGHT, Program
 from convex_jax.training.recorder import Recorder
+from convex_jax.training.starting import Start, start_of
 from convex_jax.training.stopping import SkippedUpdates, Stopping
 
 
@@ -46,30 +49,38 @@ def run(config: Any, workdir: str, examples: Data | None = None) -> dict[str, fl
     Diverged: too many updates were skipped.
     Unsaved: a checkpoint could not be written.
     Lost: another process is gone.
-    Stopped: after SIGTERM, SIGINT or `time_limit`, once everything is saved.
+    Stopped: after a signal (`errors.STOP_SIGNALS`) or `time_limit`, once everything is saved.
   """
   schema.check(config)
   folder = Workdir(workdir)
-  with folder.claim(config):
-    return _run(config, folder, examples)
+  with (
+    streams.careful(streams.PATIENCE),
+    Stopping(60 * config.time_limit) as stopping,
+    folder.claim(config),
+  ):
+    return _run(config, folder, examples, stopping)
 
 
-def _run(config: Any, workdir: Workdir, examples: Data | None) -> dict[str, float]:
-  began, lead = time.monotonic(), jax.process_index() == 0
+def _run(
+  config: Any, workdir: Workdir, examples: Data | None, stopping: Stopping
+) -> dict[str, float]:
+  lead = jax.process_index() == 0
   if examples is None:
     examples = datasets.load(config.data, config.seed, progress=lead)
   meshes.check_equal_hosts([device.process_index for device in jax.devices()])
   meshes.check_divisible(jax.device_count(), config.batch_size, config.fsdp)
   public, examples = _scaled(config, workdir, examples)  # Refused before anything is written.
   program = Program(config, examples, meshes.make_mesh(fsdp=config.fsdp))
+  start = None
+  if config.init_from and not manifest.steps_in(workdir.checkpoints):
+    start = start_of(config, program, public)  # Refused before anything is written.
   console = Console(lead)
   for line in manifest.quarantine_damaged(workdir.checkpoints, workdir.damaged):
     console.print(line)
   if lead:
     workdir.describe(config, examples, program.parameters)
   with contextlib.ExitStack() as stack:
-    limit = config.time_limit and max(60 * config.time_limit - (time.monotonic() - began), 1e-3)
-    stopping = stack.enter_context(Stopping(limit))  # Exited last: no signal interrupts a save.
+    stack.enter_context(stopping.held())  # Exited last: no signal interrupts a save.
     stack.callback(program.close)
     checkpoints = Checkpoints(
       workdir.checkpoints,
@@ -79,7 +90,7 @@ def _run(config: Any, workdir: Workdir, examples: Data | None) -> dict[str, floa
       patience=config.checkpoint.patience,
     )
     stack.callback(checkpoints.close)
-    state = _first_state(program, checkpoints, public)
+    state = _first_state(program, checkpoints, start)
     recorder = Recorder(
       workdir,
       console,
@@ -92,8 +103,8 @@ def _run(config: Any, workdir: Workdir, examples: Data | None) -> dict[str, floa
     stack.callback(recorder.close)
     if checkpoints.latest_step() is None:
       console.print(parameter_table(state.params, program.constraints))
-      if public is not None:
-        console.print(pretrained.words(config, public, examples))
+      if start is not None:
+        console.print(start.words)
     else:
       console.print(f"Resumed {workdir.path} at step {int(state.step)} of {program.total_steps}")
     profile = config.log.profile_steps if lead else (0, 0)
@@ -109,24 +120,26 @@ def _run(config: Any, workdir: Workdir, examples: Data | None) -> dict[str, floa
 
 def _scaled(config: Any, workdir: Workdir, examples: Data) -> tuple[Public | None, Data]:
   """The public weights that a run starts from, if any, and the data, scaled for it."""
-  if config.init_from and manifest.steps_in(workdir.checkpoints) and workdir.exists():
-    about = workdir.description()["data"]  # The file may be gone.
-    statistics = tuple(about["mean"]), tuple(about["std"])
-    return None, dataclasses.replace(examples, known_statistics=statistics)
-  if config.init_from:
+  normalise, source = config.data.normalise, files.expand(config.init_from)
+  if not source:
+    return None, examples.scaled("own" if normalise == "auto" else normalise)
+  begun = manifest.steps_in(workdir.checkpoints) and workdir.exists()
+  if not begun and not os.path.isdir(source):
     return pretrained.start(config, examples)
-  return None, examples.scaled("own" if config.data.normalise == "auto" else config.data.normalise)
+  if not begun and normalise != "auto":
+    return None, examples.scaled(normalise)
+  # As the run has it: the file may be gone. Or as the network of the other run saw its pixels.
+  about = (workdir if begun else Workdir(source)).description()["data"]
+  statistics = tuple(about["mean"]), tuple(about["std"])
+  return None, dataclasses.replace(examples, known_statistics=statistics)
 
 
-def _first_state(program: Program, checkpoints: Checkpoints, public: Public | None) -> step.State:
-  """The state of the newest checkpoint; without one a fresh state, from public weights if any."""
+def _first_state(program: Program, checkpoints: Checkpoints, start: Start | None) -> step.State:
+  """The state of the newest checkpoint; without one a fresh state, or what `start` makes of it."""
   state = program.init()
   if checkpoints.latest_step() is not None:
     return step.State.of(checkpoints.restore(state.items()))
-  if public is None:
-    return state
-  weights = {"params": state.params, "stats": state.stats}
-  return step.start_from(state, meshes.put_like(weights, public.weights))
+  return state if start is None else start.state(state)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """What `config.init_from` means for a run: its first weights, and how pixels are scaled."""
 
-import os
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +23,7 @@ def start(config: Any, examples: Data) -> tuple[Public, Data]:
   Raises `UserError`, see `load_public` and `Data.scaled`.
   """
   model, image_shape = network_of(config, examples)
-  public = load_public(model, os.path.expanduser(config.init_from), image_shape, config.seed)
+  public = load_public(model, config.init_from, image_shape, config.seed)
   normalise = config.data.normalise
   return public, examples.scaled(public.pixels if normalise == "auto" else normalise)
 

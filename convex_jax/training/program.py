@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from convex_jax import mesh as meshes
 from convex_jax.data import augment, batches, preprocess
 from convex_jax.data.datasets import Data
-from convex_jax.errors import Diverged
+from convex_jax.errors import Diverged, UserError
 from convex_jax.models import constraints
 from convex_jax.models.variables import init_variables
 from convex_jax.training import metrics, optimizer, pretrained, step
@@ -28,6 +28,11 @@ class Program:
   def __init__(self, config: Any, examples: Data, mesh: jax.sharding.Mesh):
     self.config, self.examples, self.mesh = config, examples, mesh
     self.total_steps = config.steps or self._whole_calls(config.epochs)
+    if self.total_steps >= 2**31:
+      raise UserError(
+        f"config.epochs is {config.epochs}, which makes {self.total_steps:,} steps; expected fewer"
+        " than 2**31"
+      )
     self._eval_every = self._whole_calls(config.eval.every_epochs)
     self.epochs = self.total_steps * config.batch_size / len(examples.train)
     self.decides = "valid_accuracy" if examples.valid else "test_accuracy"

@@ -7,6 +7,8 @@ import os
 import platform
 import sys
 
+from convex_jax import files
+
 # mallopt's parameters, from glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
@@ -64,10 +66,11 @@ def keep_compiled_programs() -> str:
   Sets environment variables, so that JAX need not be imported; `JAX_ENABLE_COMPILATION_CACHE=0`
   turns it off.
   """
-  home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+  home = files.expand(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"))
   kind = f"{platform.machine()} {_instructions()} jaxlib {importlib.metadata.version('jaxlib')}"
   folder = os.path.join(home, "convex_jax", hashlib.sha256(kind.encode()).hexdigest()[:16])
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+  chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR", folder)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = files.expand(chosen)
   # Seconds; JAX's own threshold of 1 leaves out most of a small run's programs.
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
   return os.environ["JAX_COMPILATION_CACHE_DIR"]

@@ -16,6 +16,8 @@ from convex_jax.models.constraints import PROJECTIONS
 from convex_jax.models.parts import CONVEX_FROM, NORMS, TWINS, Rate
 from convex_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
+LARGEST = 2**31 - 1  # Integer, other than a seed.
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -33,7 +35,10 @@ class Rule:
       right_type = bool in (self.type, *typing.get_args(self.type))
     if right_type and self.test(value):
       return None
-    return f"config.{path} is {value!r}; expected {self.expected}{nearest(value, self.names)}"
+    expected = self.expected
+    if type(value) is int and value > LARGEST:
+      expected += " and < 2**31"
+    return f"config.{path} is {value!r}; expected {expected}{nearest(value, self.names)}"
 
 
 def nearest(value: Any, names: Collection[str]) -> str:
@@ -43,17 +48,18 @@ def nearest(value: Any, names: Collection[str]) -> str:
 
 
 def integer(low: int) -> Rule:
-  """An integer from `low`."""
-  return Rule(int, f"an integer >= {low}", lambda v: v >= low)
+  """An integer from `low`, within the 32 bits that devices count in."""
+  return Rule(int, f"an integer >= {low}", lambda v: low <= v <= LARGEST)
 
 
 def number(low: float, high: float = math.inf, ends: str = "[]") -> Rule:
   """A number from `low` to `high`; a round bracket leaves out that end."""
   words = f"in {ends[0]}{low:g}, {high:g}{ends[1]}"
   if high == math.inf:
-    words = f"{'>=' if ends[0] == '[' else '>'} {low:g}"
+    words = f"{'>=' if ends[0] == '[' else '>'} {low:g}{', or inf' if ends[1] == ']' else ''}"
   left_out = [end for end, bracket in zip((low, high), ends, strict=True) if bracket in "()"]
-  return Rule(float, f"a number {words}", lambda v: low <= v <= high and v not in left_out)
+  what = "a finite number" if math.inf in left_out else "a number"
+  return Rule(float, f"{what} {words}", lambda v: low <= v <= high and v not in left_out)
 
 
 def one_of(names: Collection[str]) -> Rule:
@@ -74,7 +80,11 @@ def field_rule(field: dataclasses.Field) -> Rule:
   if typing.get_origin(kind) is typing.Literal:
     rule = one_of(typing.get_args(kind))
   elif typing.get_origin(kind) is tuple:
-    rule = Rule(tuple, "a tuple of integers >= 1", lambda v: v and _are(int, v) and min(v) >= 1)
+    rule = Rule(
+      tuple,
+      "a tuple of integers >= 1",
+      lambda v: v and _are(int, v) and 1 <= min(v) <= max(v) <= LARGEST,
+    )
   else:
     rule = {
       bool: SWITCH,
@@ -88,7 +98,8 @@ def field_rule(field: dataclasses.Field) -> Rule:
 
 
 RULES = {
-  "seed": integer(0),
+  # `jax.random.key` forgets higher bits.
+  "seed": Rule(int, "an integer >= 0 and < 2**32", lambda v: 0 <= v < 2**32),
   "epochs": integer(1),
   "steps": integer(0),
   "batch_size": integer(1),
@@ -97,9 +108,10 @@ RULES = {
   "fsdp": integer(1),
   "batch_norm": one_of(("global", "device")),
   "max_skipped": integer(1),
-  "skip_spikes": number(0),
+  "skip_spikes": number(0, ends="[)"),
   "time_limit": number(0),
   "init_from": TEXT,
+  "init_optimizer": SWITCH,
   "label_smoothing": number(0, 1, ends="[)"),
   "ema_decay": number(0, 1, ends="[)"),
   "mixup": number(0, 100),
@@ -120,7 +132,11 @@ RULES = {
     tuple,
     "(operations, magnitude): an integer >= 0 and a number in [0, 10]",
     lambda v: (
-      len(v) == 2 and _are(int, v[:1]) and _are(int | float, v) and v[0] >= 0 and 0 <= v[1] <= 10
+      len(v) == 2
+      and _are(int, v[:1])
+      and _are(int | float, v)
+      and 0 <= v[0] <= LARGEST
+      and 0 <= v[1] <= 10
     ),
   ),
   "data.repeats": integer(1),
@@ -134,7 +150,7 @@ RULES = {
   "data.crop_area": Rule(
     tuple,
     "two increasing numbers in (0, 1]",
-    lambda v: len(v) == 2 and _are(float, v) and 0 < v[0] <= v[1] <= 1,
+    lambda v: len(v) == 2 and _are(int | float, v) and 0 < v[0] <= v[1] <= 1,
   ),
   "data.eval_share": number(0, 1, ends="(]"),
   "data.workers": integer(-1),
@@ -153,22 +169,22 @@ RULES = {
   "model.one_logit": SWITCH,
   "model.remat": SWITCH,
   "optimizer.name": one_of(OPTIMIZERS),
-  "optimizer.learning_rate": number(0, ends="(]"),
+  "optimizer.learning_rate": number(0, ends="()"),
   "optimizer.schedule": one_of(SCHEDULES),
   "optimizer.warmup_steps": integer(0),
   "optimizer.decay_at": Rule(
     tuple,
     "increasing numbers in (0, 1)",
-    lambda v: _are(float, v) and all(a < b for a, b in itertools.pairwise((0, *v, 1))),
+    lambda v: _are(int | float, v) and all(a < b for a, b in itertools.pairwise((0, *v, 1))),
   ),
   "optimizer.decay_factor": number(0, 1, ends="(]"),
-  "optimizer.weight_decay": number(0),
-  "optimizer.clip_norm": number(0),
+  "optimizer.weight_decay": number(0, ends="[)"),
+  "optimizer.clip_norm": number(0, ends="[)"),
   "optimizer.b1": number(0, 1, ends="[)"),
   "optimizer.b2": number(0, 1, ends="[)"),
   "optimizer.momentum": number(0, 1, ends="[)"),
   "optimizer.accumulate": integer(1),
-  "eval.every_epochs": number(0, ends="(]"),
+  "eval.every_epochs": number(0, ends="()"),
   "eval.train_examples": integer(0),
   "checkpoint.every_steps": integer(0),
   "checkpoint.keep": integer(2),
@@ -178,13 +194,14 @@ RULES = {
   "log.profile_steps": Rule(
     tuple,
     "(0, 0), or the first and the last step",
-    lambda v: len(v) == 2 and _are(int, v) and 0 <= v[0] <= v[1],
+    lambda v: len(v) == 2 and _are(int, v) and 0 <= v[0] <= v[1] <= LARGEST,
   ),
 }
 
 
-def _rules(values: dict[str, Any]) -> dict[str, Rule]:
+def rules_of(config: Any) -> dict[str, Rule]:
   """`RULES`, with the fields of the architecture that `model.name` chooses."""
+  values = dict(flatten(config))
   if values.get("model.name") not in catalog.names():
     unknown = Rule(object, "anything")
     return {path: unknown for path in values if path.startswith("model.")} | RULES
@@ -237,6 +254,11 @@ def _clashes(config: Any) -> Iterator[str]:
       "config.model.head_depth is 0, but config.model.convex_from is 'head': a linear head is convex"
       " in its features whatever its weights; expected an integer >= 1"
     )
+  if config.init_optimizer and not config.init_from:
+    yield (
+      "config.init_optimizer is True, but config.init_from is ''; expected the folder of a run in"
+      " config.init_from"
+    )
   if config.batch_norm == "device" and config.fsdp > 1:
     yield (
       f"config.fsdp is {config.fsdp}, but config.batch_norm is 'device'; expected 1, or"
@@ -264,7 +286,7 @@ def _clashes(config: Any) -> Iterator[str]:
 def mistakes(config: Any) -> list[str]:
   """Everything that is wrong with a config, one line each: path, value, what is expected."""
   values = dict(flatten(config))
-  rules = _rules(values)
+  rules = rules_of(config)
   unknown, missing = sorted(values.keys() - rules.keys()), [p for p in RULES if p not in values]
   lines = [f"Unknown key config.{path}{nearest(path, rules)}" for path in unknown]
   lines += [f"config.{path} is missing; configs/base.py has it" for path in missing]

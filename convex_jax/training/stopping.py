@@ -1,29 +1,55 @@
 """What ends a run early: a signal, the clock, or skipped updates."""
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from convex_jax.errors import Diverged
+from convex_jax.errors import STOP_SIGNALS, Diverged, Stopped
+
+
+@contextlib.contextmanager
+def stop_signals_to(handler: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[None]:
+  """While active, in the main thread, these signals call `handler(number)`, and do nothing else.
+
+  But for SIGTERM and SIGINT, a signal that has another meaning keeps it: that under nohup a
+  closed terminal ends nothing, or what a program that trains does on SIGUSR1.
+  """
+  before = {}
+  if threading.current_thread() is threading.main_thread():
+    for number in numbers:
+      always = number in (signal.SIGTERM, signal.SIGINT)
+      if always or signal.getsignal(number) == signal.SIG_DFL:
+        before[number] = signal.signal(number, lambda number, _: handler(number))
+  try:
+    yield
+  finally:
+    for number, previous in before.items():
+      # None: it was not set by Python, and cannot be set again.
+      signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
 class Stopping:
-  """While active, SIGTERM, SIGINT and the end of `limit` seconds (0: no limit) request a stop.
+  """While active, `STOP_SIGNALS` and the end of `limit` seconds (0: no limit) request a stop.
 
-  No signal ends the program, nor what it is writing. Any of several processes may receive it:
+  While it is `held`, no signal ends the program, nor what it is writing; before and after, when
+  there is nothing to save, a signal raises `Stopped`. Any of several processes may receive it:
   JAX's preemption service lets all of them see it at the same step.
   """
 
   def __init__(self, limit: float = 0.0):
     self._asked = threading.Event()
-    self._before: dict[int, Any] = {}
-    self._alone = jax.process_count() == 1
-    self._clock = threading.Timer(limit, self._ask) if limit else None
+    self._alone, self._is_held = jax.process_count() == 1, False
+    self._clock = threading.Timer(min(limit, threading.TIMEOUT_MAX), self._ask) if limit else None
+    # Of several processes, JAX's preemption service listens to SIGTERM.
+    mine = [n for n in STOP_SIGNALS if self._alone or n != signal.SIGTERM]
+    self._signals = stop_signals_to(self._receive, mine)
 
   def should_stop(self, step: int) -> bool:
     """Whether to stop after `step`, the same answer in every process."""
@@ -31,15 +57,28 @@ class Stopping:
       return self._asked.is_set()
     return multihost_utils.reached_preemption_sync_point(step)
 
+  def _receive(self, number: int) -> None:
+    self._ask()
+    if self._alone and not self._is_held:
+      name = signal.Signals(number).name
+      raise Stopped(f"Stopped by {name}; nothing is lost. Run the same command to go on.")
+
   def _ask(self) -> None:
     self._asked.set()
     if not self._alone:
       os.kill(os.getpid(), signal.SIGTERM)  # To the preemption service.
 
+  @contextlib.contextmanager
+  def held(self) -> Iterator[None]:
+    """While active, a signal only makes `should_stop` true."""
+    self._is_held = True
+    try:
+      yield
+    finally:
+      self._is_held = False
+
   def __enter__(self) -> "Stopping":
-    if self._alone and threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._before[number] = signal.signal(number, lambda *_: self._asked.set())
+    self._signals.__enter__()
     if self._clock is not None:
       self._clock.daemon = True
       self._clock.start()
@@ -48,8 +87,7 @@ class Stopping:
   def __exit__(self, *_: object) -> None:
     if self._clock is not None:
       self._clock.cancel()
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
+    self._signals.__exit__(None, None, None)
 
 
 class SkippedUpdates:

@@ -144,8 +144,8 @@ def test_norms_are_ordered_as_their_balls_are():
 
 def test_a_tie_has_no_radius():
   run = make_run("mlp")
-  run.params["head"]["kernel"][:] = 0
-  run.params["head"]["bias"][:] = 0
+  head = jax.tree.map(np.zeros_like, run.params["head"])
+  run = run.replace(params={**run.params, "head": head})
   assert certified.certifier(run).radius(images(1)[0]).radii == dict.fromkeys(NORMS, 0)
 
 
@@ -171,7 +171,8 @@ def test_a_one_logit_network_has_the_closed_form_on_its_side_and_a_radius_on_the
   with jax.enable_x64(True):
     f = jax.jit(exact_logits(run))
     middle = float(np.median(np.asarray(f(images(40).astype(float)))[:, 0]))
-    run.params["head"]["bias"] -= middle  # So that both sides occur.
+    head = {**run.params["head"], "bias": run.params["head"]["bias"] - middle}
+    run = run.replace(params={**run.params, "head": head})  # So that both sides occur.
     certifier, f = certified.certifier(run), jax.jit(exact_logits(run))
     attacker = attacks.Attacker(f)
     for x in images(5).astype(float):

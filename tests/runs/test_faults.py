@@ -42,7 +42,7 @@ def test_a_kill_inside_a_save_leaves_the_old_or_the_new_one(data_dir, tmp_path, 
 
 
 @pytest.mark.slow  # By default one of tests/test_train.py.
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_by_75(data_dir, tmp_path, number, whole):
   assert injections.signalled(data_dir, tmp_path, 1, number, whole).all_survived
 

@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import statistics
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def cells_of(variants, baseline=()):
 
 
 def leaves(tree):
-  return [x for v in tree.values() for x in (leaves(v) if isinstance(v, dict) else [v])]
+  return [x for v in tree.values() for x in (leaves(v) if isinstance(v, Mapping) else [v])]
 
 
 def test_a_run_that_is_not_finished_is_no_result(tmp_path):

@@ -13,7 +13,7 @@ import types
 import pytest
 
 from convex_jax import files
-from convex_jax.errors import NotProved, UserError
+from convex_jax.errors import NotProved, Stopped, UserError
 from convex_jax.studies import jobs, results, sweep
 from tests.support import ROOT
 
@@ -214,6 +214,14 @@ def test_a_job_that_fails_keeps_no_other_from_running(monkeypatch, tmp_path):
   assert started == [(0, False), (0, True)]  # What failed; a diverged one would diverge again.
 
 
+def test_a_job_that_was_stopped_is_no_failure(monkeypatch, tmp_path):
+  """By its own time limit, or by a signal to all processes of a job."""
+  run, started = run_with(monkeypatch, tmp_path, {0: (75, 0), 1: (0, 75), 2: (0, 4)})
+  with pytest.raises(Stopped, match="2 runs stopped early, and saved"):
+    run()
+  assert [row.seed for row in results.read(str(tmp_path)).rows] == [2] and len(started) == 5
+
+
 def test_a_sweep_says_how_far_a_run_is(tmp_path):
   workdir = tmp_path / "0"
   task = jobs.Task(jobs.Job("p", "v", "", {}, 0), "x", str(workdir), "", 9.0, "epoch")
@@ -255,7 +263,7 @@ def test_a_stopped_sweep_saves_its_runs_and_goes_on(tmp_path, data_dir):
     while not rows.exists() or len(rows.read_text().splitlines()) < 3:
       assert first.poll() is None
       time.sleep(0.1)
-    first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGHUP)  # The terminal is closed, or Slurm warns.
     first.send_signal(signal.SIGINT)  # Impatience does no harm.
     _, errors = first.communicate(timeout=60)
   assert first.returncode == 75 and b"Run the same command to continue" in errors

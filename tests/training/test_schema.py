@@ -5,8 +5,10 @@ import pytest
 from configs import base, mixer, mlp
 from convex_jax.config_files import flatten
 from convex_jax.errors import UserError
+from convex_jax.runs import workdir
 from convex_jax.training import schema
 
+INF = float("inf")
 BAD = {  # path: (value, words that the line must hold)
   "seed": (-1, ">= 0"),
   "epochs": (0, ">= 1"),
@@ -29,6 +31,22 @@ BAD = {  # path: (value, words that the line must hold)
   "optimizer.b1": (1.0, "[0, 1)"),
   "checkpoint.keep": (1, ">= 2"),
   "log.profile_steps": ((3, 1), "the first and the last"),
+}
+ENDS = {  # path: values beyond what can be computed with
+  "seed": (2**32, 2**63, 2**64, 10**30),
+  "steps": (2**31, 10**30),
+  "epochs": (2**31,),
+  "batch_size": (2**63,),
+  "checkpoint.keep": (10**20,),
+  "log.profile_steps": ((0, 2**63),),
+  "data.randaugment": ((2**40, 9.0), (2, INF)),
+  "data.crop_area": ((0.1, INF), (float("nan"), 1.0)),
+  "optimizer.decay_at": ((0.5, float("nan")),),
+  "optimizer.learning_rate": (INF,),
+  "optimizer.weight_decay": (INF,),
+  "optimizer.clip_norm": (INF,),
+  "eval.every_epochs": (INF,),
+  "skip_spikes": (INF,),
 }
 
 
@@ -58,6 +76,31 @@ def test_each_mistake_is_one_line_with_path_value_and_allowed(path):
   assert (
     len(lines) == 1 and lines[0].startswith(f"config.{path} is {value!r}") and words in lines[0]
   )
+
+
+@pytest.mark.parametrize("path, value", [(p, v) for p, values in ENDS.items() for v in values])
+def test_the_ends_of_ranges_are_told(path, value):
+  (line,) = schema.mistakes(broken({path: value}))
+  assert line.startswith(f"config.{path} is {value!r}; expected")
+
+
+def test_no_number_is_nan_and_those_that_may_be_infinite_say_so():
+  for path, rule in schema.RULES.items():
+    if rule.type is float:
+      assert rule.mistake(path, float("nan"))
+      assert ("or inf" in rule.expected) == (rule.mistake(path, INF) is None), path
+      assert rule.mistake(path, -INF)
+  assert {p for p, rule in schema.RULES.items() if "or inf" in rule.expected} == {
+    "time_limit",
+    "checkpoint.patience",
+  }
+
+
+def test_whole_numbers_in_pairs_make_no_other_run():
+  config, other = base.get_config(), base.get_config()
+  other.data.crop_area = (0.08, 1)
+  assert schema.mistakes(other) == []
+  assert workdir.digest(config) == workdir.digest(other)
 
 
 def test_all_mistakes_come_at_once():

@@ -13,7 +13,7 @@ import numpy as np
 from convex_jax.data.photos.decode import FINE, UNREADABLE, Unreadable, central_crop, random_crop
 from convex_jax.data.photos.records import Records
 from convex_jax.data.sampling import examples_at
-from convex_jax.errors import UserError
+from convex_jax.errors import STOP_SIGNALS, UserError
 
 TRIES = 100  # Consecutive records that may be unreadable.
 
@@ -25,7 +25,7 @@ def start(*_: int) -> None:
   so must the workers that it waits for.
   """
   cv2.setNumThreads(0)  # The workers use all cores already.
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in STOP_SIGNALS:
     signal.signal(number, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
 

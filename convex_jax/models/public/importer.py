@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from convex_jax import files
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.constraints import FREE, PROJECTIONS, constraints_of
@@ -80,7 +81,7 @@ def load_public(
       `model` in something that has no weights, such as its GELU or padding.
     ValueError: `model` is not an architecture of `convex_jax.models`.
   """
-  name = catalog.name_of(model)
+  name, path = catalog.name_of(model), files.expand(path)
   names = NAMES[name]
 
   def leaves(network: nn.Module, shape: tuple[int, ...] = image_shape) -> dict[str, Any]:

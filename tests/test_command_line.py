@@ -1,0 +1,146 @@
+"""What users type: paths, and numbers that no command can use."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import convex_jax
+from convex_jax import __main__, command_line, files
+from convex_jax.errors import UserError
+from convex_jax.models import catalog
+from convex_jax.models.public.importer import load_public
+from convex_jax.runs import checkpoints
+from convex_jax.studies import report, results
+from convex_jax.training import runtime
+from tests.support import ROOT
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])
+def test_a_platform_that_is_not_here_is_told(platform, tmp_path):
+  """In one sentence, whatever JAX raises: without words for cuda."""
+  args = ["-m", "convex_jax", "certify", f"--workdir={ROOT / 'tests' / 'fixtures' / 'run_1_1'}"]
+  env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": platform}
+  done = subprocess.run(
+    [sys.executable, *args], cwd=tmp_path, env=env, capture_output=True, text=True
+  )
+  if done.returncode == 0:
+    pytest.skip(f"this machine has {platform}")
+  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+  assert done.stderr.startswith(f"JAX cannot start '{platform}' (JAX_PLATFORMS): ")
+
+
+@pytest.mark.parametrize(
+  "error, code, words",
+  [
+    (KeyboardInterrupt(), 130, "Interrupted"),
+    (OSError(28, "No space left", "x"), 2, "x: No space"),
+  ],
+)
+def test_ends_that_have_a_name_show_no_trace(error, code, words, capsys):
+  def fail():
+    raise error
+
+  assert command_line.exit_code(fail) == code and words in capsys.readouterr().err
+  with pytest.raises(ZeroDivisionError):  # What has none does.
+    command_line.exit_code(lambda: 1 // 0)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+  """A home folder; the working directory is another, empty one."""
+  (tmp_path / "home").mkdir()
+  (tmp_path / "here").mkdir()
+  monkeypatch.chdir(tmp_path / "here")
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  monkeypatch.setattr(checkpoints, "quieten_orbax", lambda: None)  # This process is no command.
+  for name in ("keep_compiled_programs", "tune_cpu"):
+    monkeypatch.setattr(runtime, name, lambda: None)
+  yield str(tmp_path / "home")
+  assert not list((tmp_path / "here").iterdir())  # No folder named ~, above all.
+
+
+@pytest.mark.parametrize(
+  "command",
+  [
+    "train --config=~/x.py",
+    "train --config=configs/mlp.py:digits --config.init_from=~/x.npz --workdir ~/run --config.data.dir ~/data",
+    "train --config=configs/mlp.py:mnist --config.data.dir=~/x --workdir=~/run",
+    "certify --workdir=~/x",
+    "radii --workdir ~/x",
+    "radii --workdir=~/x --data_dir=~/y",
+    "report ~/x",
+    "sweep ~/x",
+    "checkpoint verify ~/x",
+    "checkpoint seal ~/x",
+    "data check mnist --data_dir=~/x",
+    "data convert mnist --data_dir=~/x --to=~/y",
+    "data cache imagenette --data_dir=~/x --image_size=8",
+    "data prepare imagenet2012 --data_dir=~/x --manual_dir=~/x",
+  ],
+)  # fmt: skip
+def test_every_command_knows_the_home_folder(command, home, capsys):
+  code = __main__.main(command.split())
+  err = capsys.readouterr().err
+  assert code == 2 and home in err and "Traceback" not in err, err
+
+
+def test_what_is_written_lies_in_the_home_folder(home):
+  command = "train --config=configs/mlp.py:digits --workdir ~/run --config.data.dir ~/data"
+  assert __main__.main([*command.split(), "--config.fsdp=7"]) == 2  # Once the data are read.
+  assert os.listdir(home) == ["data"]
+
+
+def test_every_function_that_takes_a_path_knows_the_home_folder(home):
+  model = catalog.create_model("mlp", "800x3")
+  for call in (
+    lambda: convex_jax.load("~/x"),
+    lambda: convex_jax.load(pathlib.Path("~/x")),
+    lambda: load_public(model, "~/x.npz", (8, 8, 1)),
+    lambda: report.gather(["~/x"]),
+    lambda: results.of_workdirs(["~/x"]),
+  ):
+    with pytest.raises(UserError, match=home):
+      call()
+
+
+def test_a_user_who_is_not_there_is_told(home, capsys):
+  for command in ("certify --workdir=~nobody_of_this_name/x", "report ~nobody_of_this_name"):
+    with pytest.raises(SystemExit, match="2"):
+      __main__.main(command.split())
+    assert "no home folder of ~nobody_of_this_name is known" in capsys.readouterr().err
+  with pytest.raises(UserError, match="nobody_of_this_name"):
+    convex_jax.load("~nobody_of_this_name/x")
+
+
+@pytest.mark.parametrize("path", [None, 3, b"runs/x", ["runs/x"], "runs\0x"], ids=repr)
+def test_what_is_no_path_is_told(path):
+  with pytest.raises(UserError, match="is no path"):
+    convex_jax.load(path)
+
+
+def test_a_tilde_elsewhere_in_a_path_is_a_letter():
+  assert files.expand("runs/~/x") == "runs/~/x" and files.expand("") == ""
+  assert files.expand("~") == os.path.expanduser("~")
+
+
+@pytest.mark.parametrize(
+  "command",
+  [
+    "radii --workdir=x --examples=0",
+    "radii --workdir=x --examples=-3",
+    "certify --workdir=x --search_steps=-1",
+    "train --config=configs/mlp.py --num_processes=0",
+    "train --config=configs/mlp.py --process_id=-1",
+    "train --config=configs/mlp.py --join_timeout=0",
+    "train --config=configs/mlp.py --join_timeout=1.5",
+    "sweep experiments/mlp --at_once=0",
+    "data cache imagenette --image_size=0",
+  ],
+)
+def test_a_number_out_of_range_is_told(command, capsys):
+  with pytest.raises(SystemExit, match="2"):
+    __main__.main(command.split())
+  assert "expected an integer >= " in capsys.readouterr().err
