@@ -45,6 +45,10 @@ _BY_ENDS: dict[str, slice] = {
 _MOVES = {"transpose", "squeeze", "tile", "rev", "slice", "split", "concatenate", "stack", "pad"}
 _MOVES |= {"max", "min", "floor", "ceil", "sign", "reshape", "broadcast_in_dim", "dynamic_slice"}
 _MOVES |= {"gather", "dynamic_update_slice"}
+_SPECIAL_FUNCTIONS = {"acos", "acosh", "asin", "atan2", "atanh", "bessel_i0e", "bessel_i1e", "tan"}
+_SPECIAL_FUNCTIONS |= {"digamma", "lgamma", "igamma", "igammac", "random_gamma_grad", "polygamma"}
+_SPECIAL_FUNCTIONS |= {"regularized_incomplete_beta", "zeta", "log2"}
+_HUGE = 1e300  # Of a number of which only that is known.
 _SUMS = {"reduce_sum", "cumsum", "reduce_window_sum"}
 # Which compute no float from others: what the program gets of exact numbers is exact.
 _DISCRETE = {"iota", "bitcast_convert_type", "sort", "scatter", "scatter-max", "scatter-min"}
@@ -149,7 +153,7 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
   if floats and name in _SUMS:
     return [_sum(eqn, inputs[0])]
   if floats and name in ("reduce_prod", "cumprod"):
-    return [_products(name, params, ends[0])]
+    return [_products(name, eqn, inputs[0])]
   if floats and name == "scatter-add":
     return [_scatter_add(eqn, *inputs)]
   if floats and name in _PRODUCTS:
@@ -164,15 +168,21 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
   outputs = [_point(out) for out in _as_the_program_does(eqn, exact)]
   if name in _DISCRETE or not any(map(_has_floats, eqn.outvars)):
     return outputs
-  return [_about(*out, v.aval.dtype) for out, v in zip(outputs, eqn.outvars, strict=True)]
+  return [_about(name, *out, v.aval.dtype) for out, v in zip(outputs, eqn.outvars, strict=True)]
 
 
-def _about(low: Any, high: Any, dtype: Any) -> Ends:
-  """Ends a little further out, of a number that the program's library has computed."""
+def _about(name: str, low: Any, high: Any, dtype: Any) -> Ends:
+  """Ends around a number that the program's library has computed of exact ones.
+
+  A special function or a draw is right to within some units in the last place. How far off the
+  solution of a linear system is, or a Fourier transform, is not known: only that it is a number.
+  """
   if not is_float(dtype):
     return low, high
-  tiny = float(jnp.finfo(dtype).smallest_normal)
-  return low - tiny, high + tiny
+  if name in _SPECIAL_FUNCTIONS or name.startswith("random_"):
+    margin = 4 * ULPS * float(jnp.finfo(dtype).eps) * np.maximum(1, np.abs(low))
+    return low - margin, high + margin
+  return np.where(np.isfinite(low), -_HUGE, np.nan), np.where(np.isfinite(high), _HUGE, np.nan)
 
 
 def _has_floats(var) -> bool:
@@ -401,10 +411,16 @@ def _scatter_add(eqn, x: Known, indices: Known, updates: Known) -> Ends:
   return _within(eqn, low, high, n, size, [x, updates])
 
 
-def _products(name: str, params, ends: Ends) -> Ends:
-  """Products over axes, factor by factor."""
+def _products(name: str, eqn, x: Known) -> Ends:
+  """Products over axes, factor by factor; the program may take them in any order."""
+  params, ends = eqn.params, (x.low, x.high)
   axes = tuple(params["axes"]) if name == "reduce_prod" else (params["axis"],)
-  shape = [n for i, n in enumerate(ends[0].shape) if i not in axes]
+  sizes = [np.where(e == 0, 1, e) for e in enclosures.magnitude(ends)]
+  info = jnp.finfo(np.float64 if x.varies else eqn.outvars[0].aval.dtype)
+  least, most = np.minimum(sizes[0], 1).prod(axes), np.maximum(sizes[1], 1).prod(axes)
+  if not ((least >= info.smallest_normal) & (most <= info.max)).all():
+    raise Unknown(f"{name}, of which a part may overflow or underflow")
+  shape = [n for i, n in enumerate(x.shape) if i not in axes]
   first = range(len(axes))
   low, high = (np.moveaxis(e, axes, first).reshape(-1, *shape) for e in ends)
   if params.get("reverse"):
@@ -424,11 +440,20 @@ def _products(name: str, params, ends: Ends) -> Ends:
 
 def _within(eqn, low, high, n: int, size, terms: Sequence[Known]) -> Ends:
   """The ends of sums of n terms, moved outwards by what rounding them one by one may do."""
+  if _overflows(eqn, terms, size):
+    raise Unknown(f"{eqn.primitive.name}, of which a part may overflow")
   unit = min(_unit(x.low) for x in terms)
   if n <= 1 or (low is high and _are_exact(unit, size, eqn.outvars[0].aval.dtype)):
     return low, high
   margin = (n + 2) * _epsilon(eqn, terms) * size + n * _flushed(terms)
   return enclosures.outward(low - margin, high + margin, (margin == 0, margin == 0))
+
+
+def _overflows(eqn, terms: Sequence[Known], size: np.ndarray) -> bool:
+  """Whether finite terms, the magnitudes of which sum up to `size`, may sum up to infinity."""
+  varies = any(x.varies for x in terms)
+  most = float(jnp.finfo(np.float64 if varies else eqn.outvars[0].aval.dtype).max)
+  return bool((size > most).any()) and all(np.isfinite(x.low + x.high).all() for x in terms)
 
 
 def _epsilon(eqn, terms: Sequence[Known]) -> float:
@@ -469,6 +494,8 @@ def _product(name: str, eqn, a: Known, b: Known) -> Ends:
     n = b.low.size // max(1, b.shape[eqn.params["dimension_numbers"].rhs_spec[0]])
   sizes = [np.maximum(np.abs(x.low), np.abs(x.high)) for x in (a, b)]
   middle, size = bind(eqn, a.array, b.array)[0], bind(eqn, *sizes)[0]
+  if _overflows(eqn, [a, b], size):
+    raise Unknown(f"{name}, of which a part may overflow")
   low = high = middle
   if not (a.is_exact and b.is_exact):
     # The middle's own rounding is within the radius's margin below.
