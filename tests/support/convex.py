@@ -481,7 +481,28 @@ TABLES = {
 
 
 # What is convex and not proved.
-UNPROVED: set[str] = set()
+UNPROVED = {
+  "kinks: relu by a product with a condition",
+  "kinks: relu by select",
+  "kinks: relu by piecewise",
+  "kinks: relu by heaviside",
+  "kinks: absolute value by sign",
+  "kinks: distance to an interval",
+  "kinks: pseudo-huber by hypot",
+  "smooth functions: reciprocal of an exp",
+  "log-sum-exp: optax ranking softmax loss",
+  "quadratic forms: x (F F^T) x, made in the program",
+  "quadratic forms: Mahalanobis by solve",
+  "norms: safe norm of optax",
+  "norms: hypot",
+  "norms: sum of the two largest",
+  "reductions: nanmax",
+  "reductions: at[].subtract of a concave value",
+  "reductions: trapezoid",
+  "networks: linear part by a fixed solve",
+  "networks: linear part by fft",
+  "concave: log likelihood of a multivariate normal",
+}
 
 
 def largest_gap(case: Case) -> float:
