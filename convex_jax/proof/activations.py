@@ -275,6 +275,8 @@ class _Piece:
       if op.primitive in ("max", "min"):
         a, b = op.inputs
         difference = self.of(a).plus(self.of(b).negated())
+        # Of continuous functions the larger is continuous, whichever it is.
+        may_jump = may_jump or not np.all(difference.is_continuous)
         node = a if (self._order(difference, strictly=False) > 0) == (op.primitive == "max") else b
       elif op.primitive == "select_n" and len(op.inputs) == 3:
         test, *cases = op.inputs

@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from convex_jax.proof import enclosures
 from convex_jax.proof.enclosures import ULPS, Ends
@@ -64,6 +66,8 @@ _ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
 }
 # By IEEE 754.
 _ROUNDED_ONCE = {*_ARITHMETIC, "square", "sqrt", "abs", "neg", "convert_element_type"} - {"pow"}
+_UPDATES = {"scatter-add": "add", "scatter-sub": "sub", "scatter-mul": "mul"}
+_UPDATES |= {"scatter-max": "max", "scatter-min": "min"}
 _LOOPS = {"scan", "while", "cond"}  # Walked; one that reaches the folding is too long, or unclear.
 _ORDERS = {"gt", "ge", "lt", "le", "eq", "ne"}
 _INTEGERS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative}
@@ -81,7 +85,17 @@ def number(value: Any, dtype: Any, origins: dict[str, np.ndarray] | None = None)
   if jnp.issubdtype(dtype, jax.dtypes.prng_key) or isinstance(value, jax.Ref):
     return Known.exactly(value, origins)  # What is read from a mutable array is not known.
   array = np.asarray(value).astype(dtype)
-  return Known.exactly(array.astype(np.float64) if is_float(dtype) else array, origins)
+  if not is_float(dtype):
+    return Known.exactly(array, origins)
+  wide = array.astype(np.float64)
+  flushed = (wide != 0) & (np.abs(wide) < float(jnp.finfo(dtype).smallest_normal))
+  if flushed.any():  # To 0, as devices do, or not.
+    ends = (
+      np.where(flushed, np.minimum(wide, 0), wide),
+      np.where(flushed, np.maximum(wide, 0), wide),
+    )
+    return Known(*ends, origins or {})
+  return Known.exactly(wide, origins)
 
 
 def is_float(dtype: Any) -> bool:
@@ -106,6 +120,15 @@ def keeps_precision(eqn) -> bool:
 def is_pure(eqn) -> bool:
   """Whether an equation gives the same result each time."""
   return not (eqn.effects or any(part in eqn.primitive.name for part in _IMPURE))
+
+
+def has_body(eqn) -> bool:
+  """Whether an equation computes with a function of the program's, or a scatter with its own."""
+  bodies = [jaxpr.eqns for jaxpr in jex.jaxprs_in_params(eqn.params)]
+  if eqn.primitive.name.startswith("scatter"):
+    wanted = _UPDATES.get(eqn.primitive.name)
+    return [[e.primitive.name for e in eqns] for eqns in bodies] not in ([], [[wanted]])
+  return bool(bodies)
 
 
 def fold(eqn, inputs: Sequence[Known]) -> list[Known]:
@@ -142,6 +165,8 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
     return [(~inputs[0].high, ~inputs[0].low)]
   if name == "is_finite":
     return [(np.isfinite(inputs[0].low) & np.isfinite(inputs[0].high), np.True_)]
+  if name == "scatter-add" and is_float(eqn.outvars[0].aval.dtype):
+    return [_scatter_add(eqn, *inputs)]
   if name in _BY_ENDS and not (name == "sort" and len(inputs) > 1):
     return _by_ends(name, eqn, inputs)
   if floats and name in _ARITHMETIC:
@@ -154,11 +179,11 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
     return [_sum(eqn, inputs[0])]
   if floats and name in ("reduce_prod", "cumprod"):
     return [_products(name, eqn, inputs[0])]
-  if floats and name == "scatter-add":
-    return [_scatter_add(eqn, *inputs)]
   if floats and name in _PRODUCTS:
     return [_product(name, eqn, *inputs)]
-  if name in _LOOPS:
+  if any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in eqn.outvars):
+    raise Unknown(f"{name} of complex numbers")
+  if name in _LOOPS or has_body(eqn):
     raise Unknown(f"{name}, too long to be walked, or of a predicate known only to within rounding")
   if not all(x.is_exact for x in inputs) or (varies and any(map(_has_floats, eqn.outvars))):
     raise Unknown(f"{name} of a number that is known only to within rounding")
@@ -213,12 +238,15 @@ def _rounded(low: Any, high: Any, dtype: Any, ulps: Any) -> Ends:
   """Ends that contain all that rounding to a dtype makes of the numbers between them."""
   if low is high or np.array_equal(low, high):
     low = high
-    if dtype == np.float64 or np.array_equal(low.astype(dtype).astype(np.float64), low):
+    if dtype == np.float64:
       return low, low
   if dtype == np.float64:
     return low, high
-  exact = (low == high) & (low.astype(dtype).astype(np.float64) == low)
   info = jnp.finfo(dtype)
+  normal = (low == 0) | (np.abs(low) >= float(info.smallest_normal))
+  exact = (low == high) & (low.astype(dtype).astype(np.float64) == low) & normal
+  if exact.all():
+    return low, low
   margin = ulps * float(info.eps)
   down, up = low - margin * np.abs(low), high + margin * np.abs(high)
   tiny, largest = float(info.smallest_normal), float(info.max)
@@ -400,15 +428,20 @@ def _float_sum(eqn, array: np.ndarray) -> np.ndarray:
 
 
 def _scatter_add(eqn, x: Known, indices: Known, updates: Known) -> Ends:
+  if has_body(eqn):
+    raise Unknown("scatter-add by a function of its own")
   if not indices.is_exact:
     raise Unknown("scatter-add by an index that is known only to within rounding")
-  n = 1 + indices.low.size
-  exact = x.is_exact and updates.is_exact
-  low = bind(eqn, x.low, indices.low, updates.low)[0]
-  high = low if exact else bind(eqn, x.high, indices.low, updates.high)[0]
+
+  def add(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    given = {key: eqn.params[key] for key in ("dimension_numbers", "mode")}
+    with jax.enable_x64(True):
+      return np.asarray(lax.scatter_add(jnp.asarray(old), indices.low, jnp.asarray(new), **given))
+
+  low = add(x.low, updates.low)
+  high = low if x.is_exact and updates.is_exact else add(x.high, updates.high)
   sizes = [np.maximum(np.abs(t.low), np.abs(t.high)) for t in (x, updates)]
-  size = bind(eqn, sizes[0], indices.low, sizes[1])[0]
-  return _within(eqn, low, high, n, size, [x, updates])
+  return _within(eqn, low, high, 1 + indices.low.size, add(*sizes), [x, updates])
 
 
 def _products(name: str, eqn, x: Known) -> Ends:

@@ -63,7 +63,7 @@ def _fault(op: Operation, kind: str) -> str:
   name, known = op.primitive, [x for x in op.inputs if isinstance(x, Known)]
   values = [_curvature(x) for x in op.inputs if isinstance(x, Value) and x.is_real]
   if not any(isinstance(x, Value) for x in op.inputs):
-    return f"{name}, whose result is not known exactly enough"
+    return f"{op.eqn.primitive.name}, whose result is not known exactly enough"
   if op.note:
     return f"an activation that is neither convex nor concave: {op.note}"
   if not is_defined(name, op.inputs):

@@ -248,7 +248,9 @@ class Walk:
     name = eqn.primitive.name
     op = Operation(name, eqn, tuple(inputs), place, self._order)
     reals = [jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.outvars]
-    known = all(isinstance(x, Known) for x in inputs)  # It cannot be enclosed.
+    known = all(isinstance(x, Known) for x in inputs)  # It cannot be enclosed, nor looked through.
+    if known:
+      op = dataclasses.replace(op, primitive="unknown")
     if known or len(eqn.outvars) != 1 or not all(reals) or not all(map(_is_real, inputs[1:])):
       if name == "split" and not known:
         return _split(eqn, inputs[0], op)

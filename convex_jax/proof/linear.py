@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jax import lax
 
+from convex_jax.proof.constants import has_body
 from convex_jax.proof.values import (
   Known,
   Masks,
@@ -117,7 +118,7 @@ def sums_at_places(op: Operation, old, indices: Known, new) -> np.ndarray:
 
 def updates_of(op: Operation, x, indices, updates) -> np.ndarray | None:
   """How many updates each element gets; None if not known, or if a promise is broken."""
-  if not _is_index(indices):
+  if not _is_index(indices) or has_body(op.eqn):
     return None
   count = sums_at_places(op, np.zeros(x.shape), indices, np.ones(updates.shape))
   rows = indices.low.reshape(-1, indices.shape[-1]).tolist()

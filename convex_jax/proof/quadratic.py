@@ -92,6 +92,8 @@ class _Form:
     if op is None or not self._fits(op) or (x.is_affine and not all(v.is_affine for v in values)):
       return self._variable(x)
     degrees = [self._degree(v) for v in values]
+    if not degrees:
+      raise _NoFormError
     if op.primitive in _SQUARES:
       degrees *= 2
     degree = sum(degrees) if op.primitive in (*_SQUARES, *_PRODUCTS) else max(degrees)

@@ -112,7 +112,8 @@ def exponent_of(op: Operation) -> Known | Value:
 
 def is_multiple(y: Known, n: int, rest: int = 0) -> np.ndarray:
   """Where an exponent is an integer that leaves this rest when divided by n."""
-  return (y.low == y.high) & (y.low % n == rest)
+  with np.errstate(invalid="ignore"):
+    return (y.low == y.high) & (y.low % n == rest)
 
 
 def _power(op: Operation, of: Callable[[Any], Masks]) -> Masks:

@@ -48,7 +48,8 @@ class Known:
     """The number, or the middle of its enclosure: for estimates and messages."""
     if self.low is self.high or not self.is_float:
       return self.low
-    return self.low + (self.high - self.low) / 2
+    with np.errstate(all="ignore"):
+      return self.low + (self.high - self.low) / 2
 
   @property
   def is_float(self) -> bool:
