@@ -36,7 +36,7 @@ class Start:
     return state.replace(**meshes.put_like(like, self.more))
 
 
-def start_of(config: Any, program: Program, public: Public | None) -> Start:
+def start_of(config: Any, program: Program, public: Public | None = None) -> Start:
   """What `config.init_from` names: a run, or the file of which these are the public weights.
 
   Raises `UserError` where it does not fit the network.

@@ -226,7 +226,8 @@ CALLS = [
     jax.vmap(lambda x: -lax.psum(x * x, "i") - lax.pmax(x, "i"), axis_name="i"),
     "concave",
   ),
-  ("solution", lambda x: jnp.linalg.solve(SYSTEM, x), "affine"),
+  # Of its factors only is known that they are numbers.
+  ("solution", lambda x: jnp.linalg.solve(SYSTEM, x), "unknown"),
   ("solution of a triangular system", lambda x: solve_triangular(SYSTEM, x), "affine"),
   ("of a convex value", lambda x: solve_triangular(SYSTEM, relu(x)), "unknown"),
   ("of a singular system", lambda x: solve_triangular(jnp.zeros((4, 4)), x), "unknown"),
