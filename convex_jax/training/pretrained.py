@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from convex_jax.data.datasets import Data
+from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.public.importer import Public, load_public
 
@@ -22,6 +23,11 @@ def start(config: Any, examples: Data) -> tuple[Public, Data]:
 
   Raises `UserError`, see `load_public` and `Data.scaled`.
   """
+  if config.init_optimizer:
+    raise UserError(
+      f"config.init_optimizer is True, but {config.init_from} is no run; expected the folder of one in"
+      " config.init_from: files of public weights hold no optimizer state"
+    )
   model, image_shape = network_of(config, examples)
   public = load_public(model, config.init_from, image_shape, config.seed)
   normalise = config.data.normalise

@@ -44,12 +44,8 @@ def start_of(config: Any, program: Program, public: Public | None = None) -> Sta
   path = files.expand(config.init_from)
   if os.path.isdir(path):
     return _of_run(config, program, Workdir(path))
-  if config.init_optimizer:
-    raise UserError(
-      f"config.init_optimizer is True, but {path} is no run; expected the folder of one in"
-      " config.init_from: files of public weights hold no optimizer state"
-    )
-  assert public is not None, path
+  if public is None:
+    public, _ = pretrained.start(config, program.examples)
   return Start(pretrained.words(config, public, program.examples), public.weights)
 
 
