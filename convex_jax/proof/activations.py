@@ -162,6 +162,11 @@ class Jet:
   is_continuous: Any = True  # Whether its limits at the ends are its values there.
 
   @property
+  def is_affine(self) -> bool:
+    """Whether it surely is, all over the piece."""
+    return bool(np.all(_is_zero(_ends_at(self.second, _PIECE))))
+
+  @property
   def steepness(self) -> Ends:
     return self.slope if self.over is ONE else divide(self.slope, self.over)
 
@@ -207,7 +212,7 @@ class Jet:
     return np.logical_and(self.is_continuous, other.is_continuous)
 
 
-class _Piece:
+class Piece:
   """Reads values as functions of `root` between two of its values, or at one: `low` = `high`.
 
   Args:
@@ -217,7 +222,7 @@ class _Piece:
     points: the readings at the left and the right end; None where it is infinite.
   """
 
-  def __init__(self, root: Value, low: Any, high: Any, points: Sequence["_Piece | None"] = ()):
+  def __init__(self, root: Value, low: Any, high: Any, points: Sequence["Piece | None"] = ()):
     ends = [np.where(np.isfinite(end), end, np.nan) for end in (low, high)]
     value = np.stack([low, *ends]), np.stack([high, *ends])
     self._root, self._points = root, points
@@ -252,7 +257,7 @@ class _Piece:
       op = _operation(inputs[0])
       name = "softplus" if op.primitive == "exp" else name
     jet = self.of(op.inputs[0])
-    if name == "neg" or (name == "abs" and self._order(jet, strictly=False) < 0):
+    if name == "neg" or (name == "abs" and self.sign(op.inputs[0]) < 0):
       return jet.negated()
     if name == "abs":
       return jet
@@ -261,6 +266,10 @@ class _Piece:
     if name in DERIVATIVES:
       return jet.through(DERIVATIVES[name](jet.value))
     raise _NoRuleError
+
+  def sign(self, node: Value | Known) -> int:
+    """That of a value, where it is not 0; the same all over the piece."""
+    return self._order(self.of(node), strictly=False)
 
   def settled(self, node: Value | Known) -> tuple[Value | Known, Any]:
     """What the choices that made a node take here, and whether they take no other at the ends."""
@@ -337,7 +346,7 @@ def _tight(value: Ends, slope: Ends) -> Ends:
   return low, high
 
 
-def _are_equal(p: _Piece, x: Any, end: int, q: _Piece, y: Any) -> Any:
+def _are_equal(p: Piece, x: Any, end: int, q: Piece, y: Any) -> Any:
   """Whether the limit of x at an end of the piece p is surely the value of y there, at q."""
   x, y = _without_zeros(p, x, end), _without_zeros(q, y, _PIECE)
   a, b = ([_at(e, i) for e in z.of(v).value] for z, v, i in ((p, x, end), (q, y, _PIECE)))
@@ -353,7 +362,7 @@ def _are_equal(p: _Piece, x: Any, end: int, q: _Piece, y: Any) -> Any:
   return exact | all(np.all(_are_equal(p, u, end, q, v)) for u, v in pairs)
 
 
-def _without_zeros(p: _Piece, x: Any, end: int) -> Any:
+def _without_zeros(p: Piece, x: Any, end: int) -> Any:
   """x, without what is added to it and is 0 there."""
   x, _ = p.settled(x)
   if isinstance(x, Value) and x is not p._root and _operation(x).primitive in ("add", "sub"):
@@ -369,7 +378,7 @@ class Looks:
   """Second looks at the values of one computation, which share what they read."""
 
   def __init__(self):
-    self._pieces: dict[Any, tuple[Value, list[_Piece]]] = {}
+    self._pieces: dict[Any, tuple[Value, list[Piece]]] = {}
 
   def at(self, op: Operation, masks: Masks) -> tuple[Masks, Operation]:
     """The masks of a value, better where it is a scalar function of an earlier one; and it."""
@@ -394,17 +403,19 @@ class Looks:
         break
     return (masks, op) if found is None else found
 
-  def _between(self, root: Value, kinks: list[np.ndarray]) -> list[_Piece]:
+  def _between(self, root: Value, kinks: list[np.ndarray]) -> list[Piece]:
     """Readings of the pieces of the line, from the first number on."""
     key = id(root), *((k.shape, k.tobytes()) for k in kinks)
     if key not in self._pieces:
-      finite = [np.isfinite(k).all() for k in kinks]
-      points = [
-        _Piece(root, k, k) if there else None for k, there in zip(kinks, finite, strict=True)
-      ]
-      sides = zip(itertools.pairwise(kinks), itertools.pairwise(points), strict=True)
-      self._pieces[key] = root, [_Piece(root, *ends, points) for ends, points in sides]
+      self._pieces[key] = root, pieces_between(root, kinks)
     return self._pieces[key][1]
+
+
+def pieces_between(root: Value, ends: Sequence[np.ndarray]) -> list[Piece]:
+  """Readings of the pieces of the line between these ends, in rising order."""
+  points = [Piece(root, k, k) if np.isfinite(k).all() else None for k in ends]
+  sides = zip(itertools.pairwise(ends), itertools.pairwise(points), strict=True)
+  return [Piece(root, *pair, at) for pair, at in sides]
 
 
 def _reached(root: Value, kinks: list[np.ndarray]) -> list[np.ndarray]:
@@ -416,13 +427,18 @@ def _reached(root: Value, kinks: list[np.ndarray]) -> list[np.ndarray]:
   return ends
 
 
+def slope_change(left: Jet, right: Jet) -> tuple[Any, Any]:
+  """Whether the slope falls nowhere at the kink between two pieces, and whether it rises nowhere."""
+  before = _times(_ends_at(left.slope, _RIGHT), _ends_at(right.over, _LEFT))
+  after = _times(_ends_at(right.slope, _LEFT), _ends_at(left.over, _RIGHT))
+  return before[1] <= after[0], after[1] <= before[0]
+
+
 def _judged(jets: list[Jet], ends: list[np.ndarray]) -> ScalarFunction:
   """What is proved of a function of which these are the pieces between these ends."""
   falls, rises, note = np.False_, np.False_, ""
   for k, left, right in zip(ends[1:-1], jets[:-1], jets[1:], strict=True):
-    before = _times(_ends_at(left.slope, _RIGHT), _ends_at(right.over, _LEFT))
-    after = _times(_ends_at(right.slope, _LEFT), _ends_at(left.over, _RIGHT))
-    up, down = before[1] <= after[0], after[1] <= before[0]
+    up, down = slope_change(left, right)
     falls, rises = falls | ~up, rises | ~down
     if not note and not np.all(up):
       slopes = (_ends_at(x.steepness, i)[0] for x, i in ((left, _RIGHT), (right, _LEFT)))
@@ -444,6 +460,7 @@ def _judged(jets: list[Jet], ends: list[np.ndarray]) -> ScalarFunction:
     rising=everywhere(*(x[0] >= 0 for x in slopes)),
     falling=everywhere(*(x[1] <= 0 for x in slopes)),
     steepest=np.where(continuous, functools.reduce(np.maximum, steepest), np.inf),
+    ends=ends,
     note=note,
   )
 

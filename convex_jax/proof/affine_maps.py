@@ -15,7 +15,7 @@ import numpy as np
 import scipy.sparse
 from jax import lax
 
-from convex_jax.proof import log_sum_exp
+from convex_jax.proof.exponents import exponents
 from convex_jax.proof.values import Known, Operation, Value
 
 BATCH = 256  # Rows of a matrix that are computed together.
@@ -34,9 +34,11 @@ def is_affine(op: Operation) -> bool:
   """Whether the operation is an affine map of the inputs that are not known."""
   values = [x for x in op.inputs if isinstance(x, Value)]
   name = op.primitive
+  if not all(x.is_exact for x in op.inputs if isinstance(x, Known) and not x.is_float):
+    return False  # Rounding decides which element it takes.
   if op.scalar is not None or not all(x.is_real for x in values):
     return False
-  if name == "add" and log_sum_exp.exponents(op) is not None:
+  if name == "add" and exponents(op) is not None:
     return False
   if name == "integer_pow":
     return op.params["y"] == 1

@@ -14,7 +14,9 @@ signs of the matrices.
 
 import dataclasses
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,10 +27,10 @@ import numpy as np
 import scipy.sparse
 from jax import lax
 
-from convex_jax.proof import affine_maps, log_sum_exp
-from convex_jax.proof.activations import COMPARISONS
+from convex_jax.proof import activations, affine_maps
 from convex_jax.proof.affine_maps import Input, Matrix, is_affine
 from convex_jax.proof.certificate import proved
+from convex_jax.proof.exponents import exponents
 from convex_jax.proof.values import Known, Operation, ScalarFunction, Value
 
 LARGEST = 10**8  # Entries of the second derivatives of a product of two affine values.
@@ -349,38 +351,46 @@ class _Export:
     self.define(size, value)
     return size
 
-  def kinked(self, t: cp.Variable, z: _Affine, half: "_Half", f: ScalarFunction, sign: int):
-    """t >= f(z), f convex (sign 1), or t <= f(z), f concave (sign -1), with one kink c.
+  def kinked(self, t: cp.Variable, z: _Affine, reading: "_Reading", f: ScalarFunction, sign: int):
+    """t >= f(z), f convex (sign 1), or t <= f(z), f concave (sign -1), with kinks c_1 < ... < c_n.
 
-    If both sides are affine, f is their maximum. Otherwise it is the least of
+    If all pieces are affine, f is their maximum. Otherwise it is the least of
 
-        left(z - b) + right(c + b) - f(c)    over b >= 0 with z - b <= c,
+        f_0(z - b_1) + f_1(c_1 + b_1 - b_2) + ... + f_n(c_n + b_n) - f(c_1) - ... - f(c_n)
 
-    as slopes do not fall at the kink; for a concave f, the greatest. The second bound holds by
-    itself where the right side is affine and continues the slope of the left one, as ELU's does:
-    left, convex beyond c, then lies above right there. Solvers are faster without it.
+    over b >= 0 that leave each argument in its piece, as slopes do not fall at the kinks and no
+    arguments with the sum z + c_1 + ... + c_n are closer together than z and the kinks; for a
+    concave f, the greatest. The bound of a single kink holds by itself where the right piece is
+    affine and continues the slope of the left one, as ELU's does: left, convex beyond c, then lies
+    above right there. Solvers are faster without it.
     """
     if z.size != t.size:
       raise _NoConicFormError
-    u, c = z.expression, _flat(f.kink, half.shape)
-    if np.all(f.left_affine) and np.all(f.right_affine):
-      sides = [half.of(u, side) for side in (-1, 1)]
+    u, last = z.expression, len(reading.pieces) - 1
+    kinks = [_flat(k, reading.shape) for k in f.ends[1:-1]]
+    if reading.is_affine:
+      sides = [reading.of(u, i) for i in range(last + 1)]
       constraints = [sign * (t - side) >= 0 for side in sides]
-      self.define(t, lambda: sign * np.maximum(*(sign * _number(side) for side in sides)))
+      self.define(t, lambda: sign * np.max([sign * _number(side) for side in sides], 0))
     else:
-      b = cp.Variable(z.size, nonneg=True)
-      bound = half.of(u - b, -1) + half.of(c + b, 1) - half.of(cp.Constant(c), -1).value
+      b = [cp.Variable(z.size, nonneg=True) for _ in kinks]
+      low = [u, *(k + above for k, above in zip(kinks, b, strict=True))]
+      at = [x - above for x, above in zip(low, b, strict=False)] + low[last:]
+      bound = functools.reduce(operator.add, (reading.of(x, i) for i, x in enumerate(at)))
+      bound -= sum(_number(reading.of(cp.Constant(k), i)) for i, k in enumerate(kinks))
       constraints = [sign * (t - bound) >= 0]
-      if not (np.all(f.right_affine) and np.array_equal(*f.slopes)):
-        constraints.append(u - b <= c)
-      self.define(b, lambda: np.maximum(_number(u) - c, 0.0))
+      if last > 1 or not reading.ends_smoothly:
+        constraints += [x <= k for x, k in zip(at, kinks, strict=False)]
+      constraints += [x >= y for x, y in itertools.pairwise(b)]
+      for k, above in zip(kinks, b, strict=True):
+        self.define(above, lambda k=k: np.maximum(_number(u) - k, 0.0))
       self.define(t, lambda: bound.value)
     if not all(constraint.is_dcp() for constraint in constraints):
       raise _NoConicFormError
     self.constraints += constraints
-    rising, falling = (_flat(x, half.shape) for x in (f.rising, f.falling))
+    rising, falling = (_flat(x, reading.shape) for x in (f.rising, f.falling))
     too_low, too_high = (z.below, z.above) if sign > 0 else (z.above, z.below)
-    curved = _flat(f.convex if sign > 0 else f.concave, half.shape)
+    curved = _flat(f.convex if sign > 0 else f.concave, reading.shape)
     bad = np.where(rising, too_low, np.where(falling, too_high, too_low | too_high))
     return bad | ~curved | z.infinite
 
@@ -400,17 +410,16 @@ def _plan(op: Operation) -> _Plan:
   if op.scalar is not None:
     z, f = op.scalar
     sign = 1 if np.any(f.convex) else -1
-    half = _Half(op, z, np.asarray(f.kink))
-    return _Plan((z,), functools.partial(_Export.kinked, half=half, f=f, sign=sign), sign)
-  if (found := log_sum_exp.exponents(op)) is not None:
+    build = functools.partial(_Export.kinked, reading=_Reading(op, z, f), f=f, sign=sign)
+    return _Plan((z,), build, sign)
+  if (found := exponents(op)) is not None:
     u, axes = found
     members = affine_maps.members(lambda x: x.sum(axes), u.shape)
     return _Plan((u,), functools.partial(_Export.log_sum_exp, members=members))
-  is_logaddexp = name == "custom_jvp_call" and log_sum_exp.is_logaddexp(op.eqn)
-  if is_logaddexp or name in ("max", "min"):
+  if name in ("logaddexp", "max", "min"):
     both = tuple(_wide(x, op.shape) for x in inputs)
     members = _pairs(op.shape)
-    if is_logaddexp:
+    if name == "logaddexp":
       return _Plan(both, functools.partial(_Export.log_sum_exp, members=members))
     return _extreme(both, members, name)
   if name == "clamp":
@@ -507,58 +516,49 @@ def _extreme(inputs, members: Matrix, name: str) -> _Plan:
   return _Plan(inputs, functools.partial(_Export.extreme, members=members, sign=sign), sign)
 
 
-class _Half:
-  """A scalar function on one side of its kink, as a CVXPY expression of its argument."""
+class _Reading:
+  """A scalar function on each of its pieces, as a CVXPY expression of its argument."""
 
-  def __init__(self, op: Operation, root: Value, kink: np.ndarray):
+  def __init__(self, op: Operation, root: Value, f: ScalarFunction):
     self.shape = op.shape
-    self._op, self._root, self._kink = op, root, kink
+    self._value, self._root = Value(*Known.exactly(np.zeros(op.shape)).masks, op), root
+    with np.errstate(all="ignore"):
+      self.pieces = activations.pieces_between(root, f.ends)
+      jets = [piece.of(self._value) for piece in self.pieces]
+      self.is_affine = all(jet.is_affine for jet in jets)
+      smooth = len(jets) > 1 and all(map(np.all, activations.slope_change(*jets[-2:])))
+      self.ends_smoothly = smooth and jets[-1].is_affine
 
-  def of(self, at: cp.Expression, side: int) -> cp.Expression:
-    """The function, continued beyond the kink; `side` is -1 below it, 1 above it."""
-    return self._operation(self._op, at, side)
+  def of(self, at: cp.Expression, piece: int) -> cp.Expression:
+    """The function, continued beyond the piece's ends."""
+    return self._node(self._value, at, self.pieces[piece])
 
-  def _node(self, node: Value | Known, at, side: int):
+  def _node(self, start: Value | Known, at, piece: activations.Piece) -> Any:
+    with np.errstate(all="ignore"):
+      node, _ = piece.settled(start)
     if node is self._root:
       return at
     if isinstance(node, Known):
       return cp.Constant(_flat(node.array, self.shape))
-    if node.made_by is None:
-      raise _NoConicFormError
-    return self._operation(node.made_by, at, side)
-
-  def _operation(self, op: Operation, at, side: int):
+    op = node.made_by
+    assert op is not None
     name, inputs = op.primitive, op.inputs
-    if name == "select_n" and len(inputs) == 3 and isinstance(inputs[0], Value):
-      test = inputs[0].made_by
-      if test is None or test.primitive not in COMPARISONS:
-        raise _NoConicFormError
-      chosen = COMPARISONS[test.primitive](self._compare(test.inputs, side), 0)
-      return self._node(inputs[1 + chosen], at, side)
-    if name in ("max", "min"):
-      first = (self._compare(inputs, side) > 0) == (name == "max")
-      return self._node(inputs[0 if first else 1], at, side)
-    parts = [self._node(x, at, side) for x in inputs]
+    parts = [self._node(x, at, piece) for x in inputs]
     if name in _EXPONENTIALS:
       return _EXPONENTIALS[name](*parts)
-    if name == "abs" and inputs[0] is self._root and not self._kink.any():
-      return side * parts[0]
+    if name == "abs":
+      with np.errstate(all="ignore"):
+        return parts[0] if piece.sign(inputs[0]) > 0 else -parts[0]
     if name in ("add", "sub"):
       return parts[0] + (parts[1] if name == "add" else -parts[1])
     if name == "neg":
       return -parts[0]
     if name == "mul":
-      return cp.multiply(*parts)
+      return cp.square(parts[0]) if inputs[0] is inputs[1] else cp.multiply(*parts)
+    if name == "square" or (name == "integer_pow" and op.params["y"] == 2):
+      return cp.square(parts[0])
     if name == "div" and isinstance(inputs[1], Known):
       return cp.multiply(1 / parts[1].value, parts[0])
-    raise _NoConicFormError
-
-  def _compare(self, pair: Sequence[Any], side: int) -> int:
-    """The sign of a - b, one being the argument and the other its kink."""
-    a, b = pair
-    for x, y, sign in ((a, b, side), (b, a, -side)):
-      if x is self._root and isinstance(y, Known) and np.array_equal(y.array, self._kink):
-        return sign
     raise _NoConicFormError
 
 

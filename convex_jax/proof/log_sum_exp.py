@@ -442,7 +442,7 @@ def _joined(larger: Term, soft: Term) -> Term | None:
   if not _is_difference(d, *op.inputs):
     return None
   nc = np.broadcast_to(either(*(x.masks[0] for x in op.inputs)), op.shape)
-  made_by = dataclasses.replace(op, primitive="logaddexp")
+  made_by = dataclasses.replace(op, primitive=f"logadd{base}")
   root = Value(nc, uniform(True, op.shape), made_by)
   return dataclasses.replace(larger, root=root)
 
@@ -462,11 +462,13 @@ def look(op: Operation) -> tuple[Masks, Operation]:
   if op.primitive == "sign":
     return _look_at_sign(op), op
   nothing = uniform(True, op.shape)
-  form = _Reader().sum(Value(nothing, nothing, op)).finite().simplified()
-  terms = form.terms
-  if len(terms) == 1 and not terms[0].moves and not terms[0].factors and not terms[0].divisors:
-    made_by = terms[0].root.made_by
-    if made_by is not None and made_by.primitive == "logaddexp" and not terms[0].negative:
+  form = _Reader().sum(Value(nothing, nothing, op)).finite()
+  whole = op.primitive == "add" and {id(t.root) for t in form.terms} == set(map(id, op.inputs))
+  form = form.simplified()
+  if whole and len(form.terms) == 1:  # Nothing but the two terms, no known number or weight.
+    (term,) = form.terms
+    made_by = term.root.made_by
+    if made_by is not None and made_by.primitive == "logaddexp" and not term.factors:
       op = dataclasses.replace(op, primitive="logaddexp", inputs=made_by.inputs)
   return form.masks(), op
 

@@ -74,13 +74,14 @@ def is_finite(known: Known) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScalarFunction:
-  """What is proved of a scalar function with kinks; every field but the note may be an array."""
+  """What is proved of a scalar function with kinks; every field but the last two may be an array."""
 
   convex: Any
   concave: Any
   rising: Any
   falling: Any
   steepest: Any  # A bound on its slope's magnitude, infinite if none is known.
+  ends: Sequence[np.ndarray] = ()  # Of its pieces, in rising order; infinite or kinks.
   note: str = ""  # What keeps it from being convex.
 
 
