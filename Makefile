@@ -16,9 +16,9 @@ test: $(INSTALLED)  ## The default tests, a few minutes.
 test-slow: $(INSTALLED)  ## The tests that the default leaves out; the wheel's are among them.
 	$(BIN)/python -m pytest -m slow --ignore=tests/models/test_parity.py
 
-parity: $(INSTALLED)  ## Every architecture against timm or torchvision; installs them, gigabytes.
+parity: $(INSTALLED)  ## Against timm, torchvision and OTT-JAX; installs them, gigabytes.
 	$(PIP) install --editable '.[parity]'
-	$(BIN)/python -m pytest -m '' --dist load tests/models/test_parity.py
+	$(BIN)/python -m pytest -m '' --dist load tests/models/test_parity.py tests/proof/test_ott.py
 
 lint: $(INSTALLED)  ## Style and types.
 	$(BIN)/ruff check .
