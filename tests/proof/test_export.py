@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from convex_jax.models import catalog
-from convex_jax.proof import export, export_cvxpy, interpreter
+from convex_jax.proof import certify, export, export_cvxpy, interpreter
 from convex_jax.proof.certificate import NotProved
 from convex_jax.proof.minimum import minimise
 from tests.support import ROOT, mutants
@@ -51,6 +51,10 @@ def scanned(x):
   return carry + rows[0]
 
 
+def huber(z):
+  return jnp.where(jnp.abs(z) < 1.5, 0.5 * z**2, 1.5 * (jnp.abs(z) - 0.75))
+
+
 FUNCTIONS = {  # Each of an input of N numbers, but for the convolutions.
   "elu": mlp(nn.elu),
   "relu": mlp(nn.relu),
@@ -68,6 +72,9 @@ FUNCTIONS = {  # Each of an input of N numbers, but for the convolutions.
   "concave activations": lambda x: (
     jnp.where(x < 1, x, 2 * x - 1) - jnp.where(x < 0, x, -jnp.expm1(-x))
   ),
+  "several kinks": mlp(lambda z: jnp.where(z < -1, -1, jnp.where(z < 0.5, z, 3 * z - 1))),
+  "several bends": lambda x: huber(x @ FIRST) @ LAST,
+  "solved kinks": lambda x: jnp.where(2 * x + 1 > 3, 3 * x - 1, x + 1) @ SECOND[:N],
   "clip": lambda x: jnp.clip(x @ FIRST, min=-0.5) @ LAST + jax.lax.clamp(0.0, x[:2], jnp.inf),
   "cumulative": lambda x: (
     jax.lax.cummax(x) + jnp.cumsum(jnp.abs(x)) - jax.lax.cummin(-x, reverse=True)
@@ -312,6 +319,25 @@ def test_what_further_rules_prove_has_its_values(name, believing):
 def test_a_wrong_proof_is_found_out_by_the_signs(function, believing):
   """The negative control: the export looks at the signs itself."""
   with pytest.raises(ValueError, match=r"no conic form|signs"):
+    export_cvxpy(function, jnp.ones(N))
+
+
+def softening(base, x):
+  return jnp.log1p(base(-jnp.abs(x - x[::-1])))
+
+
+@pytest.mark.parametrize(
+  "function",
+  [
+    lambda x: (jnp.maximum(x, x[::-1]) + 1) + softening(jnp.exp, x),
+    lambda x: jnp.maximum(x, x[::-1]) + softening(jnp.exp2, x),
+    lambda x: jnp.maximum(x, x[::-1]) + 0.5 * softening(jnp.exp, x),
+  ],
+)
+def test_what_is_nearly_a_logaddexp_is_not_taken_for_one(function):
+  """It is proved, and as convex as one, but its values are others."""
+  assert certify(function, jnp.ones(N)).verdict == "PROVED"
+  with pytest.raises(ValueError, match="log1p has no conic form"):
     export_cvxpy(function, jnp.ones(N))
 
 
