@@ -499,6 +499,8 @@ UNPROVED = {
   "reductions: nanmax",
   "reductions: at[].subtract of a concave value",
   "reductions: trapezoid",
+  "known numbers: trace of an inverse",
+  "networks: linear part by an inverse",
   "networks: linear part by a fixed solve",
   "networks: linear part by fft",
   "concave: log likelihood of a multivariate normal",
