@@ -2,10 +2,13 @@
 
 import dataclasses
 import os
+import signal
 
 import jax
 import pytest
 
+if hasattr(signal, "SIGHUP"):  # Under nohup it is ignored, also by the processes that tests start.
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 

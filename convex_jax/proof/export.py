@@ -92,7 +92,7 @@ def export_cvxpy(f: Callable[..., jax.Array], *args: Any, argnums: int = -1) -> 
     The program, whose weights are float64. A concave f is exported as -f.
 
   Raises:
-    NotProved: some output is not proved convex.
+    convex_jax.proof.certificate.NotProved: some output is not proved convex.
     ValueError: an operation is proved and has no conic form here; the message says where it is.
   """
   output = proved(f, *args, argnums=argnums)

@@ -50,7 +50,7 @@ class Certifier:
       given for pixels in 0..1.
 
   Raises:
-    NotProved: a logit is not proved convex in the input, or its slope has no bound.
+    convex_jax.proof.certificate.NotProved: a logit is not proved convex in the input, or its slope has no bound.
   """
 
   def __init__(
