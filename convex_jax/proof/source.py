@@ -1,6 +1,7 @@
 """Where in the source code an operation of a jaxpr was written."""
 
 import dataclasses
+import functools
 import os
 import sys
 import sysconfig
@@ -44,10 +45,7 @@ def place_of(eqn, outer: Place) -> Place:
   frames = info.traceback.frames if info.traceback else []
   owns = [f for f in frames if _is_own(f.file_name)]
   own = next((f for f in owns if f.file_name not in PLUMBING), next(iter(owns), None))
-  folders = _folders(_NAMED)
-  named = [
-    f for f in frames if f.file_name.startswith(folders) and not f.file_name.endswith(_MACHINERY)
-  ]
+  named = [f for f in frames if _is_named(f.file_name)]
   calls = [f for f in named if f.function_name.endswith("__call__")]
   frame = next(iter([*calls, *named]), own)
   function = frame.function_name if frame else str(eqn.params.get("name", ""))
@@ -57,6 +55,14 @@ def place_of(eqn, outer: Place) -> Place:
   return Place(module, function, own.file_name if own else "", own.line_num if own else 0)
 
 
+# By file, as thousands of frames ask; code that runs is of libraries that are loaded.
+@functools.cache
+def _is_named(path: str) -> bool:
+  """Whether a file's functions name what they compute."""
+  return path.startswith(_folders(_NAMED)) and not path.endswith(_MACHINERY)
+
+
+@functools.cache
 def _is_own(path: str) -> bool:
   """Whether a file is the user's: not jax's, Flax's, Python's, nor of this package."""
   if path.startswith((*_folders([("jax",), ("flax",)]), _HERE, "<")):
