@@ -84,6 +84,8 @@ def get_config() -> ConfigDict:
   config.model.branch_scales = True  # Learnt scales >= 0 on residual branches; `ioc` only.
   # twin: the twin's; own: as published; batch, layer, affine: this kind in any twin.
   config.model.norm = "twin"
+  # twin: the twin's; static: learnt weights, or none, in place of gates made of features.
+  config.model.gates = "twin"
   # head: only the head is the twin's, on an unconstrained trunk.
   config.model.convex_from = "image"
   config.model.head_depth = 0  # Hidden layers of the head; 0: linear, as published.

@@ -101,7 +101,7 @@ class Gate(nn.Module):
 class Mix(nn.Module):
   """A dense layer on the weighted sum of three branches: along the width, the height, neither.
 
-  The published weights come from a `Gate`. Without gates (`ioc`) they are learnt numbers >= 0,
+  The published weights come from a `Gate`. Without gates (`ioc`, or static ones) they are learnt numbers >= 0,
   so that the whole is affine: where x is affine in the image (`first`) every sign is free.
   In a gated first block the report's code exempts the branches and the first matrix of the gate.
   """

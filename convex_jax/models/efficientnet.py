@@ -116,7 +116,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Block(nn.Module):
-  """Inverted bottleneck, residual where the shapes agree; without squeeze-excite in `ioc`."""
+  """Inverted bottleneck, residual where the shapes agree; without squeeze-excite in `ioc`, or where gates are static."""
 
   features: int
   side: int

@@ -261,6 +261,7 @@ def paper(constraint: str = "clamp") -> Twin:
 TWINS = ("base", "ioc", "paper")
 NORMS = {"twin": {}, "own": {"norm_kind": None}}
 NORMS |= {kind: {"norm_kind": kind} for kind in ("batch", "layer", "affine")}
+GATES = ("twin", "static")
 CONVEX_FROM = ("image", "head")
 
 
@@ -272,6 +273,7 @@ def make_parts(
   log_normal_init: bool = True,
   branch_scales: bool = True,
   norm: str = "twin",
+  gates: str = "twin",
   convex_from: str = "image",
   head_depth: int = 0,
   head_width: int = 256,
@@ -287,6 +289,7 @@ def make_parts(
     log_normal_init: initial weights that suit a convex network, in `ioc` alone.
     branch_scales: learnt scales >= 0 on residual branches, in `ioc` alone.
     norm: "twin", "own" (the architecture's), or a kind: "batch", "layer", "affine".
+    gates: "twin", or "static": learnt weights, or none, in place of gates made of features.
     convex_from: "image", or "head": the twin is the head's, on a trunk as published.
     head_depth: hidden layers of the head.
     head_width: units of each.
@@ -300,7 +303,7 @@ def make_parts(
     raise ValueError(f"Unknown twin {name!r}; expected one of {', '.join(TWINS)}")
   choices = dict(passthrough=passthrough, principled=log_normal_init, branch_scales=branch_scales)
   twin = {"base": Twin("base"), "ioc": ioc(constraint, **choices), "paper": paper(constraint)}[name]
-  twin = dataclasses.replace(twin, **NORMS[norm])
+  twin = dataclasses.replace(twin, **NORMS[norm], gates=twin.gates and gates == "twin")
   head_spec = HeadSpec(head_depth, head_width, one_logit)
   if convex_from == "head":
     head_spec, twin = dataclasses.replace(head_spec, twin=twin), Twin("base")

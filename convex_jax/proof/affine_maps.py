@@ -50,8 +50,8 @@ def is_affine(op: Operation) -> bool:
   return name in _MOVES or name in _SUMS or (name in _BILINEAR and len(values) == 1)
 
 
-def apply(op: Operation, arrays: list[jax.Array]) -> jax.Array:
-  """An affine operation on float64 arrays."""
+def apply(op: Operation, arrays: list[jax.Array], dtype: Any = np.float64) -> jax.Array:
+  """An affine operation on arrays of a dtype."""
   if op.primitive == "scan":  # The border of an unrolled loop.
     return jnp.stack(arrays) if op.index is None else arrays[0][op.index]
   if op.primitive == "scatter-add":  # Its body adds in the program's dtype.
@@ -60,7 +60,7 @@ def apply(op: Operation, arrays: list[jax.Array]) -> jax.Array:
     return lax.scatter_add(operand, indices, updates, **options)
   changed: dict[str, Any] = {}
   if op.params.get("preferred_element_type") is not None:
-    changed["preferred_element_type"] = np.dtype(np.float64)
+    changed["preferred_element_type"] = np.dtype(dtype)
   out = op.bind(*arrays, **changed)
   return out[op.index] if op.primitive == "split" else out
 

@@ -27,7 +27,7 @@ import numpy as np
 import scipy.sparse
 from jax import lax
 
-from convex_jax.proof import activations, affine_maps
+from convex_jax.proof import affine_maps, jets
 from convex_jax.proof.affine_maps import Input, Matrix, is_affine
 from convex_jax.proof.certificate import proved
 from convex_jax.proof.exponents import exponents
@@ -523,17 +523,17 @@ class _Reading:
     self.shape = op.shape
     self._value, self._root = Value(*Known.exactly(np.zeros(op.shape)).masks, op), root
     with np.errstate(all="ignore"):
-      self.pieces = activations.pieces_between(root, f.ends)
-      jets = [piece.of(self._value) for piece in self.pieces]
-      self.is_affine = all(jet.is_affine for jet in jets)
-      smooth = len(jets) > 1 and all(map(np.all, activations.slope_change(*jets[-2:])))
-      self.ends_smoothly = smooth and jets[-1].is_affine
+      self.pieces = jets.pieces_between(root, f.ends)
+      read = [piece.of(self._value) for piece in self.pieces]
+      self.is_affine = all(jet.is_affine for jet in read)
+      smooth = len(read) > 1 and all(map(np.all, jets.slope_change(*read[-2:])))
+      self.ends_smoothly = smooth and read[-1].is_affine
 
   def of(self, at: cp.Expression, piece: int) -> cp.Expression:
     """The function, continued beyond the piece's ends."""
     return self._node(self._value, at, self.pieces[piece])
 
-  def _node(self, start: Value | Known, at, piece: activations.Piece) -> Any:
+  def _node(self, start: Value | Known, at, piece: jets.Piece) -> Any:
     with np.errstate(all="ignore"):
       node, _ = piece.settled(start)
     if node is self._root:

@@ -21,7 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from convex_jax.proof import activations, choices, layouts, linear, log_sum_exp, quadratic, rules
+from convex_jax.proof import (
+  activations,
+  choices,
+  joint,
+  layouts,
+  linear,
+  log_sum_exp,
+  quadratic,
+  rules,
+)
 from convex_jax.proof.collectives import on_one_device
 from convex_jax.proof.constants import (
   SAME,
@@ -178,7 +187,6 @@ class Walk:
   def __init__(self):
     self._order = 0
     self._done: dict[Any, tuple[Any, list[Value | Known]]] = {}
-    self._looks = activations.Looks()
 
   def run(self, jaxpr, consts, arguments, place: Place, written=True) -> list[Value | Known]:
     """The outputs of `jaxpr` for these inputs; `place` is where it was called, or `written`."""
@@ -270,8 +278,12 @@ class Walk:
       found, op = log_sum_exp.look(op)
       masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
     if op.primitive in activations.ENDS and (masks[0] & masks[1]).any():
-      found, op = self._looks.at(op, masks)
+      found, op = activations.look(op, masks)
       masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
+    if op.primitive in joint.ENDS and (masks[0] & masks[1]).any():
+      found = joint.curvature(Value(*masks, op))
+      if found is not None:
+        masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
     if op.primitive in quadratic.PRIMITIVES and (masks[0] & masks[1]).any():
       found = quadratic.curvature(Value(*masks, op))
       if found is not None:

@@ -78,11 +78,23 @@ class ScalarFunction:
 
   convex: Any
   concave: Any
-  rising: Any
-  falling: Any
-  steepest: Any  # A bound on its slope's magnitude, infinite if none is known.
+  least: Any  # A lower bound of its slope; minus infinity if none is known.
+  most: Any  # An upper bound of it.
   ends: Sequence[np.ndarray] = ()  # Of its pieces, in rising order; infinite or kinks.
   note: str = ""  # What keeps it from being convex.
+
+  @property
+  def rising(self) -> Any:
+    return self.least >= 0
+
+  @property
+  def falling(self) -> Any:
+    return self.most <= 0
+
+  @property
+  def steepest(self) -> np.ndarray:
+    """A bound on its slope's magnitude."""
+    return np.maximum(np.abs(self.least), np.abs(self.most))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from convex_jax.data.catalog import DATASETS, SCALINGS
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.constraints import PROJECTIONS
-from convex_jax.models.parts import CONVEX_FROM, NORMS, TWINS, Rate
+from convex_jax.models.parts import CONVEX_FROM, GATES, NORMS, TWINS, Rate
 from convex_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 LARGEST = 2**31 - 1  # Integer, other than a seed.
@@ -163,6 +163,7 @@ RULES = {
   "model.log_normal_init": SWITCH,
   "model.branch_scales": SWITCH,
   "model.norm": one_of(NORMS),
+  "model.gates": one_of(GATES),
   "model.convex_from": one_of(CONVEX_FROM),
   "model.head_depth": integer(0),
   "model.head_width": integer(1),

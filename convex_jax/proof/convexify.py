@@ -1,0 +1,605 @@
+"""Any network's logits, made convex without a change to its softmax.
+
+Softmax, cross-entropy and argmax do not see a number that is added to all logits. So it is enough
+to find a function t(x) for which g_k(x) + t(x) is convex for every class k. Each value on the way
+to the logits is carried as
+
+    z = u + a - b,    u affine, a and b convex,
+
+all three computed by the network's own operations: a linear map W = W+ - W- takes (u, a, b) to
+(W u, W+ a + W- b, W+ b + W- a), a maximum of two values takes them to the maximum of
+u_1 + a_1 + b_2 and u_2 + a_2 + b_1, less b_1 + b_2, and a scalar function phi = phi_1 - phi_2
+(`splitting`), with slopes in [-alpha, beta], to
+
+    phi_1(z) + alpha a + beta b    and    phi_2(z) + alpha a + beta b.
+
+With the logits g = u + a - b, t is the sum of b over the classes. If they end in a matrix W, that
+is done before it: t = (-min_k W_k) a + (max_k W_k) b makes all weights non-negative, at the least
+cost. Every ReLU network is such a difference (Zhang, Naitzat and Lim 2018, "Tropical Geometry of
+Deep Neural Networks", theorem 5.4); what all classes share makes each of them convex.
+
+For two or more classes, then, convexity of the logits is no restriction. The price is the size of t, which
+grows with depth: predict with the logits, and keep t apart.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convex_jax.proof import affine_maps, interpreter
+from convex_jax.proof.certificate import Certificate, certify
+from convex_jax.proof.exponents import exponents
+from convex_jax.proof.jets import COMPARISONS, ELEMENTWISE, LOGIC, signature
+from convex_jax.proof.parameters import is_plain
+from convex_jax.proof.splitting import NoSplitError, Split, split
+from convex_jax.proof.values import Known, Operation, Value
+
+_WEIGHTED = {"mul", "div", "dot_general", "conv_general_dilated"}
+_EXTREMES = {"reduce_max": 1, "reduce_min": -1}
+_WINDOWS = {"reduce_window_max": 1, "reduce_window_min": -1}
+_SCALAR = ELEMENTWISE | set(COMPARISONS) | set(LOGIC) | {"logaddexp"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """How large the numbers are after one operation that is not affine.
+
+  Attributes:
+    place: the operation, and where it is in the source.
+    values: the standard deviation of its values z = u + a - b.
+    common: that of b, of which t is made; infinite or NaN if beyond the dtype.
+  """
+
+  place: str
+  values: float
+  common: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Convexified:
+  """A network, and the term that makes its logits convex: see `convexify`.
+
+  The functions are of the input alone, of one shape; they may be jitted, mapped and differentiated.
+
+  Attributes:
+    logits: the network itself, g(x).
+    example: shape and dtype of the input.
+  """
+
+  logits: Callable[[jax.Array], jax.Array]
+  example: jax.ShapeDtypeStruct
+  _program: "_Program"
+
+  def common(self, x: jax.Array) -> jax.Array:
+    """t(x), with a last axis of length 1; infinite or NaN where it is beyond the dtype."""
+    return self._program(x)[1]
+
+  def convex_logits(self, x: jax.Array) -> jax.Array:
+    """g(x) + t(x), as a sum, in which no large numbers cancel; likewise infinite or NaN."""
+    return self._program(x)[0]
+
+  def layers(self, x: jax.Array) -> list[Layer]:
+    """The growth of t through the network, at some inputs."""
+    layers: list[Layer] = []
+    self._program(x, layers)
+    return layers
+
+  @functools.cached_property
+  def certificate(self) -> Certificate:
+    """That of `convex_logits`."""
+    return certify(self.convex_logits, self.example, search_steps=0)
+
+
+def convexify(f: Callable[..., jax.Array], *args: Any, argnums: int = -1) -> Convexified:
+  """Makes the logits `f(*args)` convex in one of its arguments without changing their softmax.
+
+  Args:
+    f: any JAX function that returns one array, with the K >= 2 logits on its last axis, made of
+      affine maps, maxima and scalar functions of bounded slope.
+    *args: its arguments, as for `certify`. Of the input, only shape and dtype matter; floats
+      of less than 32 bits are computed in float32.
+    argnums: which argument is the input, as in `jax.grad`; by default the last.
+
+  Raises:
+    ValueError: an operation has no such form, as a product of two values; the message says where
+      it is. Or as `certify`.
+  """
+  at = interpreter.input_position(args, argnums)
+  outputs, _ = interpreter.analyse(f, *args, argnums=argnums)
+  if len(outputs) != 1:
+    raise ValueError(f"the function returns {len(outputs)} arrays; expected one, of logits")
+  (output,) = outputs
+  if not output.shape or output.shape[-1] < 2:
+    raise ValueError(
+      f"the function returns an array of shape {output.shape}; expected two or more logits on its"
+      " last axis (of one logit z, the two logits are 0 and z)"
+    )
+  if not isinstance(output, Value):
+    raise ValueError("the logits do not depend on the input")
+  example = jax.ShapeDtypeStruct(args[at].shape, args[at].dtype)
+
+  def logits(x):
+    return f(*args[:at], x, *args[at + 1 :])
+
+  return Convexified(
+    logits, example, _Program(output, jnp.promote_types(example.dtype, jnp.float32))
+  )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Parts:
+  """A value as affine + convex - other; None is 0."""
+
+  affine: Any = None
+  convex: Any = None
+  other: Any = None
+  is_common: bool = False  # Whether `other` is the same along the last axis, and of any curvature.
+
+  @property
+  def above(self) -> Any:
+    """What is added."""
+    return _sum(self.affine, self.convex)
+
+  @property
+  def value(self) -> jax.Array:
+    above = self.above
+    return above if self.other is None else -self.other if above is None else above - self.other
+
+  def __neg__(self) -> "_Parts":
+    affine = None if self.affine is None else -self.affine
+    return _Parts(affine, self.other, self.convex)
+
+  def map(self, f: Callable[[jax.Array], jax.Array]) -> "_Parts":
+    affine, convex, other = (
+      None if x is None else f(x) for x in (self.affine, self.convex, self.other)
+    )
+    return _Parts(affine, convex, other)
+
+
+def _sum(*parts: Any) -> Any:
+  """The sum of those that are not None; None of none."""
+  return (
+    functools.reduce(jnp.add, present) if (present := [p for p in parts if p is not None]) else None
+  )
+
+
+_Read = Callable[[Any], _Parts]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Step:
+  """How the parts of a value are made of those of earlier ones."""
+
+  inputs: Sequence[Any]
+  make: Callable[[_Read], _Parts]
+
+
+class _Program:
+  """Computes the convex logits and the common term from an input."""
+
+  def __init__(self, output: Value, dtype: Any):
+    self._output, self._dtype = output, dtype
+    self._steps: dict[int, _Step] = {}
+    self._splits: dict[Any, Split] = {}
+    self._order = affine_maps.in_order([output], self._inputs_of)
+    self._tail = _tail(output, self._order, self._steps)
+
+  def __call__(
+    self, x: jax.Array, layers: list[Layer] | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    done: dict[int, _Parts] = {}
+
+    def read(node):
+      if isinstance(node, Value):
+        return done[id(node)]
+      return self._read_known(node)
+
+    for value in self._order:
+      if value.made_by is None:
+        done[id(value)] = _Parts(jnp.asarray(x, self._dtype))
+        continue
+      done[id(value)] = parts = self._steps[id(value)].make(read)
+      if layers is not None and not affine_maps.is_affine(value.made_by):
+        other = 0.0 if parts.other is None else float(jnp.std(parts.other))
+        op = value.made_by
+        layers.append(Layer(f"{op.primitive} in {op.place}", float(jnp.std(parts.value)), other))
+    parts = done[id(self._output)]
+    return self._ended(parts)
+
+  def _ended(self, parts: _Parts) -> tuple[jax.Array, jax.Array]:
+    """(convex logits, common term)."""
+    shape, above = self._output.shape, parts.above
+    above = jnp.zeros(shape, self._dtype) if above is None else jnp.broadcast_to(above, shape)
+    if parts.other is None:
+      return above, jnp.zeros((*shape[:-1], 1), self._dtype)
+    other = jnp.broadcast_to(parts.other, shape)
+    if parts.is_common:
+      return above, other[..., :1]
+    others = 1 - jnp.eye(shape[-1], dtype=self._dtype)
+    return above + other @ others, other.sum(-1, keepdims=True)
+
+  def _read_known(self, k: Any) -> _Parts:
+    if isinstance(k, Known):
+      return _Parts(None if k.is_float and not np.any(k.array) else self._number(k))
+    return _Parts(jnp.asarray(k))
+
+  def _number(self, k: Known) -> jax.Array:
+    return jnp.asarray(k.array, self._dtype) if k.is_float else jnp.asarray(k.low)
+
+  def _inputs_of(self, value: Value) -> Sequence[Any]:
+    if value.made_by is None:
+      return ()
+    self._steps[id(value)] = step = self._step(value, value.made_by)
+    return step.inputs
+
+  def _step(self, value: Value, op: Operation) -> _Step:
+    name, inputs = op.primitive, op.inputs
+    if affine_maps.is_affine(op):
+      return _Step(inputs, lambda read: self._linear(value, op, read))
+    values = [x for x in inputs if isinstance(x, Value)]
+    if name in ("max", "min") and len(values) == 1:
+      return _Step(
+        inputs, lambda read: _extreme(*map(read, inputs), sign=1 if name == "max" else -1)
+      )
+    if name == "clamp" and values == [inputs[1]]:
+
+      def clamped(read):
+        low, x, high = map(read, inputs)
+        return _extreme(_extreme(x, low, sign=1), high, sign=-1)
+
+      return _Step(inputs, clamped)
+    if (found := exponents(op)) is not None:
+      u, axes = found
+      fold = functools.partial(_folded, axes=axes, pair=functools.partial(_extreme, soft=True))
+      return _Step([u], lambda read: fold(read(u)).map(lambda a: a.reshape(op.shape)))
+    reason = ""
+    for root in _roots(value):
+      try:
+        found = self._split(value, root)
+      except NoSplitError as error:
+        reason = reason or str(error)
+        continue
+      return _Step([root], functools.partial(_scalar_of, root, found))
+    if name in ("max", "min", "logaddexp"):
+      sign, soft = -1 if name == "min" else 1, name == "logaddexp"
+      return _Step(inputs, lambda read: _extreme(*map(read, inputs), sign=sign, soft=soft))
+    if name in _EXTREMES:
+      pair = functools.partial(_extreme, sign=_EXTREMES[name])
+      return _Step(
+        inputs,
+        lambda read: _folded(read(inputs[0]), op.params["axes"], pair).map(
+          lambda a: a.reshape(op.shape)
+        ),
+      )
+    if name in _WINDOWS and set(op.params["base_dilation"]) == {1}:
+      return _Step(inputs, lambda read: _pooled(read(inputs[0]), op, _WINDOWS[name]))
+    raise ValueError(_refusal(op, reason))
+
+  def _split(self, value: Value, root: Value) -> Split:
+    key = signature(value, root)
+    found = self._splits.get(key)
+    if found is None:
+      found = split(lambda z: self._between(value, root, z), value, root)
+      if key is not None:
+        self._splits[key] = found
+    return found
+
+  def _between(self, value: Value, root: Value, z: jax.Array) -> jax.Array:
+    """`value` as a function of `root`, at z."""
+    done = {id(root): z}
+
+    def inputs_of(node):
+      return () if node is root else node.made_by.inputs
+
+    for node in affine_maps.in_order([value], inputs_of):
+      if node is root:
+        continue
+      op = node.made_by
+      assert op is not None
+      arrays = [done[id(x)] if isinstance(x, Value) else self._known(x, z) for x in op.inputs]
+      done[id(node)] = jnp.logaddexp(*arrays) if op.primitive == "logaddexp" else op.bind(*arrays)
+    return done[id(value)]
+
+  def _known(self, x: Known, like: jax.Array) -> jax.Array:
+    return jnp.asarray(x.array, like.dtype) if x.is_float else jnp.asarray(x.low)
+
+  # Affine operations.
+
+  def _linear(self, value: Value, op: Operation, read: _Read) -> _Parts:
+    known = [x for x in op.inputs if isinstance(x, Known)]
+    if op.primitive in _WEIGHTED and len(known) == 1:
+      parts = read(next(x for x in op.inputs if isinstance(x, Value)))
+      if op.primitive == "div":
+        return _divided(op, parts, np.asarray(known[0].array), self._dtype)
+      weights = np.asarray(known[0].array)
+      if id(value) in self._tail and (axis := _class_axis(op)) is not None:
+        return self._head(op, parts, weights, axis)
+      return self._weighted(op, parts, weights)
+    if op.primitive in ("max", "min", "clamp"):  # With bounds that do not bind.
+      return read(next(x for x in op.inputs if isinstance(x, Value)))
+    signs = {"sub": (1, -1), "neg": (-1,)}.get(op.primitive, (1,) * len(op.inputs))
+    parts = [read(x) for x in op.inputs]
+    turned = [-p if sign < 0 else p for p, sign in zip(parts, signs, strict=True)]
+    apply = functools.partial(self._apply, "add" if op.primitive == "sub" else op.primitive, op)
+    is_common = id(value) in self._tail and all(p.is_common or p.other is None for p in parts)
+    affine = apply([p.affine for p in turned])
+    convex, other = (
+      apply(
+        [
+          getattr(p, kind) if isinstance(x, Value) else None
+          for p, x in zip(turned, op.inputs, strict=True)
+        ]
+      )
+      for kind in ("convex", "other")
+    )
+    return _Parts(affine, convex, other, is_common and other is not None)
+
+  def _apply(self, name: str, op: Operation, arrays: list[Any]) -> Any:
+    """An operation without weights on one kind of part, in which what is absent is 0."""
+    floats = [isinstance(x, Value) or (isinstance(x, Known) and x.is_float) for x in op.inputs]
+    if all(a is None for a, is_float in zip(arrays, floats, strict=True) if is_float):
+      return None
+    if name in ("add", "add_any"):
+      return jnp.broadcast_to(_sum(*arrays), op.shape)
+    if name == "neg":
+      return arrays[0]
+    whole = []
+    for a, x, is_float in zip(arrays, op.inputs, floats, strict=True):
+      if isinstance(x, Known) and not is_float:
+        whole.append(jnp.asarray(x.low))
+      else:
+        whole.append(jnp.zeros(x.shape, self._dtype) if a is None else a)
+    return affine_maps.apply(op, whole, self._dtype)
+
+  def _times(self, op: Operation, x: Any, weights: np.ndarray) -> Any:
+    """A bilinear operation of an array, None for 0, with other weights."""
+    if x is None:
+      return None
+    numbers = jnp.asarray(weights, self._dtype)
+    pair = [x, numbers] if isinstance(op.inputs[0], Value) else [numbers, x]
+    return affine_maps.apply(op, pair, self._dtype)
+
+  def _weighted(self, op: Operation, parts: _Parts, weights: np.ndarray) -> _Parts:
+    plus, minus = np.maximum(weights, 0), np.maximum(-weights, 0)
+    times = functools.partial(self._times, op)
+    has_minus, has_plus = minus.any(), plus.any()
+    convex = _sum(
+      times(parts.convex, plus) if has_plus else None,
+      times(parts.other, minus) if has_minus else None,
+    )
+    other = _sum(
+      times(parts.other, plus) if has_plus else None,
+      times(parts.convex, minus) if has_minus else None,
+    )
+    return _Parts(times(parts.affine, weights), convex, other)
+
+  def _head(self, op: Operation, parts: _Parts, weights: np.ndarray, axis: int) -> _Parts:
+    """Weights less their minimum over the classes, and the same for their negatives."""
+    least, most = weights.min(axis, keepdims=True), weights.max(axis, keepdims=True)
+    times = functools.partial(self._times, op)
+    convex = _sum(times(parts.convex, weights - least), times(parts.other, most - weights))
+    common = _sum(times(parts.convex, -least), times(parts.other, most))
+    if common is not None:
+      common = jnp.broadcast_to(common, op.shape)
+    return _Parts(times(parts.affine, weights), convex, common, is_common=True)
+
+
+def _divided(op: Operation, parts: _Parts, divisor: np.ndarray, dtype: Any) -> _Parts:
+  """By known numbers, of either sign."""
+  size, sign = jnp.asarray(np.abs(divisor), dtype), np.sign(divisor)
+  scaled = parts.map(lambda x: jnp.broadcast_to(x / size, op.shape))
+  if (sign > 0).all():
+    return scaled
+  turned = -scaled
+  if (sign < 0).all():
+    return turned
+  plus, minus = jnp.asarray(sign > 0, dtype), jnp.asarray(sign < 0, dtype)
+
+  def chosen(a, b):
+    return _sum(None if a is None else a * plus, None if b is None else b * minus)
+
+  kinds = ("affine", "convex", "other")
+  return _Parts(*(chosen(getattr(scaled, k), getattr(turned, k)) for k in kinds))
+
+
+# The end of the network, in which the classes lie along the last axis.
+
+
+def _tail(output: Value, order: list[Value], steps: dict[int, _Step]) -> set[int]:
+  """Values of which only the logits are made, and whose last axis is that of the classes."""
+  users: dict[int, list[Value]] = {}
+  for value in order:
+    for x in steps[id(value)].inputs if value.made_by else ():
+      if isinstance(x, Value):
+        users.setdefault(id(x), []).append(value)
+  tail: set[int] = set()
+  for value in reversed(order):
+    if value is output or all(id(u) in tail and _keeps_classes(u) for u in users[id(value)]):
+      tail.add(id(value))
+  return tail
+
+
+def _keeps_classes(value: Value) -> bool:
+  """Whether a value adds up parts of one other, with weights >= 0 that no two classes differ in."""
+  op = value.made_by
+  if op is None or not affine_maps.is_affine(op):
+    return False
+  name, inputs, params = op.primitive, op.inputs, op.params
+  if name in ("add", "add_any"):
+    return all(x.shape == op.shape for x in inputs if isinstance(x, Value))
+  if name == "sub":
+    return isinstance(inputs[1], Known) and inputs[0].shape == op.shape
+  if name in ("mul", "div"):
+    known = next(x for x in inputs if isinstance(x, Known)).array
+    return bool(known.size and known.flat[0] > 0 and np.all(known == known.flat[0]))
+  last = len(inputs[0].shape) - 1
+  if name == "reduce_sum":
+    return last not in params["axes"]
+  if name == "reduce_window_sum":
+    return params["window_dimensions"][-1] == 1 and tuple(params["padding"][-1]) == (0, 0)
+  if name == "reshape":
+    return inputs[0].shape[-1:] == op.shape[-1:] and params["dimensions"] is None
+  if name == "squeeze":
+    return last not in params["dimensions"]
+  if name == "broadcast_in_dim":
+    places = params["broadcast_dimensions"]
+    return bool(places) and places[-1] == len(op.shape) - 1 and inputs[0].shape[-1] == op.shape[-1]
+  return False
+
+
+def _class_axis(op: Operation) -> int | None:
+  """The axis of the weights along which the classes lie, if they are the result's last axis."""
+  if op.primitive == "dot_general":
+    sums, (batch, _) = op.params["dimension_numbers"]
+    at = 0 if isinstance(op.inputs[0], Known) else 1
+    free = [i for i in range(len(op.inputs[at].shape)) if i not in sums[at]]
+    is_last = at == 1 or len(op.inputs[1].shape) == len(sums[1])
+    return free[0] if len(free) == 1 and is_last and not batch else None
+  if op.primitive == "conv_general_dilated" and isinstance(op.inputs[1], Known):
+    numbers = op.params["dimension_numbers"]
+    is_last = numbers.out_spec[1] == len(op.shape) - 1
+    plain = op.params["feature_group_count"] == op.params["batch_group_count"] == 1
+    return numbers.rhs_spec[0] if is_last and plain else None
+  return None
+
+
+# Operations that are not affine.
+
+
+def _scalar_of(root: Value, found: Split, read: _Read) -> _Parts:
+  """phi_1(z) + alpha a + beta b and phi_2(z) + alpha a + beta b."""
+  z = read(root)
+  value = z.value
+  shared = _sum(_scaled(z.convex, found.falling), _scaled(z.other, found.rising))
+  convex, other = (None if g is None else g(value) for g in (found.convex, found.other))
+  return _Parts(None, _sum(convex, shared), _sum(other, shared))
+
+
+def _scaled(x: Any, factor: Any) -> Any:
+  if x is None or (isinstance(factor, float) and factor in (0.0, 1.0)):
+    return None if factor == 0.0 else x
+  return x * jnp.asarray(factor, x.dtype)
+
+
+def _extreme(x: _Parts, y: _Parts, sign: int = 1, soft: bool = False) -> _Parts:
+  """The larger of two values (sign 1), or the smaller (-1); softly, log(e^x + e^y)."""
+  if sign < 0:
+    return -_extreme(-x, -y)
+  larger = jnp.logaddexp if soft else jnp.maximum
+  convex = larger(*(_with(a.above, b.other) for a, b in ((x, y), (y, x))))
+  return _Parts(None, convex, _sum(x.other, y.other))
+
+
+def _with(above: Any, other: Any) -> Any:
+  total = _sum(above, other)
+  return 0.0 if total is None else total
+
+
+def _folded(x: _Parts, axes: Sequence[int], pair: Callable[[_Parts, _Parts], _Parts]) -> _Parts:
+  """All entries along some axes, combined in pairs, by halves; the axes keep length 1."""
+  shape = next(a for a in (x.affine, x.convex, x.other) if a is not None).shape
+  for axis in axes:
+    size = shape[axis]
+    while size > 1:
+      half = size // 2
+
+      def cut(low, high, axis=axis, x=x):
+        return x.map(lambda a: jax.lax.slice_in_dim(a, low, high, axis=axis))
+
+      both = pair(cut(0, half), cut(half, 2 * half))
+      x = _joined(both, cut(2 * half, size), axis) if size % 2 else both
+      size -= half
+  return x
+
+
+def _joined(x: _Parts, y: _Parts, axis: int) -> _Parts:
+  """Both, one after the other along an axis."""
+
+  def join(a, b):
+    if a is None and b is None:
+      return None
+    pairs = ((a, x.value), (b, y.value))
+    whole = [jnp.zeros_like(value) if part is None else part for part, value in pairs]
+    return jnp.concatenate(whole, axis)
+
+  return _Parts(None, join(x.above, y.above), join(x.other, y.other))
+
+
+def _pooled(x: _Parts, op: Operation, sign: int) -> _Parts:
+  """The largest entry of each window, axis by axis."""
+  names = ("window_dimensions", "window_strides", "padding", "window_dilation")
+  pair = functools.partial(_extreme, sign=sign)
+  for axis, (size, stride, padding, dilation) in enumerate(
+    zip(*(op.params[n] for n in names), strict=True)
+  ):
+    if (size, stride, tuple(padding)) == (1, 1, (0, 0)):
+      continue
+    members = _members(op.inputs[0].shape[axis], op.shape[axis], size, stride, padding[0], dilation)
+    taken = [x.map(lambda a, m=m, axis=axis: jnp.take(a, m, axis)) for m in members]
+    while len(taken) > 1:
+      pairs = [pair(*two) for two in zip(taken[::2], taken[1::2], strict=False)]
+      taken = pairs + taken[len(pairs) * 2 :]
+    (x,) = taken
+  return x
+
+
+def _members(length: int, windows: int, size: int, stride: int, before: int, dilation: int):
+  """Of each place in a window, the index in every window; one of the window's own past the edges."""
+  index = np.arange(windows)[:, None] * stride - before + np.arange(size) * dilation
+  inside = (index >= 0) & (index < length)
+  if not inside.any(1).all():
+    raise ValueError("a maximum over nothing but padding")
+  first = index[np.arange(windows), inside.argmax(1)]
+  return np.where(inside, index, first[:, None]).T
+
+
+def _roots(value: Value) -> Iterator[Value]:
+  """Earlier values of which a value is a scalar function, the nearest first."""
+  frontier = {id(value): value}
+  while frontier:
+    node = max(frontier.values(), key=_order)
+    if node is not value and len(frontier) == 1 and node.is_real:
+      yield node
+    op = node.made_by
+    if (
+      op is None or op.primitive not in _SCALAR or not (is_plain(op) or op.primitive == "logaddexp")
+    ):
+      return
+    del frontier[id(node)]
+    inputs = [x for x in op.inputs if isinstance(x, Value)]
+    if any(x.shape != value.shape for x in inputs):
+      return
+    frontier |= {id(x): x for x in inputs}
+
+
+def _order(value: Value) -> int:
+  return value.made_by.order if value.made_by else -1
+
+
+def _refusal(op: Operation, reason: str) -> str:
+  """What is wrong with an operation, and what to use instead."""
+  name, where = op.primitive, f", in {op.place}"
+  values = [x for x in op.inputs if isinstance(x, Value)]
+  if name == "div" and isinstance(op.inputs[1], Value):
+    what, instead = (
+      "div: a quotient by a value that depends on the input",
+      "BatchNorm in place of LayerNorm",
+    )
+  elif len(values) == 2 and name in ("mul", "dot_general", "conv_general_dilated", "div"):
+    what = f"{name}: a product of two values that both depend on the input"
+    instead = "static gates in place of gates made of the input, no squeeze-and-excite"
+  elif name in ("rsqrt", "sqrt"):
+    what, instead = (
+      f"{name} of a value that depends on the input",
+      "BatchNorm in place of LayerNorm",
+    )
+  else:
+    what = f"{name} is not affine, a maximum, or a scalar function of bounded slope"
+    what += f" ({reason})" if reason else ""
+    return f"{what}{where}; nothing is known to make its logits convex"
+  return f"{what}{where}; use {instead}"

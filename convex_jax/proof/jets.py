@@ -1,0 +1,518 @@
+"""Scalar functions of one earlier value, read piece by piece: value, slope, second derivative.
+
+Between the kinks of a function, the numbers with which its argument is compared, every choice is
+made, and the rest has derivatives. All numbers are enclosures (`enclosures`): over a piece of the
+line, or of the limits at its ends. A sign is known only if a whole enclosure has it. Two numbers
+are equal only if both are exact, or the same computation of equal numbers.
+"""
+
+import dataclasses
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from convex_jax.proof.enclosures import (
+  FUNCTIONS,
+  ONE,
+  Ends,
+  add,
+  divide,
+  integer_power,
+  magnitude,
+  multiply,
+  negative,
+)
+from convex_jax.proof.linear import has_no_zero, is_defined
+from convex_jax.proof.parameters import is_plain
+from convex_jax.proof.values import Known, Operation, Value, is_finite
+
+COMPARISONS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
+COMPARISONS |= {"eq": operator.eq, "ne": operator.ne}
+LOGIC = {"and": operator.and_, "or": operator.or_, "not": operator.not_}
+ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "max", "min", "abs", "exp", "exp2", "expm1"}
+ELEMENTWISE |= {"square", "integer_pow", "tanh", "logistic", "log1p", "select_n", "erf", "erfc"}
+ELEMENTWISE |= {"sqrt"}
+LARGE = 1000  # Entries of the largest number that a signature holds.
+LONG = 500  # Operations of the longest one.
+
+ZERO = (np.float64(0), np.float64(0))
+TWO = (np.float64(2), np.float64(2))
+HALF = (np.float64(0.5), np.float64(0.5))
+TWO_OVER_ROOT_PI = (np.float64(1.1283791670955124), np.float64(1.1283791670955128))
+LOG_2 = (np.float64(0.6931471805599453), np.float64(0.6931471805599454))
+PIECE, LEFT, RIGHT = range(3)  # Where a jet is taken: all over a piece, and at its ends.
+
+
+class NoRuleError(Exception):
+  """The computation is not a scalar function with these kinks, as far as can be seen."""
+
+
+def _times(a: Ends, b: Ends) -> Ends:
+  """a b, of bounds: 0 times an infinite one is 0."""
+  if a is ZERO or b is ZERO:
+    return ZERO
+  if a is ONE or b is ONE:
+    return a if b is ONE else b
+  low, high = np.inf, -np.inf
+  for x, y in ((x, y) for x in _distinct(a) for y in _distinct(b)):
+    corner, zero = multiply((x, x), (y, y)), np.equal(x, 0) | np.equal(y, 0)
+    low = np.minimum(low, np.where(zero, 0.0, corner[0]))
+    high = np.maximum(high, np.where(zero, 0.0, corner[1]))
+  return low, high
+
+
+def _distinct(a: Ends) -> tuple[Any, ...]:
+  return a[:1] if a[0] is a[1] else a
+
+
+def _negated(a: Ends) -> Ends:
+  return a if a is ZERO else negative(a)
+
+
+def _plus(a: Ends, b: Ends) -> Ends:
+  if a is ZERO or b is ZERO:
+    return a if b is ZERO else b
+  return add(a, b)
+
+
+def is_zero(a: Ends) -> Any:
+  """Whether a number surely is 0."""
+  return np.equal(a[0], 0) & np.equal(a[1], 0)
+
+
+# g, g' and g'' of the scalar functions that programs use around kinks.
+
+
+def _exp2(v: Ends) -> tuple[Ends, Ends, Ends]:
+  power = FUNCTIONS["exp2"](v)
+  return power, _times(LOG_2, power), _times(_times(LOG_2, LOG_2), power)
+
+
+def _exp(v: Ends) -> tuple[Ends, Ends, Ends]:
+  power = FUNCTIONS["exp"](v)
+  return power, power, power
+
+
+def _expm1(v: Ends) -> tuple[Ends, Ends, Ends]:
+  power = FUNCTIONS["exp"](v)
+  return FUNCTIONS["expm1"](v), power, power
+
+
+def _logistic(v: Ends) -> tuple[Ends, Ends, Ends]:
+  sigmoid, other = FUNCTIONS["logistic"](v), FUNCTIONS["logistic"](negative(v))
+  slope = _times(sigmoid, other)
+  return sigmoid, slope, _times(slope, negative(FUNCTIONS["tanh"](_times(HALF, v))))
+
+
+def _tanh(v: Ends) -> tuple[Ends, Ends, Ends]:
+  value, twice = FUNCTIONS["tanh"](v), _times(TWO, v)
+  slope = _times((np.float64(4), np.float64(4)), _logistic(twice)[1])
+  return value, slope, _times(slope, _times(negative(TWO), value))
+
+
+def _softplus(v: Ends) -> tuple[Ends, Ends, Ends]:
+  sigmoid, slope, _ = _logistic(v)
+  return FUNCTIONS["log1p"](FUNCTIONS["exp"](v)), sigmoid, slope
+
+
+def _erf(v: Ends) -> tuple[Ends, Ends, Ends]:
+  slope = _times(TWO_OVER_ROOT_PI, FUNCTIONS["exp"](negative(FUNCTIONS["square"](v))))
+  return FUNCTIONS["erf"](v), slope, _times(slope, _times(negative(TWO), v))
+
+
+def _erfc(v: Ends) -> tuple[Ends, Ends, Ends]:
+  _, slope, second = _erf(v)
+  return FUNCTIONS["erfc"](v), negative(slope), negative(second)
+
+
+def _square_root(v: Ends) -> tuple[Ends, Ends, Ends]:
+  """NaN where v may be 0, from where on its slope is infinite."""
+  root = FUNCTIONS["sqrt"](v)
+  slope = divide(HALF, root)
+  return root, slope, divide(_times(negative(HALF), slope), v)
+
+
+def _integer_power(v: Ends, y: int) -> tuple[Ends, Ends, Ends]:
+  def multiple(factor: int, power: int) -> Ends:
+    times = np.float64(factor)
+    return _times((times, times), integer_power(v, power)) if factor else ZERO
+
+  return integer_power(v, y), multiple(y, y - 1), multiple(y * (y - 1), y - 2)
+
+
+DERIVATIVES: dict[str, Callable[[Ends], tuple[Ends, Ends, Ends]]] = {
+  "exp": _exp,
+  "erf": _erf,
+  "erfc": _erfc,
+  "exp2": _exp2,
+  "expm1": _expm1,
+  "square": lambda v: _integer_power(v, 2),
+  "logistic": _logistic,
+  "softplus": _softplus,  # log1p(exp(z)).
+  "sqrt": _square_root,
+  "tanh": _tanh,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Jet:
+  """A function, its slope and its second derivative, along a first axis: `PIECE`, ..."""
+
+  value: Ends
+  slope: Ends  # Times `over`.
+  over: Ends  # Above 0. A quotient would be rounded; so celu(z) = alpha expm1(z / alpha) is not.
+  second: Ends
+  is_continuous: Any = True  # Whether its limits at the ends are its values there.
+
+  @property
+  def is_affine(self) -> bool:
+    """Whether it surely is, all over the piece."""
+    return bool(np.all(is_zero(ends_at(self.second, PIECE))))
+
+  @property
+  def steepness(self) -> Ends:
+    return self.slope if self.over is ONE else divide(self.slope, self.over)
+
+  def plus(self, other: "Jet") -> "Jet":
+    if self.over is other.over:
+      slope, over = _plus(self.slope, other.slope), self.over
+    else:
+      slope = _plus(_times(self.slope, other.over), _times(other.slope, self.over))
+      over = _times(self.over, other.over)
+    second = _plus(self.second, other.second)
+    return Jet(_plus(self.value, other.value), slope, over, second, self._joined(other))
+
+  def negated(self) -> "Jet":
+    value, slope, second = negative(self.value), _negated(self.slope), _negated(self.second)
+    return Jet(value, slope, self.over, second, self.is_continuous)
+
+  def times(self, other: "Jet") -> "Jet":
+    slope = _plus(
+      _times(_times(self.slope, other.over), other.value),
+      _times(_times(other.slope, self.over), self.value),
+    )
+    twice = _times(TWO, _times(self.steepness, other.steepness))
+    second = _plus(_times(self.second, other.value), _times(other.second, self.value))
+    over = ONE if self.over is other.over is ONE else _times(self.over, other.over)
+    second = _plus(second, twice)
+    return Jet(_times(self.value, other.value), slope, over, second, self._joined(other))
+
+  def divided(self, divisor: Ends) -> "Jet":
+    """By a known number other than 0."""
+    sign = np.sign(divisor[0])
+    slope = _times(self.slope, (sign, sign))
+    value, second = divide(self.value, divisor), divide(self.second, divisor)
+    return Jet(value, slope, _times(self.over, magnitude(divisor)), second, self.is_continuous)
+
+  def through(self, derivatives: tuple[Ends, Ends, Ends]) -> "Jet":
+    """g(self), for g, g' and g'' of the value."""
+    value, slope, second = derivatives
+    square = ONE if self.steepness is ONE else integer_power(self.steepness, 2)
+    second = _plus(_times(second, square), _times(slope, self.second))
+    return Jet(value, _times(slope, self.slope), self.over, second, self.is_continuous)
+
+  def softened(self, other: "Jet") -> "Jet":
+    """log(e^self + e^other) = other + log(1 + e^(self - other))."""
+    difference = self.plus(other.negated())
+    return other.plus(difference.through(_softplus(difference.value)))
+
+  def _joined(self, other: "Jet") -> Any:
+    return np.logical_and(self.is_continuous, other.is_continuous)
+
+
+class Piece:
+  """Reads values as functions of `root` between two of its values, or at one: `low` = `high`.
+
+  Args:
+    root: the earlier value.
+    low: the left end, of as many axes as the result; so is `high`.
+    high: the right end.
+    points: the readings at the left and the right end; None where it is infinite.
+  """
+
+  def __init__(self, root: Value, low: Any, high: Any, points: Sequence["Piece | None"] = ()):
+    ends = [np.where(np.isfinite(end), end, np.nan) for end in (low, high)]
+    value = np.stack([low, *ends]), np.stack([high, *ends])
+    self.root, self.low, self.high, self.points = root, low, high, points
+    # By identity; the nodes are kept, lest another takes their place in memory.
+    self._jets: dict[int, tuple[Any, Jet]] = {id(root): (root, Jet(value, ONE, ONE, ZERO))}
+    self._settled: dict[int, tuple[Any, Any, Any]] = {}
+
+  def part(self, low: Any, high: Any) -> "Piece":
+    """Parts of it, along a new first axis, where every choice is the same."""
+    return _Part(self, low, high)
+
+  def of(self, node: Value | Known) -> Jet:
+    if id(node) not in self._jets:
+      self._jets[id(node)] = node, self._compute(node)
+    return self._jets[id(node)][1]
+
+  def _compute(self, node: Value | Known) -> Jet:
+    if isinstance(node, Known):
+      if not node.is_float or not is_finite(node).all():
+        raise NoRuleError
+      low = node.low[None] if node.shape else node.low
+      return Jet((low, low if node.low is node.high else node.high[None]), ZERO, ONE, ZERO)
+    chosen, is_continuous = self.settled(node)
+    if chosen is not node:
+      jet = self.of(chosen)
+      both = np.logical_and(jet.is_continuous, is_continuous)
+      return dataclasses.replace(jet, is_continuous=both)
+    if (both := softened(node)) is not None:
+      return self.of(both[0]).softened(self.of(both[1]))
+    op = operation(node)
+    name, inputs = op.primitive, op.inputs
+    if name in ("add", "sub", "mul"):
+      a, b = map(self.of, inputs)
+      if name == "mul":
+        return a.times(b)
+      whole = a.plus(b if name == "add" else b.negated())
+      terms = self._terms(node)
+      if (rest := self._uncancelled(terms)) == terms:
+        return whole
+      # No number is infinite, so x - x is 0. But a jump stays one: at the point it may not cancel.
+      jets = [self.of(x) if sign > 0 else self.of(x).negated() for sign, x in rest]
+      total = functools.reduce(Jet.plus, jets, Jet(ZERO, ZERO, ONE, ZERO))
+      return dataclasses.replace(total, is_continuous=whole.is_continuous)
+    if name == "div" and isinstance(inputs[1], Known) and has_no_zero(inputs[1]):
+      return self.of(inputs[0]).divided(self.of(inputs[1]).value)
+    if name == "log1p":
+      op = operation(inputs[0])
+      name = "softplus" if op.primitive == "exp" else name
+    jet = self.of(op.inputs[0])
+    if name == "neg" or (name == "abs" and self.sign(op.inputs[0]) < 0):
+      return jet.negated()
+    if name == "abs":
+      return jet
+    if name == "integer_pow" and op.params["y"] > 0:
+      return jet.through(_integer_power(jet.value, op.params["y"]))
+    if name in DERIVATIVES:
+      return jet.through(DERIVATIVES[name](jet.value))
+    raise NoRuleError
+
+  def _terms(self, node: Value | Known, sign: int = 1) -> list[tuple[int, Value | Known]]:
+    """What a sum adds and subtracts, (1 or -1, number), on this piece."""
+    node, _ = self.settled(node)
+    op = node.made_by if isinstance(node, Value) and node is not self.root else None
+    if op is None or op.primitive not in ("add", "sub", "neg"):
+      return [(sign, node)]
+    signs = {"add": (sign, sign), "sub": (sign, -sign), "neg": (-sign,)}[op.primitive]
+    parts = zip(operation(node).inputs, signs, strict=True)
+    return [term for x, s in parts for term in self._terms(x, s)]
+
+  def _uncancelled(self, terms: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """The terms that are not the negative of another."""
+    rest: list[tuple[int, Any]] = []
+    for sign, x in terms:
+      for i, (other, y) in enumerate(rest):
+        if other == -sign and self._are_same(x, y):
+          del rest[i]
+          break
+      else:
+        rest.append((sign, x))
+    return rest
+
+  def _are_same(self, x: Value | Known, y: Value | Known) -> bool:
+    """Whether two numbers are the same computation of the same numbers, all over the piece."""
+    (x, _), (y, _) = self.settled(x), self.settled(y)
+    if x is y:
+      return True
+    if isinstance(x, Known) and isinstance(y, Known):
+      return x.is_float and x.is_exact and y.is_exact and np.array_equal(x.low, y.low)
+    if isinstance(x, Known) or isinstance(y, Known) or self.root in (x, y):
+      return False
+    first, second = operation(x), operation(y)
+    if (first.primitive, first.params) != (second.primitive, second.params):
+      return False
+    return all(map(self._are_same, first.inputs, second.inputs))
+
+  def sign(self, node: Value | Known) -> int:
+    """That of a value, where it is not 0; the same all over the piece."""
+    return self._order(self.of(node), strictly=False)
+
+  def settled(self, node: Value | Known) -> tuple[Value | Known, Any]:
+    """What the choices that made a node take here, and whether they take no other at the ends."""
+    if id(node) not in self._settled:
+      self._settled[id(node)] = node, *self._settle(node)
+    return self._settled[id(node)][1:]
+
+  def _settle(self, start: Value | Known) -> tuple[Value | Known, Any]:
+    node, may_jump, is_continuous = start, False, True
+    while isinstance(node, Value) and node is not self.root and softened(node) is None:
+      op = operation(node)
+      if op.primitive in ("max", "min"):
+        a, b = op.inputs
+        difference = self.of(a).plus(self.of(b).negated())
+        # Of continuous functions the larger is continuous, whichever it is.
+        may_jump = may_jump or not np.all(difference.is_continuous)
+        node = a if (self._order(difference, strictly=False) > 0) == (op.primitive == "max") else b
+      elif op.primitive == "select_n" and len(op.inputs) == 3:
+        test, *cases = op.inputs
+        node, may_jump = cases[self._holds(test)], True
+      else:
+        break
+    for point, end in zip(self.points, (LEFT, RIGHT), strict=False):
+      if may_jump and point is not None:
+        same = _are_equal(self, node, end, point, point.settled(start)[0])
+        is_continuous = np.logical_and(is_continuous, same)
+    return node, is_continuous
+
+  def _holds(self, test: Any) -> bool:
+    op = operation(test)
+    if op.primitive in LOGIC:
+      return LOGIC[op.primitive](*map(self._holds, op.inputs))
+    if op.primitive not in COMPARISONS:
+      raise NoRuleError
+    a, b = map(self.of, op.inputs)
+    return COMPARISONS[op.primitive](self._order(a.plus(b.negated()), strictly=True), 0)
+
+  def _order(self, jet: Jet, strictly: bool) -> int:
+    """The sign of a value everywhere between the ends."""
+    low, high = tight(jet.value, jet.slope)
+    if np.all(is_zero((low, high))):
+      return 0
+    # What moves is 0 at most once, at an end.
+    up, down = (_at(end, PIECE) for end in jet.slope)
+    moves = ((up > 0) | (down < 0)) & bool(self.points)
+    for sign, least in ((1, low), (-1, -high)):
+      if np.all((least > 0) | ((least == 0) & moves) if strictly else least >= 0):
+        return sign
+    raise NoRuleError
+
+
+class _Part(Piece):
+  """Parts of a piece."""
+
+  def __init__(self, whole: Piece, low: Any, high: Any):
+    super().__init__(whole.root, low, high)
+    self._whole = whole
+
+  def sign(self, node: Value | Known) -> int:
+    return self._whole.sign(node)
+
+  def settled(self, node: Value | Known) -> tuple[Value | Known, Any]:
+    return self._whole.settled(node)
+
+
+def operation(node: Any) -> Operation:
+  """What made a value; raises `NoRuleError` where that cannot be read."""
+  op = node.made_by if isinstance(node, Value) else None
+  if op is None or not is_plain(op) or not is_defined(op.primitive, op.inputs):
+    raise NoRuleError
+  return op
+
+
+def signature(value: Value, root: Value) -> Any:
+  """What two values have in common that are the same function of their roots; None if too large.
+
+  It names every operation between them with its parameters, and every number.
+  """
+  numbers: dict[int, int] = {id(root): 0}
+  lines: list[Any] = [len(value.shape)]
+  todo: list[Any] = [value]
+  while todo:
+    node = todo[-1]
+    op = node.made_by if isinstance(node, Value) else None
+    inputs = op.inputs if op is not None and id(node) not in numbers else ()
+    missing = [x for x in inputs if id(x) not in numbers]
+    if missing:
+      todo += missing
+      continue
+    todo.pop()
+    if id(node) in numbers:
+      continue
+    numbers[id(node)] = len(numbers)
+    if isinstance(node, Known):
+      if not isinstance(node.low, np.ndarray | np.generic) or node.low.size > LARGE:
+        return None
+      lines.append((str(node.low.dtype), node.shape, node.low.tobytes(), node.high.tobytes()))
+    elif op is None or op.eqn is None or len(lines) > LONG:
+      return None
+    else:
+      shape = op.shape if len({x.shape for x in inputs} - {()}) > 1 else ()
+      params = tuple(sorted(op.params.items()))
+      lines.append((op.primitive, params, op.index, shape, *(numbers[id(x)] for x in inputs)))
+  try:
+    hash(key := tuple(lines))
+  except TypeError:  # Some parameter cannot be compared.
+    return None
+  return key
+
+
+def softened(node: Any) -> tuple[Any, Any] | None:
+  """(x, y) of a value that was recognised as log(e^x + e^y) of a value and a known number."""
+  op = node.made_by if isinstance(node, Value) else None
+  if op is None or op.primitive != "logaddexp":
+    return None
+  x, y = op.inputs if isinstance(op.inputs[0], Value) else op.inputs[::-1]
+  alike = isinstance(x, Value) and x.shape == op.shape and isinstance(y, Known)
+  return (x, y) if alike and is_defined("", [y]) else None
+
+
+def _at(end: Any, where: int) -> Any:
+  if not np.ndim(end):
+    return end
+  return end[where] if len(end) > 1 else end[0]
+
+
+def tight(value: Ends, slope: Ends) -> Ends:
+  """Bounds over a piece: the limits at its ends, where these are finite, of what is monotone."""
+  (low, high), (least, most) = ([_at(end, PIECE) for end in ends] for ends in (value, slope))
+  for moves, first, last in ((least >= 0, LEFT, RIGHT), (most <= 0, RIGHT, LEFT)):
+    limits = _at(value[0], first), _at(value[1], last)
+    low, high = (
+      np.where(moves & np.isfinite(limit), limit, end)
+      for limit, end in zip(limits, (low, high), strict=True)
+    )
+  return low, high
+
+
+def _are_equal(p: Piece, x: Any, end: int, q: Piece, y: Any) -> Any:
+  """Whether the limit of x at an end of the piece p is surely the value of y there, at q."""
+  x, y = _without_zeros(p, x, end), _without_zeros(q, y, PIECE)
+  a, b = ([_at(e, i) for e in z.of(v).value] for z, v, i in ((p, x, end), (q, y, PIECE)))
+  exact = np.equal(a[0], a[1]) & np.equal(b[0], b[1]) & np.equal(a[0], b[0]) & np.isfinite(a[0])
+  if np.all(exact) or x is y:
+    return True
+  if isinstance(x, Known) or isinstance(y, Known) or p.root in (x, y):
+    return exact
+  first, second = operation(x), operation(y)
+  if (first.primitive, first.params) != (second.primitive, second.params):
+    return exact
+  pairs = zip(first.inputs, second.inputs, strict=True)
+  return exact | all(np.all(_are_equal(p, u, end, q, v)) for u, v in pairs)
+
+
+def _without_zeros(p: Piece, x: Any, end: int) -> Any:
+  """x, without what is added to it and is 0 there."""
+  x, _ = p.settled(x)
+  if isinstance(x, Value) and x is not p.root and operation(x).primitive in ("add", "sub"):
+    a, b = operation(x).inputs
+    pairs = ((b, a), (a, b)) if operation(x).primitive == "add" else ((b, a),)
+    for nothing, rest in pairs:
+      if np.all(is_zero(tuple(_at(e, end) for e in p.of(nothing).value))):
+        return _without_zeros(p, rest, end)
+  return x
+
+
+def pieces_between(root: Value, ends: Sequence[np.ndarray]) -> list[Piece]:
+  """Readings of the pieces of the line between these ends, in rising order."""
+  points = [Piece(root, k, k) if np.isfinite(k).all() else None for k in ends]
+  sides = zip(itertools.pairwise(ends), itertools.pairwise(points), strict=True)
+  return [Piece(root, *pair, at) for pair, at in sides]
+
+
+def slope_change(left: Jet, right: Jet) -> tuple[Any, Any]:
+  """Whether the slope falls nowhere at the kink between two pieces, and whether it rises nowhere."""
+  before = _times(ends_at(left.slope, RIGHT), ends_at(right.over, LEFT))
+  after = _times(ends_at(right.slope, LEFT), ends_at(left.over, RIGHT))
+  return before[1] <= after[0], after[1] <= before[0]
+
+
+def ends_at(ends: Ends, where: int) -> Ends:
+  """Bounds all over a piece, or of the limit at one of its ends."""
+  return _at(ends[0], where), _at(ends[1], where)
