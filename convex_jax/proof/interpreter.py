@@ -210,7 +210,7 @@ class Walk:
         return unrolled
     if name == "cond":
       return self._cond(eqn, *inputs, place=place)
-    if name in SAME or is_rounding(eqn):
+    if name in SAME or (is_rounding(eqn) and not known):
       return inputs
     if known:
       try:
