@@ -52,7 +52,7 @@ _SPECIAL_FUNCTIONS |= {"digamma", "lgamma", "zeta", "log2"}  # Not igamma: it lo
 _HUGE = 1e300  # Of a number of which only that is known.
 _SUMS = {"reduce_sum", "cumsum", "reduce_window_sum"}
 # Which compute no float from others: what the program gets of exact numbers is exact.
-_DISCRETE = {"iota", "bitcast_convert_type", "sort", "scatter", "scatter-max", "scatter-min"}
+_DISCRETE = {"iota", "bitcast_convert_type", "sort", "scatter-max", "scatter-min"}
 _DISCRETE |= {"real", "imag", "complex", "conj", "rem", "nextafter", "select_and_gather_add"}
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
 _ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
@@ -167,6 +167,8 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
     return [(surely, np.ones_like(surely))]
   if name == "scatter-add" and is_float(eqn.outvars[0].aval.dtype):
     return [_scatter_add(eqn, *inputs)]
+  if name == "scatter" and getattr(inputs[0].low.dtype, "kind", None) in {*"fiub"}:
+    return [_scatter(eqn, *inputs)]
   if name in _BY_ENDS and not (name == "sort" and len(inputs) > 1):
     return _by_ends(name, eqn, inputs)
   if floats and name in _ARITHMETIC:
@@ -359,7 +361,7 @@ def _convert_element_type(eqn, x: Known) -> Ends:
   if not floats or not jnp.issubdtype(dtype, jnp.integer):
     raise Unknown("a cast of a number that is known only to within rounding")
   low, high = np.trunc(x.low), np.trunc(x.high)  # Towards 0, which is non-decreasing.
-  info = np.iinfo(dtype)
+  info = jnp.iinfo(dtype)
   if not ((low >= info.min) & (high <= info.max) & np.isfinite(high - low)).all():
     raise Unknown(f"a cast to {dtype} of a number beyond its range")
   low, high = low.astype(dtype), high.astype(dtype)
@@ -437,16 +439,43 @@ def _float_sum(eqn, array: np.ndarray) -> np.ndarray:
   return bind(eqn, array)[0]
 
 
-def _scatter_add(eqn, x: Known, indices: Known, updates: Known) -> Ends:
+def _scattering(eqn, indices: Known) -> Callable[..., np.ndarray]:
+  """A function that updates places of one array by another, as `lax.scatter_add` would."""
   if has_body(eqn):
-    raise Unknown("scatter-add by a function of its own")
+    raise Unknown("scatter by a function of its own")
   if not indices.is_exact:
-    raise Unknown("scatter-add by an index that is known only to within rounding")
+    raise Unknown("scatter by an index that is known only to within rounding")
 
-  def add(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+  def scatter(update: Callable, old: np.ndarray, new: np.ndarray) -> np.ndarray:
     given = {key: eqn.params[key] for key in ("dimension_numbers", "mode")}
     with jax.enable_x64(True):
-      return np.asarray(lax.scatter_add(jnp.asarray(old), indices.low, jnp.asarray(new), **given))
+      return np.asarray(update(jnp.asarray(old), indices.low, jnp.asarray(new), **given))
+
+  return scatter
+
+
+def _scatter(eqn, x: Known, indices: Known, updates: Known) -> Ends:
+  """Several numbers at one place: which comes last is not defined."""
+  scatter = _scattering(eqn, indices)
+  if np.isnan(updates.low + updates.high).any():
+    raise Unknown("scatter of what may be no number")
+  there = scatter(lax.scatter_add, np.zeros(x.shape), np.ones(updates.shape)) > 0
+  ends = []
+  for update, old, new in (
+    (lax.scatter_min, x.low, updates.low),
+    (lax.scatter_max, x.high, updates.high),
+  ):
+    first = scatter(lax.scatter, old, new)  # Any of them, from which to look for the least.
+    ends.append(np.where(there, scatter(update, first, new), old))
+  low, high = ends
+  return (low, low) if np.array_equal(low, high) else (low, high)
+
+
+def _scatter_add(eqn, x: Known, indices: Known, updates: Known) -> Ends:
+  scatter = _scattering(eqn, indices)
+
+  def add(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    return scatter(lax.scatter_add, old, new)
 
   low = add(x.low, updates.low)
   high = low if x.is_exact and updates.is_exact else add(x.high, updates.high)

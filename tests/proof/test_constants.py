@@ -138,6 +138,14 @@ def _below(n):
   return (jnp.float32(0.7) * (n / 0.7)).astype(jnp.int32)
 
 
+_TWICE = np.array([0, 0])
+_PAIR = jnp.array([1.0, 2.0])
+
+
+def _set_key():
+  return jax.random.split(KEY, 2).at[0].set(KEY)[0]
+
+
 def _cast(number):
   return lax.convert_element_type(jnp.float32(number) * 1, jnp.bfloat16).astype(jnp.float32)
 
@@ -242,6 +250,12 @@ FACTORS = [
   ("one that float32 loses", lambda: lax.betainc(0.0095, 146432.7, 6.48e-8) - 1, False),
   ("a cast to half precision", lambda: _cast(1.001) - 1.0005, False),
   ("a cast to half precision, clear", lambda: _cast(1.001), True),
+  ("the last of two updates", lambda: jnp.ones(3).at[_TWICE].set(jnp.array([-1.0, 1]))[0], False),
+  ("one of two updates, of one sign", lambda: jnp.ones(3).at[_TWICE].set(_PAIR)[0], True),
+  ("an update of the same", lambda: (jnp.ones(3) * 0.1).at[_TWICE].set(0.1)[0], True),
+  ("an update that is dropped", lambda: _PAIR.at[_TWICE + 2].set(-1.0, mode="drop")[0], True),
+  ("a draw from a key that is set", lambda: 0.1 + jax.random.uniform(_set_key()), True),
+  ("int4", lambda: (_below(7)).astype(jnp.float32).astype(jnp.int4).astype(jnp.float32), True),
   ("counted in a loop", lambda: lax.while_loop(lambda c: c < 5, lambda c: c * 2.0, 1.0), True),
 ]
 
