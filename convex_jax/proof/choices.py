@@ -32,6 +32,8 @@ def settled(test: Value, case: int, x: Any, compute: Callable[[Operation, list[A
     op = y.made_by if isinstance(y, Value) else None
     if op is None or op.eqn is None or len(op.eqn.outvars) != 1 or len(done) > STEPS:
       return y
+    if op.primitive != op.eqn.primitive.name:  # Renamed, and perhaps of other inputs (`look`).
+      return y
     if not single and not (op.primitive in _BY_ELEMENT and op.shape == test.shape):
       return y
     if id(y) not in done:

@@ -48,12 +48,11 @@ _MOVES = {"transpose", "squeeze", "tile", "rev", "slice", "split", "concatenate"
 _MOVES |= {"max", "min", "floor", "ceil", "sign", "reshape", "broadcast_in_dim", "dynamic_slice"}
 _MOVES |= {"gather", "dynamic_update_slice"}
 _SPECIAL_FUNCTIONS = {"acos", "acosh", "asin", "atan2", "atanh", "bessel_i0e", "bessel_i1e", "tan"}
-_SPECIAL_FUNCTIONS |= {"digamma", "lgamma", "igamma", "igammac", "random_gamma_grad", "polygamma"}
-_SPECIAL_FUNCTIONS |= {"regularized_incomplete_beta", "zeta", "log2"}
+_SPECIAL_FUNCTIONS |= {"digamma", "lgamma", "zeta", "log2"}  # Not igamma: it loses all digits.
 _HUGE = 1e300  # Of a number of which only that is known.
 _SUMS = {"reduce_sum", "cumsum", "reduce_window_sum"}
 # Which compute no float from others: what the program gets of exact numbers is exact.
-_DISCRETE = {"iota", "bitcast_convert_type", "sort", "scatter", "scatter-max", "scatter-min"}
+_DISCRETE = {"iota", "bitcast_convert_type", "sort", "scatter-max", "scatter-min"}
 _DISCRETE |= {"real", "imag", "complex", "conj", "rem", "nextafter", "select_and_gather_add"}
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
 _ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
@@ -164,9 +163,12 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
   if name == "not" and inputs[0].low.dtype == bool:
     return [(~inputs[0].high, ~inputs[0].low)]
   if name == "is_finite":
-    return [(np.isfinite(inputs[0].low) & np.isfinite(inputs[0].high), np.True_)]
+    surely = np.isfinite(inputs[0].low) & np.isfinite(inputs[0].high)
+    return [(surely, np.ones_like(surely))]
   if name == "scatter-add" and is_float(eqn.outvars[0].aval.dtype):
     return [_scatter_add(eqn, *inputs)]
+  if name == "scatter" and getattr(inputs[0].low.dtype, "kind", None) in {*"fiub"}:
+    return [_scatter(eqn, *inputs)]
   if name in _BY_ENDS and not (name == "sort" and len(inputs) > 1):
     return _by_ends(name, eqn, inputs)
   if floats and name in _ARITHMETIC:
@@ -185,9 +187,13 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
     raise Unknown(f"{name} of complex numbers")
   if name in _LOOPS or has_body(eqn):
     raise Unknown(f"{name}, too long to be walked, or of a predicate known only to within rounding")
-  if not all(x.is_exact for x in inputs) or (varies and any(map(_has_floats, eqn.outvars))):
-    raise Unknown(f"{name} of a number that is known only to within rounding")
   exact = [x.low for x in inputs]
+  if all(x.is_exact for x in inputs) and name in ("argmax", "argmin"):
+    return [_point(out) for out in bind(eqn, *exact)]  # Of numbers that may not fit their dtype.
+  if not all(x.is_exact for x in inputs) or (
+    varies and any(map(_has_floats, (*eqn.invars, *eqn.outvars)))
+  ):
+    raise Unknown(f"{name} of a number that is known only to within rounding")
   if name in _INTEGERS and not floats:
     return [_point(_INTEGERS[name](*exact))]
   outputs = [_point(out) for out in _as_the_program_does(eqn, exact)]
@@ -199,13 +205,14 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
 def _about(name: str, low: Any, high: Any, dtype: Any) -> Ends:
   """Ends around a number that the program's library has computed of exact ones.
 
-  A special function or a draw is right to within some units in the last place. How far off the
-  solution of a linear system is, or a Fourier transform, is not known: only that it is a number.
+  A special function or a draw is right to within some units in the last place of the greater of it
+  and 1. How far off an incomplete gamma function is, the solution of a linear system, or a Fourier
+  transform, is not known: only that it is a number.
   """
   if not is_float(dtype):
     return low, high
   if name in _SPECIAL_FUNCTIONS or name.startswith("random_"):
-    margin = 4 * ULPS * float(jnp.finfo(dtype).eps) * np.maximum(1, np.abs(low))
+    margin = 32 * ULPS * float(jnp.finfo(dtype).eps) * np.maximum(1, np.abs(low))
     return low - margin, high + margin
   return np.where(np.isfinite(low), -_HUGE, np.nan), np.where(np.isfinite(high), _HUGE, np.nan)
 
@@ -301,7 +308,7 @@ def _by_ends(name: str, eqn, inputs: Sequence[Known]) -> list[Ends]:
   low = apply([x.low for x in inputs[data]])
   if all(x.is_exact for x in inputs[data]):
     return list(zip(low, low, strict=True))
-  if name in ("and", "or") and inputs[0].low.dtype != np.bool_:
+  if name.removeprefix("reduce_") in ("and", "or") and inputs[0].low.dtype != np.bool_:
     raise Unknown(f"{name} of integers that are known only to within rounding")
   if name == "top_k":
     raise Unknown("top_k of numbers that are known only to within rounding")
@@ -338,7 +345,11 @@ def _convert_element_type(eqn, x: Known) -> Ends:
   dtype = np.dtype(eqn.params["new_dtype"])
   floats = x.low.dtype == np.float64
   if is_half_or_more(dtype):
-    return _move(x, lambda a: a.astype(np.float64))
+    low, high = _move(x, lambda a: a.astype(np.float64))
+    long = np.maximum(np.abs(low), np.abs(high)) >= 2.0**53  # Integers, which it may have rounded.
+    return (
+      (low, high) if floats or not long.any() else enclosures.outward(low, high, (~long, ~long))
+    )
   if is_float(dtype):  # Less than half precision: steps.
     return _move(x, lambda a: a.astype(dtype).astype(np.float64))
   if floats and dtype == np.bool_:
@@ -350,7 +361,7 @@ def _convert_element_type(eqn, x: Known) -> Ends:
   if not floats or not jnp.issubdtype(dtype, jnp.integer):
     raise Unknown("a cast of a number that is known only to within rounding")
   low, high = np.trunc(x.low), np.trunc(x.high)  # Towards 0, which is non-decreasing.
-  info = np.iinfo(dtype)
+  info = jnp.iinfo(dtype)
   if not ((low >= info.min) & (high <= info.max) & np.isfinite(high - low)).all():
     raise Unknown(f"a cast to {dtype} of a number beyond its range")
   low, high = low.astype(dtype), high.astype(dtype)
@@ -363,7 +374,8 @@ def _select_n(eqn, which: Known, *cases: Known) -> Ends:
       raise Unknown("a random key chosen by a number that is known only to within rounding")
     return _point(_as_the_program_does(eqn, [which.low, *(c.low for c in cases)])[0])
   shape = cases[0].shape
-  index = [np.broadcast_to(np.asarray(i, int), shape) for i in (which.low, which.high)]
+  last = len(cases) - 1  # To which XLA clips.
+  index = [np.broadcast_to(np.clip(i, 0, last), shape).astype(int) for i in (which.low, which.high)]
   lows = np.stack([np.broadcast_to(c.low, shape) for c in cases])
   highs = np.stack([np.broadcast_to(c.high, shape) for c in cases])
   if which.is_exact and all(c.is_exact for c in cases):
@@ -427,16 +439,43 @@ def _float_sum(eqn, array: np.ndarray) -> np.ndarray:
   return bind(eqn, array)[0]
 
 
-def _scatter_add(eqn, x: Known, indices: Known, updates: Known) -> Ends:
+def _scattering(eqn, indices: Known) -> Callable[..., np.ndarray]:
+  """A function that updates places of one array by another, as `lax.scatter_add` would."""
   if has_body(eqn):
-    raise Unknown("scatter-add by a function of its own")
+    raise Unknown("scatter by a function of its own")
   if not indices.is_exact:
-    raise Unknown("scatter-add by an index that is known only to within rounding")
+    raise Unknown("scatter by an index that is known only to within rounding")
 
-  def add(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+  def scatter(update: Callable, old: np.ndarray, new: np.ndarray) -> np.ndarray:
     given = {key: eqn.params[key] for key in ("dimension_numbers", "mode")}
     with jax.enable_x64(True):
-      return np.asarray(lax.scatter_add(jnp.asarray(old), indices.low, jnp.asarray(new), **given))
+      return np.asarray(update(jnp.asarray(old), indices.low, jnp.asarray(new), **given))
+
+  return scatter
+
+
+def _scatter(eqn, x: Known, indices: Known, updates: Known) -> Ends:
+  """Several numbers at one place: which comes last is not defined."""
+  scatter = _scattering(eqn, indices)
+  if np.isnan(updates.low + updates.high).any():
+    raise Unknown("scatter of what may be no number")
+  there = scatter(lax.scatter_add, np.zeros(x.shape), np.ones(updates.shape)) > 0
+  ends = []
+  for update, old, new in (
+    (lax.scatter_min, x.low, updates.low),
+    (lax.scatter_max, x.high, updates.high),
+  ):
+    first = scatter(lax.scatter, old, new)  # Any of them, from which to look for the least.
+    ends.append(np.where(there, scatter(update, first, new), old))
+  low, high = ends
+  return (low, low) if np.array_equal(low, high) else (low, high)
+
+
+def _scatter_add(eqn, x: Known, indices: Known, updates: Known) -> Ends:
+  scatter = _scattering(eqn, indices)
+
+  def add(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    return scatter(lax.scatter_add, old, new)
 
   low = add(x.low, updates.low)
   high = low if x.is_exact and updates.is_exact else add(x.high, updates.high)

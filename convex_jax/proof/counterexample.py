@@ -244,10 +244,11 @@ class _Program:
     self._jaxpr, self._at = jaxpr, at
     consts = zip(jaxpr.consts, jaxpr.jaxpr.constvars, strict=True)
     self._consts = [number(value, var.aval.dtype).low for value, var in consts]
-    self._inputs = [
-      None if i == at else number(value, aval.dtype).low
+    self._known = [
+      None if i == at else number(value, aval.dtype)
       for i, (value, aval) in enumerate(zip(inputs, jaxpr.in_avals, strict=True))
     ]
+    self._inputs = [known and known.low for known in self._known]
 
     def outputs(x, consts, inputs):
       flat = widened(jaxpr.jaxpr, consts)(*inputs[:at], x, *inputs[at + 1 :])
@@ -294,10 +295,7 @@ class _Program:
     part = jex.Jaxpr(
       whole.constvars, whole.invars, [whole.outvars[self._arrays[which]]], whole.eqns
     )
-    inputs = [
-      Known(x, x, varies=True) if i == self._at else Known.exactly(value)
-      for i, value in enumerate(self._inputs)
-    ]
+    inputs = [Known(x, x, varies=True) if known is None else known for known in self._known]
     outputs = interpreter.evaluate(jex.ClosedJaxpr(part, self._jaxpr.consts), inputs)
     if not outputs:
       raise Unknown("a number that does not depend on the input cannot be enclosed")

@@ -121,7 +121,7 @@ def evaluate(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Known]) -> list[Known]:
   Raises:
     Unknown: an operation cannot be enclosed.
   """
-  outputs = Walk().run(jaxpr.jaxpr, _consts(jaxpr), inputs, Place())
+  outputs = Walk(casts_round=False).run(jaxpr.jaxpr, _consts(jaxpr), inputs, Place())
   return [x for x in outputs if isinstance(x, Known)]
 
 
@@ -182,9 +182,15 @@ def _consts(closed) -> list[Known]:
 
 
 class Walk:
-  """One pass over a jaxpr and everything it calls."""
+  """One pass over a jaxpr and everything it calls.
 
-  def __init__(self):
+  Args:
+    casts_round: whether a known number that is cast to another precision may be what it was or
+      what it is rounded to, or is what it was, as over the reals.
+  """
+
+  def __init__(self, casts_round: bool = True):
+    self._casts_round = casts_round
     self._order = 0
     self._done: dict[Any, tuple[Any, list[Value | Known]]] = {}
 
@@ -218,7 +224,7 @@ class Walk:
         return unrolled
     if name == "cond":
       return self._cond(eqn, *inputs, place=place)
-    if name in SAME or is_rounding(eqn):
+    if name in SAME or (is_rounding(eqn) and not (known and self._casts_round)):
       return inputs
     if known:
       try:

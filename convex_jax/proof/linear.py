@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jax import lax
 
-from convex_jax.proof.constants import has_body
+from convex_jax.proof.constants import has_body, is_float
 from convex_jax.proof.values import (
   Known,
   Masks,
@@ -321,7 +321,7 @@ def carried(op: Operation, masks: Callable[[Value | Known], Masks]) -> Masks:
 # Finite numbers. A rule holds for real numbers; infinity and NaN are excluded here.
 
 _EXTREMES = {"reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min"}
-TOTAL = {*LINEAR, *_EXTREMES}  # Finite at every finite input.
+TOTAL = {*LINEAR, *_EXTREMES} - {"triangular_solve"}  # Finite at every finite input.
 TOTAL |= {"exp", "exp2", "expm1", "abs", "square", "cosh", "sinh", "max", "min", "clamp"}
 TOTAL |= {"logaddexp", "cumlogsumexp", "cummax", "cummin", "scatter-max", "scatter-min"}
 TOTAL |= {"is_finite", "gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not", "sign"}
@@ -361,6 +361,10 @@ def is_total(x: Any) -> bool:
       return False
     if op.primitive == "gather" and "FILL" in str(op.params["mode"]):
       return False
+    if op.primitive == "convert_element_type" and all(
+      is_float(v.aval.dtype) for v in (*op.eqn.invars, *op.eqn.outvars)
+    ):
+      return False  # To 8 bits: NaN beyond their range.
     if op.primitive in _EXTREMES and is_over_nothing(op, op.inputs[0]).any():
       return False
     # Of a clamp both bounds must be finite here: between two equal infinities it is infinite.

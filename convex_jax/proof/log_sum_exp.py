@@ -284,11 +284,15 @@ class _Reader:
     known = [isinstance(x, Known) for x in op.inputs]
     if op.primitive not in MONOTONE or (op.primitive in WEIGHTED and not any(known)):
       raise _NoLogError
+    if op.primitive == "reduce_max" and 0 in op.inputs[0].shape:
+      raise _NoLogError  # Negative infinity.
     curved, reached, terms = [], [], ()
     for x in op.inputs:
       if isinstance(x, Known) and (op.primitive in WEIGHTED or not x.is_float):
         if not x.is_float and not x.is_exact:
           raise _NoLogError  # Rounding decides which element it takes.
+        if x.is_float and (x.low < 0).any():
+          raise _NoLogError  # The sum may be negative.
         curved.append(x)
         reached.append(Known.exactly(np.float64(x.low > 0)) if x.is_float else x)
         continue

@@ -27,7 +27,7 @@ BLOCK = 2**22  # Elements of the largest array while they are computed.
 STEPS = 200  # Operations that are searched.
 EXACT = 96  # Size up to which matrices are judged in exact arithmetic.
 PRIMITIVES = {*LINEAR, "square", "integer_pow"}
-PRIMITIVES -= {"gather", "scatter", "scatter-add", "scatter-mul"}
+PRIMITIVES -= {"gather", "scatter", "scatter-add", "scatter-mul", "triangular_solve"}
 
 
 class _NoFormError(Exception):
@@ -110,7 +110,9 @@ class _Form:
       return False
     if op.primitive in WEIGHTED:
       self._weights |= known
-      return not (op.primitive == "div" and id(op.inputs[0]) in known)
+      if op.primitive == "div":
+        return isinstance(op.inputs[1], Known)
+      return bool(known) or op.primitive in _PRODUCTS
     zeros = all(not (y.low.any() or y.high.any()) for y in known.values() if y.is_float)
     return self._shifts or zeros
 

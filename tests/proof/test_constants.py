@@ -124,13 +124,32 @@ def test_a_point_is_enclosed_in_float64(name, program):
   (found,) = enclose(program, a, b, varies=True)
   with jax.enable_x64(True):
     real = np.asarray(program(jnp.asarray(a, jnp.float64), jnp.asarray(b, jnp.float64)))
-  slack = 0.1 if name == "half precision" else 1e-13 * (1 + np.abs(real))
+  # Literals of the program, such as an epsilon of 1e-5, are float32's.
+  slack = 0.1 if name == "half precision" else 1e-11 * (1 + np.abs(real))
   assert ((found.low - slack <= real) & (real <= found.high + slack)).all()
   assert (found.high - found.low <= 1e-11 * (1 + np.abs(real))).all()
 
 
 T = jnp.float32(1e-30)
 KEY = jax.random.key(7)
+
+
+def _below(n):
+  """n or n - 1, a multiple of 7."""
+  return (jnp.float32(0.7) * (n / 0.7)).astype(jnp.int32)
+
+
+_TWICE = np.array([0, 0])
+_PAIR = jnp.array([1.0, 2.0])
+
+
+def _set_key():
+  return jax.random.split(KEY, 2).at[0].set(KEY)[0]
+
+
+def _cast(number):
+  return lax.convert_element_type(jnp.float32(number) * 1, jnp.bfloat16).astype(jnp.float32)
+
 
 # (name, a factor that the program computes, whether it is surely > 0)
 FACTORS = [
@@ -224,6 +243,20 @@ FACTORS = [
   ("what XLA takes for 0", lambda: -(jnp.exp(jnp.full(3, -1000.0)) @ jnp.ones(3)), False),
   ("sums of updates", lambda: jnp.zeros(3).at[jnp.array([0, 0, 1])].add(0.1)[0], True),
   ("updates that cancel", lambda: jnp.full(3, -0.3).at[jnp.array([0, 0, 0])].add(0.1)[0], False),
+  ("and of integers", lambda: -lax.reduce_and(jnp.stack([_below(56), 7]), (0,)) * 1.0, False),
+  ("or of integers", lambda: 8.0 - lax.reduce_or(jnp.stack([_below(7), 1]), (0,)), False),
+  ("an index past the end", lambda: lax.select_n(_below(7), jnp.float32(1), jnp.float32(2)), True),
+  ("all are finite", lambda: jnp.where(jnp.isfinite(jnp.ones(3)).all(), 1.0, 2.0), True),
+  ("incomplete gamma function", lambda: lax.igamma(147632.47, 147709.95) - 0.6, False),
+  ("one that float32 loses", lambda: lax.betainc(0.0095, 146432.7, 6.48e-8) - 1, False),
+  ("a cast to half precision", lambda: _cast(1.001) - 1.0005, False),
+  ("a cast to half precision, clear", lambda: _cast(1.001), True),
+  ("the last of two updates", lambda: jnp.ones(3).at[_TWICE].set(jnp.array([-1.0, 1]))[0], False),
+  ("one of two updates, of one sign", lambda: jnp.ones(3).at[_TWICE].set(_PAIR)[0], True),
+  ("an update of the same", lambda: (jnp.ones(3) * 0.1).at[_TWICE].set(0.1)[0], True),
+  ("an update that is dropped", lambda: _PAIR.at[_TWICE + 2].set(-1.0, mode="drop")[0], True),
+  ("a draw from a key that is set", lambda: 0.1 + jax.random.uniform(_set_key()), True),
+  ("int4", lambda: (_below(7)).astype(jnp.float32).astype(jnp.int4).astype(jnp.float32), True),
   ("counted in a loop", lambda: lax.while_loop(lambda c: c < 5, lambda c: c * 2.0, 1.0), True),
 ]
 
@@ -233,6 +266,23 @@ def test_a_sign_is_known_only_if_the_program_and_the_reals_agree(name, factor, p
   """A factor of x^2 decides between convex and not."""
   certificate = certify(lambda x: jnp.square(x) * factor(), X, search_steps=0)
   assert bool(certificate) == positive, certificate
+
+
+def test_integers_that_float64_rounds_are_not_known():
+  with jax.enable_x64(True):
+    x = jax.ShapeDtypeStruct((), jnp.float64)
+
+    def f(n, x):  # 2^53 + 1 is 2^53 in float64.
+      return (2.0**53 - n.astype(jnp.float64)) * x**2
+
+    assert not certify(f, np.int64(2**53 + 1), x, search_steps=0)
+    assert certify(f, np.int64(2**53 - 1), x, search_steps=0)
+
+
+def test_the_place_of_the_greatest_is_that_of_the_numbers_themselves():
+  """At a point in float64, though in float32 they are equal."""
+  (found,) = enclose(lambda x: jnp.argmax(jnp.stack([x, x + 2.0**-40])), 1.0, varies=True)
+  assert found.is_exact and found.low == 1
 
 
 def test_folded_integers_are_the_arguments_own():

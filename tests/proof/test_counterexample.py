@@ -104,6 +104,28 @@ def test_what_is_concave_in_float64_is_not_refuted(name):
   assert found is None
 
 
+def test_weights_that_are_cast_are_what_they_were():
+  """Of a bow of 1e-4: rounding one weight twice as another would hide it."""
+
+  def f(w, x):
+    half = w.astype(jnp.bfloat16).astype(jnp.float32)
+    return half * jnp.abs(x) + 100 * half * x - 1.0001 * w * jnp.abs(x)
+
+  x = jax.ShapeDtypeStruct((), jnp.float32)
+  assert certify(f, np.float32(0.3), x).verdict == "REFUTED"
+
+
+def test_a_weight_that_devices_take_for_0_refutes_nothing():
+  """1e-40 times 1e41 is 10; a device may make 0 of it."""
+
+  def f(w, x):
+    return (w * 1e38 * 1e3 - 5) * x**2
+
+  x = jax.ShapeDtypeStruct((), jnp.float32)
+  assert certify(f, np.float32(1e-40), x).verdict == "UNKNOWN"
+  assert certify(f, np.float32(0), x).verdict == "REFUTED"
+
+
 @pytest.mark.parametrize("f", [CONVEX["a distance to a far point"], CONVEX["a bow of little bend"]])
 def test_the_check_by_enclosures_is_what_tells_rounding_from_a_gap(f, monkeypatch):
   assert "rounding may explain them" in searched(f)[1]

@@ -273,6 +273,30 @@ UNARY += (lambda x: jnp.clip(x, -1.0, jnp.inf), lambda x: x.at[..., 1].set(0.5 *
 UNARY += (lambda x: jnp.where(x > 0, x, 0.0), lambda x: jnp.sqrt(jnp.abs(x)), nn.silu)
 UNARY += (lambda x: nn.elu(x, alpha=1.3), lambda x: x - x.mean(-1, keepdims=True), jnp.cumsum)
 BINARY = (jnp.add, jnp.subtract, jnp.multiply, jnp.maximum, jnp.minimum, jnp.logaddexp)
+TWICE = np.array([0, 2, 2, 1])
+FORM = np.array([[2.0, -1, 0, 0], [-1, 2, -1, 0], [0, -1, 2, -1], [0, 0, -1, 2]])
+# Updates, cumulative operations, moves.
+UNARY += (lambda x: x.at[TWICE].add(x), lambda x: x.at[TWICE].mul(FORM[1]), jnp.sort)
+UNARY += (lambda x: x.at[TWICE].max(x[::-1]), lambda x: x.at[TWICE].set(x), lambda x: x[TWICE])
+UNARY += (lambda x: jax.lax.cummax(x, reverse=True), lambda x: jax.lax.cumlogsumexp(x))
+UNARY += (lambda x: x.at[jnp.array([0, 9, 1, 2])].get(mode="fill", fill_value=1.0), jnp.floor)
+# Powers, forms, quotients and roots.
+UNARY += (lambda x: x**-1, lambda x: x**-2, jnp.cbrt, jnp.sqrt, jnp.cosh, lambda x: 0.5**x)
+UNARY += (lambda x: x @ FORM @ x + 0 * x, lambda x: x @ (FORM - 1) @ x + 0 * x, jnp.log, jnp.sign)
+UNARY += (lambda x: jnp.convolve(x, x, "same"), lambda x: x.reshape(2, 2) @ x.reshape(2, 2).T)
+# Activations with several kinks, guards, conditions.
+UNARY += (lambda x: jnp.where(jnp.abs(x) < 1, x * x / 2, jnp.abs(x) - 0.5), nn.hard_sigmoid)
+UNARY += (lambda x: jnp.where(x < 0, 1.0, jnp.where(x < 1, 1 + x - x * x / 8, 2 * x - 0.125)),)
+UNARY += (lambda x: jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0), jax.nn.sparse_plus)
+UNARY += (lambda x: jax.lax.cond(x[0] > 0, lambda: x, lambda: -x), lambda x: x * (x > 0))
+# Spellings of log-sum-exp.
+UNARY += (lambda x: jnp.log(jnp.exp(x - x[0]).sum()) + x, jax.nn.log_softmax, jnp.exp, jnp.log1p)
+UNARY += (lambda x: jnp.log(jnp.exp(x) @ FORM), lambda x: jax.nn.logsumexp(x, b=FORM[0]) + 0 * x)
+BINARY += (jnp.divide, jnp.hypot, lambda x, y: jnp.convolve(x, y, "same"))
+BINARY += (lambda x, y: jnp.where(x > 0, y, 0.0), lambda x, y: jnp.where(x <= 0, x, y))
+BINARY += (lambda x, y: jnp.where(x > 0, jnp.logaddexp(jnp.where(x > 0, x, 0.0), y), y),)
+BINARY += (lambda x, y: jnp.maximum(x, y) + jnp.log1p(jnp.exp(-jnp.abs(x - y))),)
+BINARY += (lambda x, y: x * x + y * y - x * y, lambda x, y: x.at[TWICE].min(y))
 
 
 @st.composite

@@ -74,6 +74,8 @@ def of_stack(x):
   return nn.logsumexp(jnp.stack(parts), 0)
 
 
+TURNED = np.float32([1, -1, 1])
+
 SPELLINGS = [  # (name, function, curvature)
   ("log1p(exp)", lambda x: jnp.log1p(jnp.exp(x)), "convex"),
   ("log(1 + exp)", lambda x: jnp.log(1 + jnp.exp(x)), "convex"),
@@ -204,6 +206,28 @@ SPELLINGS = [  # (name, function, curvature)
     "unknown",
   ),
   ("labels beyond 1", lambda x: optax.sigmoid_binary_cross_entropy(x, 1.5), "unknown"),
+  ("sign of a sum of exps", lambda x: jnp.sign(jnp.exp(x) @ jnp.ones(3)), "affine"),
+  ("sign of a difference of exps", lambda x: jnp.sign(jnp.exp(x) @ TURNED), "unknown"),
+  (
+    "choice by such a difference",
+    lambda x: jnp.where(jnp.exp(x) @ TURNED < 0, x[:, 0] ** 2, x[:, 0]),
+    "unknown",
+  ),
+  (
+    "choice by a convolution of exps",
+    lambda x: jnp.where(jnp.convolve(jnp.exp(x[0]), TURNED) < 0, 1.0, 0.0),
+    "unknown",
+  ),
+  (
+    "choice by a maximum of no exps",
+    lambda x: jnp.where(lax.reduce_max(jnp.exp(x[:0]), (0,)) < 0, -(x[0] ** 2), x[0]),
+    "unknown",
+  ),
+  (
+    "logaddexp in a choice, of what it chooses",
+    lambda x: jnp.where(x[0, 0] > 0, jnp.logaddexp(jnp.where(x[0, 0] > 0, x[0, 0], 0), x[0, 0]), 0),
+    "unknown",
+  ),
 ]
 
 

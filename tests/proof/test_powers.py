@@ -83,7 +83,26 @@ POWERS = [  # (name, function, what is to be proved)
   ("sinh of a convex value >= 0", lambda x: jnp.sinh(relu(x)), "convex"),
 ]
 
+
+def bent(x):
+  """Concave between 0 and 1; its square is convex."""
+  return jnp.where(x < 0, 1.0, jnp.where(x < 1, 1 + x - x * x / 8, 2 * x - 0.125))
+
+
 NORMS = [
+  ("square of a bent number", lambda x: bent(x) ** 2, "convex"),
+  ("product of two", lambda x: bent(x) * bent(x), "convex"),
+  ("root of the square", lambda x: jnp.sqrt(bent(x) ** 2), "unknown"),
+  ("root of the product", lambda x: jnp.sqrt(bent(x) * bent(x)), "unknown"),
+  ("power 1/2 of the square", lambda x: (bent(x) ** 2) ** 0.5, "unknown"),
+  ("norm of bent numbers", lambda x: norm(bent(x)), "unknown"),
+  ("root of a sum with infinity", lambda x: jnp.sqrt(x**2 + jnp.inf), "unknown"),
+  ("norm with infinity", lambda x: jnp.sqrt(jnp.append(x**2, jnp.inf).sum()), "unknown"),
+  ("root of a maximum with infinity", lambda x: jnp.sqrt(jnp.maximum(x**2, jnp.inf)), "unknown"),
+  ("root of a maximum", lambda x: jnp.sqrt(jnp.maximum(x**2, -1.0)), "convex"),
+  ("to infinity", lambda x: jnp.abs(x) ** jnp.inf, "unknown"),
+  ("to 1/2 and infinity", lambda x: (x * x) ** jnp.array([0.5, 0.5, 0.5, jnp.inf]), "unknown"),
+  ("to NaN", lambda x: jnp.abs(x) ** jnp.nan, "unknown"),
   *((f"norm {p}", functools.partial(norm, ord=p), "convex") for p in (None, 1, 2, 3, 4, jnp.inf)),
   *((f"norm {p}", functools.partial(norm, ord=p), "unknown") for p in (0, 0.5, -1, -jnp.inf)),
   ("of an affine value", lambda x: norm(x @ MIXED - CENTRE), "convex"),
@@ -148,6 +167,9 @@ FORMS = [
   ("dot of a convex value >= 0", lambda x: relu(x) @ relu(x), "convex"),
   ("dot of a convex value of any sign", lambda x: nn.elu(x) @ nn.elu(x), "unknown"),
   ("cubic", lambda x: (x @ x) * x[0], "unknown"),
+  ("cubic by a quotient", lambda x: x.sum() / (x.sum() + 1) * x.sum(), "unknown"),
+  ("cubic by a convolution", lambda x: jnp.convolve(x[:1], x[:1]) * x[:1], "unknown"),
+  ("form by a known quotient", lambda x: x[0] / 2 * x[0], "convex"),
   ("by an infinite matrix", functools.partial(form, np.full((4, 4), np.inf)), "unknown"),
   ("by NaN", functools.partial(form, np.full((4, 4), np.nan)), "unknown"),
   ("times an infinite number", lambda x: jnp.inf * (x @ x), "unknown"),
