@@ -49,8 +49,9 @@ COMPARISONS |= {"eq": operator.eq, "ne": operator.ne}
 LOGIC = {"and": operator.and_, "or": operator.or_, "not": operator.not_}
 ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "max", "min", "abs", "exp", "exp2", "expm1"}
 ELEMENTWISE |= {"square", "integer_pow", "tanh", "logistic", "log1p", "select_n"}
+STEPS = {"convert_element_type", "sign"}  # The former of conditions.
 # What an activation may end in. A function of one lost value, as exp or a factor, mends nothing.
-ENDS = {"add", "sub", "mul", "max", "min", "select_n", "square", "integer_pow"}
+ENDS = {"abs", "add", "sub", "mul", "max", "min", "select_n", "square", "integer_pow"}
 LIMIT = 40  # Operations that are searched for the kinks of a value.
 MOST = 8  # Earlier values that are tried.
 
@@ -232,8 +233,22 @@ class Piece:
 
   def of(self, node: Value | Known) -> Jet:
     if id(node) not in self._jets:
-      self._jets[id(node)] = node, self._compute(node)
+      jet = self._compute(node)
+      if not np.all(jet.is_continuous):  # What jumps may be multiplied by 0.
+        both = np.logical_or(jet.is_continuous, self._meets(jet, node))
+        jet = dataclasses.replace(jet, is_continuous=both)
+      self._jets[id(node)] = node, jet
     return self._jets[id(node)][1]
+
+  def _meets(self, jet: Jet, node: Value | Known) -> Any:
+    """Whether the limits of a value at the ends are surely its values there, by their numbers."""
+    pairs = zip(self._points, (_LEFT, _RIGHT), strict=False)
+    meets = [
+      _are_exact(_ends_at(jet.value, end), _ends_at(point.of(node).value, _PIECE))
+      for point, end in pairs
+      if point is not None
+    ]
+    return functools.reduce(np.logical_and, meets, np.True_)
 
   def _compute(self, node: Value | Known) -> Jet:
     if isinstance(node, Known):
@@ -256,6 +271,9 @@ class Piece:
     if name == "log1p":
       op = _operation(inputs[0])
       name = "softplus" if op.primitive == "exp" else name
+    if name in STEPS:
+      step = self._step(op)
+      return Jet((step, step), ZERO, ONE, ZERO, is_continuous=np.False_)
     jet = self.of(op.inputs[0])
     if name == "neg" or (name == "abs" and self.sign(op.inputs[0]) < 0):
       return jet.negated()
@@ -266,6 +284,14 @@ class Piece:
     if name in DERIVATIVES:
       return jet.through(DERIVATIVES[name](jet.value))
     raise _NoRuleError
+
+  def _step(self, op: Operation) -> Any:
+    """A sign, or a condition as a number, which is the same all over the piece."""
+    if op.primitive == "sign":
+      return np.float64(self._order(self.of(op.inputs[0]), strictly=True))
+    if op.eqn.invars[0].aval.dtype != np.bool_:
+      raise _NoRuleError
+    return np.float64(self._holds(op.inputs[0]))
 
   def sign(self, node: Value | Known) -> int:
     """That of a value, where it is not 0; the same all over the piece."""
@@ -304,6 +330,8 @@ class Piece:
       return LOGIC[op.primitive](*map(self._holds, op.inputs))
     if op.primitive not in COMPARISONS:
       raise _NoRuleError
+    if op.inputs[0] is op.inputs[1]:
+      return COMPARISONS[op.primitive](0, 0)
     a, b = map(self.of, op.inputs)
     return COMPARISONS[op.primitive](self._order(a.plus(b.negated()), strictly=True), 0)
 
@@ -350,7 +378,7 @@ def _are_equal(p: Piece, x: Any, end: int, q: Piece, y: Any) -> Any:
   """Whether the limit of x at an end of the piece p is surely the value of y there, at q."""
   x, y = _without_zeros(p, x, end), _without_zeros(q, y, _PIECE)
   a, b = ([_at(e, i) for e in z.of(v).value] for z, v, i in ((p, x, end), (q, y, _PIECE)))
-  exact = np.equal(a[0], a[1]) & np.equal(b[0], b[1]) & np.equal(a[0], b[0]) & np.isfinite(a[0])
+  exact = _are_exact(a, b)
   if np.all(exact) or x is y:
     return True
   if isinstance(x, Known) or isinstance(y, Known) or p._root in (x, y):
@@ -360,6 +388,11 @@ def _are_equal(p: Piece, x: Any, end: int, q: Piece, y: Any) -> Any:
     return exact
   pairs = zip(first.inputs, second.inputs, strict=True)
   return exact | all(np.all(_are_equal(p, u, end, q, v)) for u, v in pairs)
+
+
+def _are_exact(a: Sequence[Any], b: Sequence[Any]) -> Any:
+  """Whether two enclosures are of one finite number."""
+  return np.equal(a[0], a[1]) & np.equal(b[0], b[1]) & np.equal(a[0], b[0]) & np.isfinite(a[0])
 
 
 def _without_zeros(p: Piece, x: Any, end: int) -> Any:
@@ -504,13 +537,13 @@ def _compared(value: Value) -> Iterator[tuple[Value, np.ndarray]]:
       continue
     seen.add(id(node))
     op = node.made_by
-    if op.primitive == "abs" and isinstance(op.inputs[0], Value):
+    if op.primitive in ("abs", "sign") and isinstance(op.inputs[0], Value):
       yield op.inputs[0], np.array(0.0)
     if op.primitive in COMPARISONS or op.primitive in ("max", "min"):
       for z, c in (op.inputs, op.inputs[::-1]):
         if isinstance(z, Value) and isinstance(c, Known) and _is_number(c):
           yield z, c.low
-    if op.primitive in ELEMENTWISE or op.primitive in COMPARISONS or op.primitive in LOGIC:
+    if op.primitive in {*ELEMENTWISE, *STEPS, *COMPARISONS, *LOGIC}:
       todo.extend(op.inputs)
 
 
