@@ -330,10 +330,9 @@ class Piece:
       return LOGIC[op.primitive](*map(self._holds, op.inputs))
     if op.primitive not in COMPARISONS:
       raise _NoRuleError
-    if op.inputs[0] is op.inputs[1]:
-      return COMPARISONS[op.primitive](0, 0)
     a, b = map(self.of, op.inputs)
-    return COMPARISONS[op.primitive](self._order(a.plus(b.negated()), strictly=True), 0)
+    order = 0 if a is b else self._order(a.plus(b.negated()), strictly=True)
+    return COMPARISONS[op.primitive](order, 0)
 
   def _order(self, jet: Jet, strictly: bool) -> int:
     """The sign of a value everywhere between the ends."""

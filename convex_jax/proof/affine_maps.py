@@ -27,7 +27,10 @@ _MOVES = {"broadcast_in_dim", "concatenate", "dynamic_slice", "dynamic_update_sl
 _MOVES |= {"expand_dims", "pad", "reshape", "rev", "scan", "scatter-add", "scatter-sub"}
 _MOVES |= {"select_n", "slice", "split", "squeeze", "stack", "tile", "transpose"}
 _SUMS = {"add", "add_any", "sub", "neg", "reduce_sum", "reduce_window_sum", "cumsum"}
-_UPDATES = {"scatter-add": lax.scatter_add, "scatter-sub": lax.scatter_sub}
+_UPDATES: dict[str, Callable[..., Any]] = {
+  "scatter-add": lax.scatter_add,
+  "scatter-sub": lax.scatter_sub,
+}
 _BILINEAR = {"mul", "dot_general", "conv_general_dilated"}
 
 

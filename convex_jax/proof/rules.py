@@ -10,6 +10,7 @@ A primitive without a rule loses both. No rule is about a function that is undef
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,8 @@ def _quotient(op: Operation, a, b) -> Masks:
   power = b.made_by if isinstance(b, Value) else None
   if power is None or power.primitive not in ("exp", "exp2") or not isinstance(a, Known):
     return LINEAR["div"](op, a, b)
-  masks = composed(power.inputs[0], convex=True, concave=False, rising=False, falling=True)
+  u: Any = power.inputs[0]
+  masks = composed(u, convex=True, concave=False, rising=False, falling=True)
   return times(op, Value(*masks, power), a)
 
 

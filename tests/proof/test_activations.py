@@ -114,6 +114,7 @@ SPELLINGS = [  # (name, function, curvature)
   ("by heaviside elsewhere", lambda x: x * jnp.heaviside(x - 1, 0.5), "unknown"),
   ("a product of signs", lambda x: jnp.sign(x) * jnp.sign(x), "unknown"),
   ("a point removed by a sign", lambda x: (x**2 + 1) * jnp.sign(x) ** 2, "unknown"),
+  ("where a logarithm is NaN", lambda x: jnp.where(jnp.isnan(jnp.log(x)), -1, abs(x)), "unknown"),
   ("a step in few bits", lambda x: x * x.astype(jnp.float8_e4m3fn).astype(np.float32), "unknown"),
   ("a step of integers", lambda x: x * x.astype(np.int32).astype(np.float32), "unknown"),
   ("distance to one of two", lambda x: jnp.abs(jnp.abs(x) - 1), "unknown"),
