@@ -74,7 +74,8 @@ def exit_code(action: Callable[..., int], *args: Any, console_patience: float | 
   """What `action` returns; after an end that has a name, its exit code.
 
   That is an `Ended`, an OSError, Ctrl-C, a missing extra, too little memory, or a platform that
-  JAX cannot start. Prints why. An end that threads could delay for ever (`Ended.at_once`) ends the process.
+  JAX cannot start. Prints why. An end that threads could delay for ever (`Ended.at_once`) ends
+  the process.
 
   `console_patience`: seconds that a console which takes no text may delay the action; None:
   no limit. See `streams.careful`.

@@ -3,7 +3,8 @@
 Each operation that is not affine becomes a vector t of new variables, bounded on the side that the
 proof needs: t >= g(u) where g is convex, t <= g(u) where it is concave. What lies between is one
 sparse matrix for each pair of such vectors, read off the graph by differentiation; between two
-dense maps stands a vector too, as their product would be larger than both. The output y then lies on or above f(x), and at the optimum of what DCP allows to be done with it, on f(x):
+dense maps stands a vector too, as their product would be larger than both. The output y then lies
+on or above f(x), and at the optimum of what DCP allows to be done with it, on f(x):
 
     f(x) = min y  subject to the constraints                        elementwise,
 
