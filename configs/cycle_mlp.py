@@ -2,9 +2,9 @@ r"""CycleMLP-B1 (report, sections 4.3 and 5.3) on images of 32 px.
 
     python -m convex_jax.main --config=configs/cycle_mlp.py
 
-The authors' recipe, at 32 px without its heavier augmentation: AdamW, weight decay 0.05, cosine, label
-smoothing 0.1, 300 epochs; the rate of 5e-4 is theirs for 512 images. The report's figures on CIFAR-10:
-99.7 % train and 82.9 % test accuracy for the base, 81.4 % and 72.3 % for its twin with
+The authors' recipe, at 32 px without its heavier augmentation: AdamW, weight decay 0.05, cosine,
+label smoothing 0.1, 300 epochs; the rate of 5e-4 is theirs for 512 images. The report's figures on
+CIFAR-10: 99.7 % train and 82.9 % test accuracy for the base, 81.4 % and 72.3 % for its twin with
 LayerNorm and the softmax gate kept, which is not convex (`model.parts=paper`).
 `:imagenet2012` is the published size and recipe (224 px, batch 1024, mixup, CutMix, RandAugment,
 random erasing, each image three times in a row): 78.9 % for the base.

@@ -3,12 +3,14 @@
 import argparse
 import importlib.util
 import os
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
-from convex_jax import files, streams
+from convex_jax import config_files, files, streams
 from convex_jax.errors import Ended, UserError
 
 
@@ -57,11 +59,23 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def with_overrides(
+  parser: argparse.ArgumentParser,
+  action: Callable[[argparse.Namespace, list[str]], int],
+  argv: list[str] | None,
+) -> int:
+  """The exit code of `action(args, overrides)`; overrides are the options --config.KEY=VALUE."""
+  overrides, others = config_files.split(sys.argv[1:] if argv is None else argv)
+  args = parser.parse_args(others)
+  return exit_code(action, args, overrides, console_patience=streams.PATIENCE)
+
+
 def exit_code(action: Callable[..., int], *args: Any, console_patience: float | None = None) -> int:
   """What `action` returns; after an end that has a name, its exit code.
 
-  That is an `Ended`, an OSError, Ctrl-C, a missing extra, or a platform that JAX cannot start.
-  Prints why. An end that threads could delay for ever (`Ended.at_once`) ends the process.
+  That is an `Ended`, an OSError, Ctrl-C, a missing extra, too little memory, or a platform that
+  JAX cannot start. Prints why. An end that threads could delay for ever (`Ended.at_once`) ends
+  the process.
 
   `console_patience`: seconds that a console which takes no text may delay the action; None:
   no limit. See `streams.careful`.
@@ -89,10 +103,30 @@ def _exit_code(action: Callable[..., int], *args: Any) -> int:
   except Exception as error:
     if isinstance(error, OSError) and error.filename is not None:
       why = f"{error.filename}: {error.strerror}"
-    elif (why := _no_platform()) is None:
+    elif (why := _no_memory(error) or _no_platform()) is None:
       raise
     print(why, file=sys.stderr)
     return UserError.code
+
+
+def _no_memory(error: Exception) -> str | None:
+  """What to do about an error that says that memory is full; None for another one."""
+  reason = (str(error).splitlines() or ["MemoryError"])[0]
+  if not isinstance(error, MemoryError) and not _FULL.match(reason):
+    return None
+  frames = traceback.walk_tb(error.__traceback__)
+  places = [(f.f_globals.get("__name__", ""), f.f_code.co_name) for f, _ in frames]
+  ours = [".".join(place) for place in places if place[0].startswith("convex_jax.")]
+  return (
+    f"Memory is full in {ours[-1] if ours else 'this command'}: {_FULL.sub('', reason).rstrip('.')}\n"
+    "  expected a program that fits. Training takes less with, in another --workdir, a smaller"
+    " --config.batch_size\n  (and --config.optimizer.accumulate=K for updates of K batches),"
+    " --config.model.remat=True, or\n  --config.dtype=bfloat16, and with --config.fsdp on several"
+    " devices. What is small, JAX_PLATFORMS=cpu\n  computes on the processor."
+  )
+
+
+_FULL = re.compile(r"(INTERNAL: )?RESOURCE_EXHAUSTED: ")  # As XLA says it.
 
 
 def _no_platform() -> str | None:

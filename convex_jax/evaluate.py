@@ -4,19 +4,15 @@ Options only, as in `main`: nothing here imports JAX before they are read.
 """
 
 import argparse
-import sys
 
-from convex_jax import command_line, config_files, streams
+from convex_jax import command_line
 from convex_jax import main as train
 from convex_jax.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
   """Evaluates a file of public weights; returns 0, or 2 for invalid input."""
-  arguments = sys.argv[1:] if argv is None else argv
-  overrides, others = config_files.split(arguments)
-  args = _parser().parse_args(others)
-  return command_line.exit_code(_evaluate, args, overrides, console_patience=streams.PATIENCE)
+  return command_line.with_overrides(_parser(), _evaluate, argv)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,16 +9,13 @@ import os
 import sys
 from typing import Any
 
-from convex_jax import command_line, config_files, streams
+from convex_jax import command_line, config_files
 from convex_jax.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
   """Trains; returns the exit code, or ends the process where threads would wait for ever."""
-  arguments = sys.argv[1:] if argv is None else argv
-  overrides, others = config_files.split(arguments)
-  args = _parser().parse_args(others)
-  return command_line.exit_code(_train, args, overrides, console_patience=streams.PATIENCE)
+  return command_line.with_overrides(_parser(), _train, argv)
 
 
 def _parser() -> argparse.ArgumentParser:

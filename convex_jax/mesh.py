@@ -97,7 +97,9 @@ def check_divisible(devices: int, batch_size: int, fsdp: int) -> None:
 
 
 # XLA raises a JaxRuntimeError when a collective fails, or a ValueError (jax 0.10, Gloo).
-_STATUS = re.compile(r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
+_STATUS = re.compile(
+  r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): (?!RESOURCE_EXHAUSTED)"
+)
 
 
 def is_collective_error(error: Exception) -> bool:

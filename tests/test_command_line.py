@@ -2,19 +2,22 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 import convex_jax
-from convex_jax import __main__, command_line, files
+from convex_jax import __main__, command_line, config_files, files
+from convex_jax import mesh as meshes
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.public.importer import load_public
 from convex_jax.runs import checkpoints
 from convex_jax.studies import report, results
-from convex_jax.training import runtime
+from convex_jax.training import loop, program, runtime
 from tests.support import ROOT
 
 
@@ -46,6 +49,51 @@ def test_ends_that_have_a_name_show_no_trace(error, code, words, capsys):
   assert command_line.exit_code(fail) == code and words in capsys.readouterr().err
   with pytest.raises(ZeroDivisionError):  # What has none does.
     command_line.exit_code(lambda: 1 // 0)
+
+
+FULL = [  # (error, its words in the message)
+  (
+    JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68 bytes.\nAllocator"),
+    "68 bytes",
+  ),
+  (JaxRuntimeError("INTERNAL: RESOURCE_EXHAUSTED: Failed to allocate 7 bytes"), "to allocate 7"),
+  (ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68 bytes."), "68 bytes"),
+  (MemoryError("Unable to allocate 3 TiB for an array"), "3 TiB"),
+  (MemoryError(), "MemoryError"),
+]
+
+
+@pytest.mark.parametrize("error, words", FULL, ids=lambda x: repr(x)[:40])
+def test_a_full_memory_is_told_with_what_takes_less(error, words, capsys):
+  def fail():
+    raise error
+
+  assert command_line.exit_code(fail) == 2
+  err = capsys.readouterr().err
+  assert err.startswith("Memory is full in convex_jax.command_line.") and words in err
+  assert "Traceback" not in err and "RESOURCE" not in err
+  keys = re.findall(r"--config\.([\w.]+)", err)
+  assert len(keys) > 3 and {*keys} <= {*config_files.defaults()}
+
+
+def test_a_full_memory_in_training_is_told_with_its_place(
+  tiny_config, few_digits, tmp_path, monkeypatch, capsys
+):
+  def fail(*_):
+    raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68 bytes.")
+
+  monkeypatch.setattr(program.Program, "train_call", fail)
+  assert command_line.exit_code(loop.run, tiny_config, str(tmp_path / "run"), few_digits) == 2
+  assert "Memory is full in convex_jax.training.loop.train: " in capsys.readouterr().err
+
+
+def test_another_error_of_xlas_is_no_full_memory():
+  def fail():
+    raise JaxRuntimeError("INTERNAL: something was RESOURCE_EXHAUSTED: elsewhere")
+
+  with pytest.raises(JaxRuntimeError):
+    command_line.exit_code(fail)
+  assert not meshes.is_collective_error(ValueError("INTERNAL: RESOURCE_EXHAUSTED: 7 bytes"))
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from convex_jax import mesh as meshes
 from convex_jax.data.datasets import Examples
 from convex_jax.data.in_memory import InMemory, is_resident
-from convex_jax.data.photos.stream import Stream, default_workers
+from convex_jax.data.photos.chunks import default_workers
+from convex_jax.data.photos.stream import Stream
 from convex_jax.data.splits import Split
 
 

@@ -11,7 +11,7 @@ from convex_jax import command_line
 from convex_jax.data import datasets, prepare, tfrecord
 from convex_jax.data.catalog import DATASETS
 from convex_jax.data.photos import cache
-from convex_jax.data.photos.stream import cores
+from convex_jax.data.photos.chunks import cores
 from convex_jax.errors import UserError
 
 

@@ -158,12 +158,13 @@ class Model(nn.Module):
   stages: int = 7  # Only the first of them: fewer halvings, for small images.
   drop_path: Rate = 0.2  # Stochastic depth after the last block, falling to 0 at the first.
   stem_stride: int = 2  # px.
-  variant: Literal["tf", "torch"] = "tf"  # Whose padding and norm: see `ConvNorm`.
+  # Whose padding and norm: see `ConvNorm`. None is "tf", but for a public file, which needs one.
+  variant: Literal["tf", "torch"] | None = None
 
   @nn.compact
   def __call__(self, image_BxHxWxC: jax.Array, train: bool = False) -> jax.Array:
-    parts, act = self.parts, self.parts.act(nn.silu)
-    conv = functools.partial(ConvNorm, variant=self.variant, parts=parts)
+    parts, act, variant = self.parts, self.parts.act(nn.silu), self.variant or "tf"
+    conv = functools.partial(ConvNorm, variant=variant, parts=parts)
     stem = conv(scaled(32, self.width), 3, stride=self.stem_stride, free=True, name="stem")
     y_BxHxWxE = stem(image_BxHxWxC, train)
     x_BxHxWxD, done = act(y_BxHxWxE), 0
@@ -172,7 +173,7 @@ class Model(nn.Module):
       for i in range(repeats[s]):
         shape = (scaled(features, self.width), side, stride if i == 0 else 1, expansion)
         drop_path, name = self.drop_path * done / sum(repeats), f"stage_{s}_block_{i}"
-        block = parts.block(Block)(*shape, drop_path, self.variant, parts, name=name)
+        block = parts.block(Block)(*shape, drop_path, variant, parts, name=name)
         x_BxHxWxD, done = block(x_BxHxWxD, train), done + 1
         if parts.twin.passthrough and s > 0 and i == 0:
           x_BxHxWxD += parts.passthrough_map(y_BxHxWxE, x_BxHxWxD, name=f"passthrough_{s}")

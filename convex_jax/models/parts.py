@@ -203,10 +203,10 @@ class Parts:
   ):
     """The twin's normalisation, or the architecture's `own` ("layer", "batch").
 
-    `epsilon` (0: by default) and `momentum` (the fraction of the running averages that a step keeps: 1 minus
-    torch's) apply to the architecture's own kind; otherwise LayerNorm has epsilon 1e-6, BatchNorm
-    1e-5 and momentum 0.9. `free` leaves the sign of the scale open: right only where the norm
-    acts on the affine part of the image.
+    `epsilon` (0: by default) and `momentum` (the fraction of the running averages that a step
+    keeps: 1 minus torch's) apply to the architecture's own kind; otherwise LayerNorm has epsilon
+    1e-6, BatchNorm 1e-5 and momentum 0.9. `free` leaves the sign of the scale open: right only
+    where the norm acts on the affine part of the image.
     """
     numerics, kind = self.numerics, self.twin.norm_kind or own
     scale_init = constrained(nn.initializers.ones, FREE if free else self.twin.constraint)

@@ -22,6 +22,7 @@ from convex_jax.proof.jets import (
   LEFT,
   LOGIC,
   RIGHT,
+  STEPS,
   ZERO,
   NoRuleError,
   ends_at,
@@ -42,7 +43,7 @@ from convex_jax.proof.values import (
 )
 
 # What an activation may end in. A function of one lost value, as exp or a factor, mends nothing.
-ENDS = {"add", "sub", "mul", "max", "min", "select_n", "square", "integer_pow"}
+ENDS = {"abs", "add", "sub", "mul", "max", "min", "select_n", "square", "integer_pow"}
 LIMIT = 200  # Operations that are searched for the kinks of a value.
 REMEMBERED = 500  # Scalar functions that are not looked at again.
 MOST = 8  # Earlier values that are tried.
@@ -186,13 +187,13 @@ def _compared(value: Value) -> Iterator[tuple[Value, np.ndarray]]:
       continue
     seen.add(id(node))
     op = node.made_by
-    if op.primitive == "abs" and isinstance(op.inputs[0], Value):
+    if op.primitive in ("abs", "sign") and isinstance(op.inputs[0], Value):
       yield op.inputs[0], np.array(0.0)
     if op.primitive in COMPARISONS or op.primitive in ("max", "min"):
       for z, c in (op.inputs, op.inputs[::-1]):
         if isinstance(z, Value) and isinstance(c, Known) and _is_number(c):
           yield z, c.low
-    if op.primitive in ELEMENTWISE or op.primitive in COMPARISONS or op.primitive in LOGIC:
+    if op.primitive in {*ELEMENTWISE, *STEPS, *COMPARISONS, *LOGIC}:
       todo.extend(op.inputs)
 
 

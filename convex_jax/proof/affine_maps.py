@@ -24,9 +24,13 @@ Input = Value | Known | np.ndarray
 Matrix = Any  # A `scipy.sparse.csr_array`, of which type checkers know too little.
 
 _MOVES = {"broadcast_in_dim", "concatenate", "dynamic_slice", "dynamic_update_slice", "gather"}
-_MOVES |= {"expand_dims", "pad", "reshape", "rev", "scan", "scatter-add", "select_n", "slice"}
-_MOVES |= {"split", "squeeze", "stack", "tile", "transpose"}
+_MOVES |= {"expand_dims", "pad", "reshape", "rev", "scan", "scatter-add", "scatter-sub"}
+_MOVES |= {"select_n", "slice", "split", "squeeze", "stack", "tile", "transpose"}
 _SUMS = {"add", "add_any", "sub", "neg", "reduce_sum", "reduce_window_sum", "cumsum"}
+_UPDATES: dict[str, Callable[..., Any]] = {
+  "scatter-add": lax.scatter_add,
+  "scatter-sub": lax.scatter_sub,
+}
 _BILINEAR = {"mul", "dot_general", "conv_general_dilated"}
 
 
@@ -54,10 +58,9 @@ def apply(op: Operation, arrays: list[jax.Array], dtype: Any = np.float64) -> ja
   """An affine operation on arrays of a dtype."""
   if op.primitive == "scan":  # The border of an unrolled loop.
     return jnp.stack(arrays) if op.index is None else arrays[0][op.index]
-  if op.primitive == "scatter-add":  # Its body adds in the program's dtype.
+  if op.primitive in _UPDATES:  # Whose bodies compute in the program's dtype.
     options = {k: v for k, v in op.params.items() if not k.startswith("update_")}
-    operand, indices, updates = arrays
-    return lax.scatter_add(operand, indices, updates, **options)
+    return _UPDATES[op.primitive](*arrays, **options)
   changed: dict[str, Any] = {}
   if op.params.get("preferred_element_type") is not None:
     changed["preferred_element_type"] = np.dtype(dtype)

@@ -2,13 +2,14 @@
 
 Programs guard a function against numbers for which it, or its gradient, is undefined, and choose
 twice: where(s > 0, sqrt(where(s > 0, s, 1)), 0). In the outer choice's cases the inner ones are
-settled; and if s >= 0, what is left, where(s > 0, sqrt(s), 0), is sqrt(s).
+settled; and if s >= 0, what is left, where(s > 0, sqrt(s), 0), is sqrt(s). Nor is there a choice
+in where(x != x, 0, x), which replaces NaN, if x is a number for every input.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from convex_jax.proof.linear import has_no_zero, not_finite
+from convex_jax.proof.linear import has_no_zero, is_total, not_finite
 from convex_jax.proof.signs import exponent_of, sign
 from convex_jax.proof.values import Known, Operation, Value
 
@@ -59,6 +60,11 @@ def _same_element(x: Any) -> Any:
       return x
     x = x.made_by.inputs[0]
   return x
+
+
+def is_same(a: Any, b: Any) -> bool:
+  """Whether two values are one finite number, which is no NaN, whatever the input."""
+  return a is b and isinstance(a, Value) and a.is_real and is_total(a)
 
 
 def unguarded(test: Value, *cases: Any) -> Value | None:

@@ -156,8 +156,8 @@ def fold(eqn, inputs: Sequence[Known]) -> list[Known]:
 def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends]:
   params, ends = eqn.params, [(x.low, x.high) for x in inputs]
   floats = is_float(eqn.outvars[0].aval.dtype) and all(x.is_float for x in inputs)
-  if name in ("reshape", "broadcast_in_dim", "convert_element_type", "select_n"):
-    return [_SPECIAL[name](eqn, *inputs)]
+  if name in _OWN_RULES:
+    return [_OWN_RULES[name](eqn, *inputs)]
   if name in _ORDERS:
     return [_order(name, *inputs)]
   if name == "not" and inputs[0].low.dtype == bool:
@@ -387,7 +387,7 @@ def _select_n(eqn, which: Known, *cases: Known) -> Ends:
   return low, np.where(possible, highs, least).max(0)
 
 
-_SPECIAL: dict[str, Callable[..., Ends]] = {
+_OWN_RULES: dict[str, Callable[..., Ends]] = {
   "broadcast_in_dim": _broadcast_in_dim,
   "reshape": _reshape,
   "convert_element_type": _convert_element_type,

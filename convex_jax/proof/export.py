@@ -3,7 +3,8 @@
 Each operation that is not affine becomes a vector t of new variables, bounded on the side that the
 proof needs: t >= g(u) where g is convex, t <= g(u) where it is concave. What lies between is one
 sparse matrix for each pair of such vectors, read off the graph by differentiation; between two
-dense maps stands a vector too, as their product would be larger than both. The output y then lies on or above f(x), and at the optimum of what DCP allows to be done with it, on f(x):
+dense maps stands a vector too, as their product would be larger than both. The output y then lies
+on or above f(x), and at the optimum of what DCP allows to be done with it, on f(x):
 
     f(x) = min y  subject to the constraints                        elementwise,
 
@@ -543,6 +544,9 @@ class _Reading:
     op = node.made_by
     assert op is not None
     name, inputs = op.primitive, op.inputs
+    if name in activations.STEPS:
+      with np.errstate(all="ignore"):
+        return cp.Constant(_flat(piece.of(node).value[0], self.shape))
     parts = [self._node(x, at, piece) for x in inputs]
     if name in _EXPONENTIALS:
       return _EXPONENTIALS[name](*parts)

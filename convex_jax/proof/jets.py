@@ -36,6 +36,7 @@ LOGIC = {"and": operator.and_, "or": operator.or_, "not": operator.not_}
 ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "max", "min", "abs", "exp", "exp2", "expm1"}
 ELEMENTWISE |= {"square", "integer_pow", "tanh", "logistic", "log1p", "select_n", "erf", "erfc"}
 ELEMENTWISE |= {"sqrt"}
+STEPS = {"convert_element_type", "sign"}  # The former of conditions.
 LARGE = 1000  # Entries of the largest number that a signature holds.
 LONG = 500  # Operations of the longest one.
 
@@ -248,8 +249,22 @@ class Piece:
 
   def of(self, node: Value | Known) -> Jet:
     if id(node) not in self._jets:
-      self._jets[id(node)] = node, self._compute(node)
+      jet = self._compute(node)
+      if not np.all(jet.is_continuous):  # What jumps may be multiplied by 0.
+        both = np.logical_or(jet.is_continuous, self._meets(jet, node))
+        jet = dataclasses.replace(jet, is_continuous=both)
+      self._jets[id(node)] = node, jet
     return self._jets[id(node)][1]
+
+  def _meets(self, jet: Jet, node: Value | Known) -> Any:
+    """Whether the limits of a value at the ends are surely its values there, by their numbers."""
+    pairs = zip(self.points, (LEFT, RIGHT), strict=False)
+    meets = [
+      _are_exact(ends_at(jet.value, end), ends_at(point.of(node).value, PIECE))
+      for point, end in pairs
+      if point is not None
+    ]
+    return functools.reduce(np.logical_and, meets, np.True_)
 
   def _compute(self, node: Value | Known) -> Jet:
     if isinstance(node, Known):
@@ -283,6 +298,9 @@ class Piece:
     if name == "log1p":
       op = operation(inputs[0])
       name = "softplus" if op.primitive == "exp" else name
+    if name in STEPS:
+      step = self.step(op)
+      return Jet((step, step), ZERO, ONE, ZERO, is_continuous=np.False_)
     jet = self.of(op.inputs[0])
     if name == "neg" or (name == "abs" and self.sign(op.inputs[0]) < 0):
       return jet.negated()
@@ -330,6 +348,14 @@ class Piece:
       return False
     return all(map(self._are_same, first.inputs, second.inputs))
 
+  def step(self, op: Operation) -> Any:
+    """A sign, or a condition as a number, which is the same all over the piece."""
+    if op.primitive == "sign":
+      return np.float64(self._order(self.of(op.inputs[0]), strictly=True))
+    if op.eqn.invars[0].aval.dtype != np.bool_:
+      raise NoRuleError
+    return np.float64(self._holds(op.inputs[0]))
+
   def sign(self, node: Value | Known) -> int:
     """That of a value, where it is not 0; the same all over the piece."""
     return self._order(self.of(node), strictly=False)
@@ -368,7 +394,8 @@ class Piece:
     if op.primitive not in COMPARISONS:
       raise NoRuleError
     a, b = map(self.of, op.inputs)
-    return COMPARISONS[op.primitive](self._order(a.plus(b.negated()), strictly=True), 0)
+    order = 0 if a is b else self._order(a.plus(b.negated()), strictly=True)
+    return COMPARISONS[op.primitive](order, 0)
 
   def _order(self, jet: Jet, strictly: bool) -> int:
     """The sign of a value everywhere between the ends."""
@@ -393,6 +420,9 @@ class _Part(Piece):
 
   def sign(self, node: Value | Known) -> int:
     return self._whole.sign(node)
+
+  def step(self, op: Operation) -> Any:
+    return self._whole.step(op)
 
   def settled(self, node: Value | Known) -> tuple[Value | Known, Any]:
     return self._whole.settled(node)
@@ -475,7 +505,7 @@ def _are_equal(p: Piece, x: Any, end: int, q: Piece, y: Any) -> Any:
   """Whether the limit of x at an end of the piece p is surely the value of y there, at q."""
   x, y = _without_zeros(p, x, end), _without_zeros(q, y, PIECE)
   a, b = ([_at(e, i) for e in z.of(v).value] for z, v, i in ((p, x, end), (q, y, PIECE)))
-  exact = np.equal(a[0], a[1]) & np.equal(b[0], b[1]) & np.equal(a[0], b[0]) & np.isfinite(a[0])
+  exact = _are_exact(a, b)
   if np.all(exact) or x is y:
     return True
   if isinstance(x, Known) or isinstance(y, Known) or p.root in (x, y):
@@ -485,6 +515,11 @@ def _are_equal(p: Piece, x: Any, end: int, q: Piece, y: Any) -> Any:
     return exact
   pairs = zip(first.inputs, second.inputs, strict=True)
   return exact | all(np.all(_are_equal(p, u, end, q, v)) for u, v in pairs)
+
+
+def _are_exact(a: Sequence[Any], b: Sequence[Any]) -> Any:
+  """Whether two enclosures are of one finite number."""
+  return np.equal(a[0], a[1]) & np.equal(b[0], b[1]) & np.equal(a[0], b[0]) & np.isfinite(a[0])
 
 
 def _without_zeros(p: Piece, x: Any, end: int) -> Any:

@@ -146,6 +146,10 @@ def _scatter_add(op: Operation, x, indices, updates) -> Masks:
   return nc, nk
 
 
+def _scatter_sub(op: Operation, x, indices, updates) -> Masks:
+  return _scatter_add(op, x, indices, _negated(updates))
+
+
 def _scatter_multiply(op: Operation, x, indices, updates) -> Masks:
   """Known factors; several at one place multiply."""
   count = updates_of(op, x, indices, updates)
@@ -160,7 +164,7 @@ def _scatter_multiply(op: Operation, x, indices, updates) -> Masks:
   sign = np.where(number(zero) > 0, 0.0, 1 - 2 * (number(below) % 2))
   known = number((above | below | zero) & ~not_finite(updates)) == count
   sign = np.where(known, sign, np.nan).astype(np.float64)
-  return _times(op, x, Known.exactly(sign))
+  return times(op, x, Known.exactly(sign))
 
 
 # Linear operations: sums keep convexity, known factors keep or swap it by their sign.
@@ -199,7 +203,8 @@ def _bilinear(op: Operation, a, b) -> Masks:
   return _signed(op, x, weights, apply)
 
 
-def _times(op: Operation, x: Value, weights: Known) -> Masks:
+def times(op: Operation, x: Value, weights: Known) -> Masks:
+  """A product with a known number, or what has the sign of one."""
   masks = _signed(op, x, weights, lambda mask, part: np.broadcast_to(mask & part, op.shape))
   bad = not_finite(weights)
   nc, nk = masks if is_nowhere(bad) else (either(m, bad) for m in masks)
@@ -209,7 +214,7 @@ def _times(op: Operation, x: Value, weights: Known) -> Masks:
 def _multiply(op: Operation, a, b) -> Masks:
   if isinstance(a, Value) and isinstance(b, Value):
     return lost(op)
-  return _times(op, a, b) if isinstance(a, Value) else _times(op, b, a)
+  return times(op, a, b) if isinstance(a, Value) else times(op, b, a)
 
 
 def _divide(op: Operation, a, b) -> Masks:
@@ -217,7 +222,7 @@ def _divide(op: Operation, a, b) -> Masks:
   if isinstance(b, Value):
     return lost(op)
   sign = np.where(b.low > 0, 1.0, np.where(b.high < 0, -1.0, np.nan))
-  return _times(op, a, Known.exactly(np.where(not_finite(b), np.nan, sign)))
+  return times(op, a, Known.exactly(np.where(not_finite(b), np.nan, sign)))
 
 
 def has_no_zero(x: Known) -> bool:
@@ -293,6 +298,7 @@ LINEAR = MOVES | {
   "div": _divide,
   **dict.fromkeys(("dot_general", "conv_general_dilated"), _bilinear),
   "scatter-add": _scatter_add,
+  "scatter-sub": _scatter_sub,
   "scatter-mul": _scatter_multiply,
   "triangular_solve": _solve,
   "reduce_sum": _sum(over_axes),

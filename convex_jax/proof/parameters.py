@@ -21,6 +21,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {  # Of each primitive: USED, LAYOUT or 
   **{name: {"accuracy": None} for name in _ACCURATE.split()},
   "mul": {"out_dtype": None},
   "integer_pow": {"y": USED},
+  "convert_element_type": {"new_dtype": USED, "weak_type": LAYOUT, "sharding": LAYOUT},
   # Moves of elements, done by the primitive itself with all its parameters.
   "broadcast_in_dim": {"shape": USED, "broadcast_dimensions": USED, "sharding": LAYOUT},
   "reshape": {"new_sizes": USED, "dimensions": USED, "sharding": LAYOUT},

@@ -10,6 +10,7 @@ A primitive without a rule loses both. No rule is about a function that is undef
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from convex_jax.proof.linear import (
   over_axes,
   so_far,
   sums_at_places,
+  times,
   updates_of,
 )
 from convex_jax.proof.signs import infinite, sign
@@ -41,6 +43,16 @@ from convex_jax.proof.values import (
 
 def _exponential(op: Operation, x: Value) -> Masks:
   return composed(x, convex=True, concave=False, rising=True, falling=False)
+
+
+def _quotient(op: Operation, a, b) -> Masks:
+  """Linear in a; and c / exp(u) is c exp(-u)."""
+  power = b.made_by if isinstance(b, Value) else None
+  if power is None or power.primitive not in ("exp", "exp2") or not isinstance(a, Known):
+    return LINEAR["div"](op, a, b)
+  u: Any = power.inputs[0]
+  masks = composed(u, convex=True, concave=False, rising=False, falling=True)
+  return times(op, Value(*masks, power), a)
 
 
 def _even(op: Operation, x: Value) -> Masks:
@@ -118,8 +130,17 @@ def _over(gather: Callable[[Operation, np.ndarray], np.ndarray], is_maximum: boo
   return rule
 
 
+def _sum(op: Operation, x) -> Masks:
+  """The sum of the k largest of convex numbers is the largest sum of k of them."""
+  made = x.made_by
+  if made is None or made.primitive != "top_k" or op.params["axes"] != (made.params["axis"],):
+    return LINEAR["reduce_sum"](op, x)
+  return over_axes(op, made.inputs[0].not_convex), uniform(True, op.shape)
+
+
 RULES: dict[str, Callable[..., Masks]] = LINEAR | {
   **dict.fromkeys(("mul", "dot_general"), powers.product),
+  "div": _quotient,
   **dict.fromkeys(("integer_pow", "square"), powers.power),
   **dict.fromkeys(("pow", "sqrt", "cbrt"), powers.root),
   "abs": powers.absolute,
@@ -131,6 +152,7 @@ RULES: dict[str, Callable[..., Masks]] = LINEAR | {
   "clamp": _clamp,
   "scatter-max": _scattered(is_maximum=True),
   "scatter-min": _scattered(is_maximum=False),
+  "reduce_sum": _sum,
   "reduce_max": _over(over_axes),
   "reduce_window_max": _over(in_windows),
   **dict.fromkeys(("cummax", "cumlogsumexp"), _over(so_far)),

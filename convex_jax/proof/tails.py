@@ -32,6 +32,7 @@ from convex_jax.proof.jets import (
   LOG_2,
   PIECE,
   RIGHT,
+  STEPS,
   TWO,
   ZERO,
   NoRuleError,
@@ -184,6 +185,8 @@ class _Reader:
       return a * b if name == "mul" else a + (b if name == "add" else -b)
     if name == "div" and isinstance(inputs[1], Known) and has_no_zero(inputs[1]):
       return self.of(inputs[0]) * _constant(divide(ONE, (inputs[1].low, inputs[1].high)))
+    if name in STEPS:
+      return _constant(value)
     if name == "log1p":
       op = operation(inputs[0])
       name = "softplus" if op.primitive == "exp" else name

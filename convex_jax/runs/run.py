@@ -148,7 +148,8 @@ class Run:
     model = self.config.model
     return (
       f"Run({self.workdir!r}: {model.name} {model.size}, twin {model.parts!r}, on"
-      f" {self.config.data.name}, {count:,} parameters, step {self.step})"
+      f" {self.config.data.name}, {count:,} parameters, step {self.step}"
+      f"{', with other weights' if self.edited else ''})"
     )
 
 

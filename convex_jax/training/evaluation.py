@@ -45,10 +45,8 @@ def evaluate(config: Any, public: Public, examples: Data) -> dict[str, float]:
 
   weights, everywhere = public.weights, meshes.replicated(mesh)
   weights, total = jax.device_put((weights, metrics.WithTopFive.empty()), everywhere)
-  split, batches = (
-    batches_of(examples.test, mesh, config.data),
-    -(-len(examples.test) // config.batch_size),
-  )
+  split = batches_of(examples.test, mesh, config.data)
+  batches = -(-len(examples.test) // config.batch_size)
   try:
     for plan in track(split.eval_plans(config.batch_size, 0), "evaluating", batches):
       total = jax.block_until_ready(add(weights, split.arrays, plan, total))

@@ -22,7 +22,7 @@ import convex_jax
 from configs import base, mixer_ioc
 from convex_jax import files, mesh
 from convex_jax.data import catalog, command, datasets, prepare, sampling, tfrecord
-from convex_jax.data.photos import cache, decode, stream, worker
+from convex_jax.data.photos import cache, chunks, decode, stream, worker
 from convex_jax.data.photos.records import Records, source_of
 from convex_jax.errors import UserError
 from convex_jax.training import loop, program
@@ -379,7 +379,7 @@ def test_a_script_that_workers_would_run_again_is_told(tmp_path, monkeypatch, co
   path = tmp_path / "script.py"
   path.write_text(code)
   script = types.ModuleType("__main__")
-  script.__file__, script.refuse = str(path), stream.refuse_unguarded
+  script.__file__, script.refuse = str(path), chunks.refuse_unguarded
   monkeypatch.setitem(sys.modules, "__main__", script)
   run = functools.partial(exec, compile(code, str(path), "exec"), vars(script))
   if line is None:
@@ -392,7 +392,7 @@ def test_a_script_that_workers_would_run_again_is_told(tmp_path, monkeypatch, co
   run()
 
 
-@pytest.mark.skipif(not os.path.isdir(stream.SHARED), reason="no /dev/shm")
+@pytest.mark.skipif(not os.path.isdir(chunks.SHARED), reason="no /dev/shm")
 @pytest.mark.parametrize(
   "free,workers,ahead",  # In chunks of a megabyte.
   [(1000, 2, 4), (20, 2, 4), (19, 2, 3), (8, 2, 1), (7, 2, 0), (64, 16, 1), (63, 16, 0), (0, 1, 0)],
@@ -403,11 +403,11 @@ def test_workers_are_ahead_as_far_as_shared_memory_reaches(monkeypatch, free, wo
   found = types.SimpleNamespace(f_bavail=blocks, f_blocks=2**40, f_frsize=4096)
   monkeypatch.setattr(os, "statvfs", lambda _: found)
   if ahead:
-    assert stream._ahead(size, workers) == ahead
+    assert chunks._ahead(size, workers) == ahead
     return
   words = rf"{workers} need [\d.]+ MB .* [\d.]+ MB free.*--shm-size.*fewer workers.* 0"
   with pytest.raises(UserError, match=words):
-    stream._ahead(size, workers)
+    chunks._ahead(size, workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -449,7 +449,7 @@ def test_a_container_with_little_shared_memory(photo_dir):
   ],
 )
 def test_why_a_worker_died_is_told(error, words):
-  with pytest.raises(UserError, match=f"(?s){words}"), stream._explained():
+  with pytest.raises(UserError, match=f"(?s){words}"), chunks._explained():
     raise error
 
 

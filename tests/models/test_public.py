@@ -264,8 +264,8 @@ PIXELS = {  # {case: (network, a key, pixels, words)}
   "timm": ("mixer", dict(gelu="erf"), "blocks.0.norm1.weight", "half", "miil"),
   "own": ("mixer", dict(gelu="erf"), "mixer_blocks.0.token_mix.0.weight", "own", "epsilon 1e-5"),
   "densenet": ("densenet", {}, "features.norm5.weight", "imagenet", ""),
-  "tf": ("efficientnet", {}, "bn1.weight", "imagenet", "config.model.variant=torch"),
-  "torch": ("efficientnet", dict(variant="torch"), "bn1.weight", "imagenet", "model.variant=tf"),
+  "tf": ("efficientnet", dict(variant="tf"), "bn1.weight", "imagenet", "timm's tf_efficientnet"),
+  "torch": ("efficientnet", dict(variant="torch"), "bn1.weight", "imagenet", "timm's efficientnet"),
   "torchvision": ("efficientnet", dict(variant="torch"), "features.0.1.weight", "imagenet", ""),
   "cycle_mlp": ("cycle_mlp", {}, "norm.weight", "imagenet", ""),
   "mlp": ("mlp", {}, "2.weight", "own", ""),
@@ -456,6 +456,20 @@ def test_fields_that_a_file_implies_are_checked(save):
     importer.load_public(build(gelu="erf"), save(official()), SHAPE)
   with pytest.raises(UserError, match=r"--config.model.parallel=False"):
     importer.load_public(build(parallel=True), save(official()), SHAPE)
+
+
+def test_an_efficientnets_variant_is_asked_for_where_the_file_does_not_tell_it(save):
+  """timm's two kinds name their weights alike, so that a default would be wrong in silence."""
+  for key, words in (
+    ("bn1.weight", r"model.variant=tf for the former, --config.model.variant=torch for the latter"),
+    ("features.0.1.weight", r"variant is None; set --config.model.variant=torch"),
+  ):
+    path = save({key: np.ones(32, np.float32)}, f"{key}.safetensors")
+    with pytest.raises(UserError, match=words):
+      importer.load_public(catalog.create_model("efficientnet", "tiny"), path, SHAPE)
+    chosen = catalog.create_model("efficientnet", "tiny", variant="torch")
+    with pytest.raises(UserError, match="missing from the file"):  # Further on.
+      importer.load_public(chosen, path, SHAPE)
 
 
 def test_half_a_head_and_negative_variances_are_refused(save):

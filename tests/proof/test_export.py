@@ -85,7 +85,8 @@ FUNCTIONS = {  # Each of an input of N numbers, but for the convolutions.
   "dense maps in a row": lambda x: (
     nn.elu((x @ FIRST @ FIRST.T + 1) @ FIRST) @ SECOND @ LAST - x[:2]
   ),
-  "affine": lambda x: 2 - x[::-1] @ FIRST @ SECOND,
+  "steps": lambda x: x * (x > 0.25) - 0.25 * (x > 0.25) + x * jnp.sign(x),
+  "affine": lambda x: 2 - x[::-1].at[1].subtract(x[0]) @ FIRST @ SECOND,
 }
 
 

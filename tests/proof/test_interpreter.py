@@ -187,8 +187,13 @@ CURVATURES = [  # (name, function, curvature)
   ),
   (
     "slopes that rounding makes equal",
-    lambda x: jnp.where(x > 0, x * 1e16, x * 1e16 + x) - x * 1e16,
+    lambda x: jnp.where(x > 0, x * 1e16, x * 1e16 + x) - x * 2 * 5e15,
     "unknown",
+  ),
+  (
+    "slopes that cancel exactly",
+    lambda x: jnp.where(x > 0, x * 1e16, x * 1e16 + x) - x * 1e16,
+    "concave",
   ),
   (
     "a value that is rounded at the kink",

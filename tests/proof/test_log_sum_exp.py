@@ -286,6 +286,7 @@ EXAMPLES = {  # How to make each operation whose parameters the table names.
   "rev": lambda x: lax.rev(x, (0,)),
   "reduce_sum": lambda x: x.sum(1),
   "cumsum": lambda x: lax.cumsum(x, 1),
+  "convert_element_type": lambda x: (x > 0).astype(np.float32),
 }
 ABSENT = {"0.10": {"log2"}}  # By jax version.
 

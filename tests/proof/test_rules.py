@@ -69,7 +69,13 @@ UPDATES = [
   ("segment minimum", lambda x: jax.ops.segment_min(x, PLACES, 2), "concave"),
   ("maximum of an empty segment", lambda x: jax.ops.segment_max(x, PLACES, 3), "unknown"),
   ("add", lambda x: x.at[1].add(relu(x[0])), "convex"),
-  ("subtract", lambda x: x.at[1].add(-relu(x[0])), "concave"),
+  ("add a concave value", lambda x: x.at[1].add(-relu(x[0])), "concave"),
+  ("subtract", lambda x: x.at[1].subtract(relu(x[0])), "concave"),
+  ("subtract a concave value", lambda x: relu(x).at[1].subtract(-relu(x[0])), "convex"),
+  ("subtract a convex value", lambda x: relu(x).at[1].subtract(relu(x[0])), "unknown"),
+  ("subtract twice", lambda x: zeros_and([1, 1], relu(x[:2]), "subtract"), "concave"),
+  ("subtract infinity", lambda x: x.at[1].subtract(INF), "unknown"),
+  ("a difference of updates, squared", lambda x: (x.at[1].subtract(x[0])) ** 2, "convex"),
   ("set", lambda x: relu(x).at[1].set(x[0]), "convex"),
   ("set to a number", lambda x: (-relu(x)).at[jnp.arange(4)].set(0.0), "affine"),
   ("set to infinity", lambda x: x.at[1].set(INF), "unknown"),
@@ -238,7 +244,49 @@ CALLS = [
   ("associative scan", lambda x: lax.associative_scan(jnp.add, relu(x)), "convex"),
 ]
 
-ROWS = [*BOUNDS, *UPDATES, *BRANCHES, *CHOICES, *CALLS]
+
+def largest(x, k=2, axis=-1):
+  return lax.top_k(x, k, axis=axis)[0]
+
+
+SCALARS = [
+  ("quotient by an exp", lambda x: 3 / jnp.exp(x), "convex"),
+  ("by a power of 2", lambda x: 1 / jnp.exp2(-x), "convex"),
+  ("by an exp of a concave value", lambda x: 1 / jnp.exp(-relu(x)), "convex"),
+  ("by an exp of a convex value", lambda x: 1 / jnp.exp(relu(x)), "unknown"),
+  ("negative quotient", lambda x: -3 / jnp.exp(x), "concave"),
+  ("of either sign", lambda x: jnp.float32([1, -1, 1, 1]) / jnp.exp(x), "unknown"),
+  ("quotient of infinity", lambda x: INF / jnp.exp(x), "unknown"),
+  ("quotient of the input", lambda x: x / jnp.exp(x), "unknown"),
+  ("quotient by what may be 0", lambda x: 1 / x**2, "unknown"),
+  ("where NaN, 0", lambda x: jnp.where(jnp.isnan(relu(x)), 0.0, relu(x)), "convex"),
+  ("maximum without NaN", jnp.nanmax, "convex"),
+  ("where not NaN", lambda x: jnp.where(x == x, jnp.exp(x), x), "convex"),
+  ("NaN of a root", lambda x: jnp.where(jnp.isnan(jnp.sqrt(x)), x, -x), "unknown"),
+  ("NaN of a logarithm", lambda x: jnp.where(jnp.isnan(jnp.log(x)), x, 0.5 * x), "unknown"),
+  ("NaN of 0 times infinity", lambda x: jnp.where(jnp.isnan(INF * x), -1.0, 0.0), "unknown"),
+  ("NaN of infinities", lambda x: jnp.where(jnp.isnan(x + INF - INF), x[0], x), "unknown"),
+  ("NaN of a quotient", lambda x: jnp.where(jnp.isnan(x / x), 1.0, x * x), "unknown"),
+  ("not equal to another element", lambda x: jnp.where(x != x[::-1], x, 0.0), "unknown"),
+]
+
+LARGEST = [
+  ("sum of the largest", lambda x: largest(x).sum(), "convex"),
+  ("mean of the largest convex values", lambda x: largest(x**2, 3).mean(), "convex"),
+  ("of rows", lambda x: largest(x.reshape(2, 2), 1).sum(-1), "convex"),
+  ("of columns", lambda x: largest(x.reshape(2, 2), 2, 0).sum(0), "convex"),
+  ("sum of the smallest", lambda x: -largest(-x).sum(), "concave"),
+  ("of concave values", lambda x: largest(-relu(x)).sum(), "unknown"),
+  ("one of them concave", lambda x: largest(x.at[0].set(-relu(x[1]))).sum(), "unknown"),
+  ("the second", lambda x: largest(x)[1], "unknown"),
+  ("the largest of rows, added", lambda x: largest(x.reshape(2, 2), 2).sum(0), "unknown"),
+  ("and over the rows", lambda x: largest(x.reshape(2, 2), 1).sum(), "unknown"),
+  ("less than half of the largest", lambda x: largest(x)[1:].sum(), "unknown"),
+  ("weighted", lambda x: largest(x) @ jnp.float32([1, 2]), "unknown"),
+  ("the place", lambda x: lax.top_k(x, 2)[1].sum().astype(np.float32), "unknown"),
+]
+
+ROWS = [*BOUNDS, *UPDATES, *BRANCHES, *CHOICES, *CALLS, *SCALARS, *LARGEST]
 
 
 @pytest.mark.parametrize("name,function,expected", ROWS, ids=[row[0] for row in ROWS])

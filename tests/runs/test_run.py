@@ -113,6 +113,7 @@ def test_replaced_weights_are_what_everything_uses(run):
   head = {name: -leaf for name, leaf in run.params["head"].items()}
   negated = {**run.params, "head": head}
   new = run.replace(params=negated)
+  assert "with other weights" in repr(new) and "other" not in repr(run)
   logits = new.logits(IMAGES)
   assert np.abs(logits - before).max() > 0.1
   np.testing.assert_allclose(logits, new.network(IMAGES), atol=1e-5)

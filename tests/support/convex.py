@@ -482,22 +482,13 @@ TABLES = {
 
 # What is convex and not proved.
 UNPROVED = {
-  "kinks: relu by a product with a condition",
   "kinks: relu by select",
   "kinks: relu by piecewise",
-  "kinks: relu by heaviside",
-  "kinks: absolute value by sign",
-  "kinks: distance to an interval",
   "kinks: pseudo-huber by hypot",
-  "smooth functions: reciprocal of an exp",
-  "log-sum-exp: optax ranking softmax loss",
   "quadratic forms: x (F F^T) x, made in the program",
   "quadratic forms: Mahalanobis by solve",
   "norms: safe norm of optax",
   "norms: hypot",
-  "norms: sum of the two largest",
-  "reductions: nanmax",
-  "reductions: at[].subtract of a concave value",
   "reductions: trapezoid",
   "known numbers: trace of an inverse",
   "networks: linear part by an inverse",

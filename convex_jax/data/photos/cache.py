@@ -16,9 +16,9 @@ import numpy as np
 
 from convex_jax import files
 from convex_jax.data.photos import worker
+from convex_jax.data.photos.chunks import Chunks
 from convex_jax.data.photos.decode import UNREADABLE
 from convex_jax.data.photos.records import Records
-from convex_jax.data.photos.stream import Chunks
 from convex_jax.data.progress import track
 from convex_jax.data.splits import Split
 from convex_jax.errors import Unsaved, UserError

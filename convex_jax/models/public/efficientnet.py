@@ -61,6 +61,12 @@ def _is_torchvisions(keys: Collection[str]) -> bool:
 def _fields(model: Any, path: str, keys: Collection[str]) -> dict[str, Any]:
   """torchvision's networks pad evenly; a file of timm's may be of either variant."""
   if not _is_torchvisions(keys):
+    if model.variant is None:
+      raise UserError(
+        f"{path} does not tell which network of timm's it is of: tf_efficientnet_* and efficientnet_*"
+        " name their weights alike and differ in padding and norms; expected"
+        " --config.model.variant=tf for the former, --config.model.variant=torch for the latter"
+      )
     return {}
   if model.width >= 1.6:
     raise UserError(
@@ -74,12 +80,10 @@ def _untold(model: Any, keys: Collection[str]) -> list[str]:
   """timm's files of either variant, and those with blurred strides, have the same names."""
   if _is_torchvisions(keys):
     return []
-  other = {"tf": "torch", "torch": "tf"}[model.variant]
-  names = {"tf": "tf_efficientnet_*", "torch": "efficientnet_b*"}
+  name = {"tf": "tf_efficientnet_*", "torch": "efficientnet_*"}[model.variant]
   return [
-    f"read as timm's {names[model.variant]} (config.model.variant={model.variant}), which the file"
-    f" cannot tell: for {names[other]} set --config.model.variant={other}; efficientnet_blur_* is"
-    " another network",
+    f"read as timm's {name}, by config.model.variant={model.variant}; efficientnet_blur_* is another"
+    " network, whose file looks the same",
     "pixels of those with ap_in1k, ra4_e3600 or pruned in their name are scaled by"
     " --config.data.normalise=half",
   ]

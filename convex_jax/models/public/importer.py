@@ -11,7 +11,7 @@ with the same names differ in (`Public.notes`).
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -82,74 +82,130 @@ def load_public(
     ValueError: `model` is not an architecture of `convex_jax.models`.
   """
   name, path = catalog.name_of(model), files.expand(path)
-  names = NAMES[name]
-
-  def leaves(network: nn.Module, shape: tuple[int, ...] = image_shape) -> dict[str, Any]:
-    return _flat(nn.meta.unbox(init_variables(network, jax.random.key(seed), shape)))
-
-  boxed = jax.eval_shape(lambda: init_variables(model, jax.random.key(seed), image_shape))
-  kinds = _flat({"params": constraints_of(boxed["params"])})
-  ours, base = _flat(nn.meta.unbox(boxed)), model.clone(parts=Parts())
-  theirs = jax.eval_shape(lambda: leaves(base))
+  names, slots = NAMES[name], _Slots(model, image_shape, seed)
 
   def leaf_of(key: str, array: np.ndarray) -> str | None:
     if re.fullmatch(names.constants[0], key):
       return f"constants/{key}"
     leaf = _our_leaf(names, key, array)
-    return leaf if leaf in theirs else None
+    return leaf if leaf in slots.base else None
 
-  network = find_network(path, read(path), leaf_of, f"model {name!r}", len(theirs))
+  network = find_network(path, read(path), leaf_of, f"model {name!r}", len(slots.base))
   arrays = _weights(names, model, path, network)
-  taken, mapped, shapes, notes, unused, wrong = {}, {}, {}, [*network.notes], [], []
-  for key, array in arrays.items():
-    whole_key, leaf = network.prefix + key, _our_leaf(names, key, array)
-    if leaf is None or leaf not in theirs:
-      wrong.append(f"  {whole_key} {array.shape}: unknown key")
-    elif leaf not in ours:
-      unused.append(whole_key)
-    elif leaf in mapped:
-      wrong.append(f"  {whole_key}: {leaf} is already taken from {mapped[leaf]}")
-    else:
-      value = _as_ours(names, key, array, ours[leaf].ndim, image_shape)
-      mapped[leaf], shapes[leaf] = whole_key, value.shape
-      if value.shape == ours[leaf].shape:
-        kind = kinds.get(leaf, FREE)
-        taken[leaf] = value if kind == FREE else np.asarray(PROJECTIONS[kind](jnp.asarray(value)))
-      elif leaf.startswith(HEAD) and value.shape[:-1] == ours[leaf].shape[:-1]:
-        notes.append(f"the head is a new one: the file's has {value.shape[-1]} classes")
-      else:
-        wrong.append(f"  {whole_key} {array.shape}: expected {ours[leaf].shape}, for {leaf}")
-  both = theirs.keys() & ours.keys()
-  lacking, head = sorted(both - mapped.keys()), {leaf for leaf in both if leaf.startswith(HEAD)}
-  if head and head <= set(lacking):
-    notes.append("the head is a new one: the file has none")
-    lacking = [leaf for leaf in lacking if leaf not in head]
-  wrong += [f"  {leaf} {ours[leaf].shape}: missing from the file" for leaf in lacking]
-  if wrong:
-    cure = "expected a file of exactly this architecture and size; see config.model.size"
-    side = names.image_size(model, image_shape[-1], shapes)
-    if side is not None:
-      cure += " and config.data.image_size"
-      fits = jax.eval_shape(lambda: leaves(base, (side, side, image_shape[-1])))
-      others = [leaf for leaf in shapes if not leaf.startswith(HEAD)]
-      if side != image_shape[0] and all(shapes[leaf] == fits[leaf].shape for leaf in others):
-        cure = (
-          f"its network takes images of {side} px and this one of {image_shape[0]} px; set"
-          f" --config.data.image_size={side}"
-        )
-    lines = "\n".join(wrong)
+  found = _filled(slots, names, network.prefix, arrays)
+  if found.wrong:
+    lines = "\n".join(found.wrong)
+    cure = _cure(slots, names, found.shapes)
     raise UserError(f"{path} does not fit model {name!r}:\n{lines}\n  {cure}")
-  if head - taken.keys():  # All of it: a head of two halves would be wrong.
-    mapped = {leaf: key for leaf, key in mapped.items() if leaf not in head}
-  fresh = tuple(sorted(ours.keys() - mapped.keys()))
-  # Compiled: the network itself is then left out, and what is drawn is not drawn one by one.
-  drawn = jax.jit(lambda: {leaf: leaves(model)[leaf] for leaf in fresh})() if fresh else {}
-  taken |= {leaf: np.asarray(drawn[leaf]) for leaf in fresh}
-  tree = traverse_util.unflatten_dict({leaf: taken[leaf] for leaf in ours}, sep="/")
-  weights = {"params": tree["params"], "stats": tree.get("stats", {})}
-  notes += names.untold(model, arrays)
-  rest = tuple(sorted(unused)), names.pixels(arrays), tuple(dict.fromkeys(notes))
-  return Public(weights, mapped, fresh, *rest)
+  fresh = tuple(sorted(slots.own.keys() - found.values.keys()))
+  leaves = found.values | slots.drawn(fresh)
+  tree = traverse_util.unflatten_dict({leaf: leaves[leaf] for leaf in slots.own}, sep="/")
+  return Public(
+    weights={"params": tree["params"], "stats": tree.get("stats", {})},
+    mapped={leaf: found.keys[leaf] for leaf in found.values},
+    fresh=fresh,
+    unused=tuple(sorted(found.unused)),
+    pixels=names.pixels(arrays),
+    notes=tuple(dict.fromkeys([*network.notes, *found.notes, *names.untold(model, arrays)])),
+  )
+
+
+class _Slots:
+  """The leaves that a file is to fill, by path: those of a network, and those of its base."""
+
+  def __init__(self, model: nn.Module, image_shape: tuple[int, ...], seed: int):
+    self.model, self._base = model, model.clone(parts=Parts())
+    self.image_shape, self._seed = image_shape, seed
+    boxed = jax.eval_shape(lambda: self._init(model, image_shape))
+    self.own = _flat(nn.meta.unbox(boxed))
+    self.base = self.base_for(image_shape)  # What public files hold.
+    self._kinds = _flat({"params": constraints_of(boxed["params"])})
+
+  def _init(self, network: nn.Module, shape: tuple[int, ...]) -> Any:
+    return init_variables(network, jax.random.key(self._seed), shape)
+
+  def base_for(self, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """The shapes of the base's leaves for images of any shape."""
+    boxed = jax.eval_shape(lambda: self._init(self._base, image_shape))
+    return _flat(nn.meta.unbox(boxed))
+
+  def projected(self, leaf: str, value: np.ndarray) -> np.ndarray:
+    """The nearest value that the leaf's constraint allows."""
+    kind = self._kinds.get(leaf, FREE)
+    return value if kind == FREE else np.asarray(PROJECTIONS[kind](jnp.asarray(value)))
+
+  def drawn(self, leaves: Collection[str]) -> dict[str, np.ndarray]:
+    """Initial values."""
+    if not leaves:
+      return {}
+
+    def draw():
+      every = _flat(nn.meta.unbox(self._init(self.model, self.image_shape)))
+      return {leaf: every[leaf] for leaf in leaves}
+
+    # Compiled: the network itself is then left out, and what is drawn is not drawn one by one.
+    return {leaf: np.asarray(value) for leaf, value in jax.jit(draw)().items()}
+
+
+@dataclasses.dataclass(eq=False)
+class _Filled:
+  """What the arrays of a file are for a network, by our leaf."""
+
+  values: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  keys: dict[str, str] = dataclasses.field(default_factory=dict)  # In the file.
+  shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # In the file.
+  unused: list[str] = dataclasses.field(default_factory=list)  # Keys.
+  notes: list[str] = dataclasses.field(default_factory=list)
+  wrong: list[str] = dataclasses.field(default_factory=list)  # A line each.
+
+
+def _filled(slots: _Slots, names: Names, prefix: str, arrays: Arrays) -> _Filled:
+  found, own = _Filled(), slots.own
+  for key, array in arrays.items():
+    whole_key, leaf = prefix + key, _our_leaf(names, key, array)
+    if leaf is None or leaf not in slots.base:
+      found.wrong.append(f"  {whole_key} {array.shape}: unknown key")
+    elif leaf not in own:
+      found.unused.append(whole_key)
+    elif leaf in found.keys:
+      found.wrong.append(f"  {whole_key}: {leaf} is already taken from {found.keys[leaf]}")
+    else:
+      value = _as_ours(names, key, array, own[leaf].ndim, slots.image_shape)
+      found.keys[leaf], found.shapes[leaf] = whole_key, value.shape
+      if value.shape == own[leaf].shape:
+        found.values[leaf] = slots.projected(leaf, value)
+      elif leaf.startswith(HEAD) and value.shape[:-1] == own[leaf].shape[:-1]:
+        found.notes.append(f"the head is a new one: the file's has {value.shape[-1]} classes")
+      else:
+        found.wrong.append(f"  {whole_key} {array.shape}: expected {own[leaf].shape}, for {leaf}")
+  wanted = slots.base.keys() & own.keys()
+  head = {leaf for leaf in wanted if leaf.startswith(HEAD)}
+  if head and not head & found.keys.keys():
+    found.notes.append("the head is a new one: the file has none")
+    wanted -= head
+  lacking = sorted(wanted - found.keys.keys())
+  found.wrong += [f"  {leaf} {own[leaf].shape}: missing from the file" for leaf in lacking]
+  if head - found.values.keys():  # All of it: a head of two halves would be wrong.
+    found.values = {leaf: value for leaf, value in found.values.items() if leaf not in head}
+  return found
+
+
+def _cure(slots: _Slots, names: Names, shapes: Mapping[str, tuple[int, ...]]) -> str:
+  """What to do about a file that does not fit, whose leaves have these shapes."""
+  advice = "expected a file of exactly this architecture and size; see config.model.size"
+  ours, _, channels = slots.image_shape
+  side = names.image_size(slots.model, channels, shapes)
+  if side is None:
+    return advice
+  fits = slots.base_for((side, side, channels))
+  if side != ours and all(
+    shape == fits[leaf].shape for leaf, shape in shapes.items() if not leaf.startswith(HEAD)
+  ):
+    return (
+      f"its network takes images of {side} px and this one of {ours} px; set"
+      f" --config.data.image_size={side}"
+    )
+  return f"{advice} and config.data.image_size"
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -24,8 +24,8 @@ class Names:
     pixels: keys -> how the file's network saw its pixels, as `config.data.normalise` says it:
       "half", "imagenet", or "own" for files of a user's own training.
     untold: (model, keys) -> what a file of this architecture cannot tell, a line each.
-    image_size: (model, channels, {our leaf: shape}) -> the side in px of the images of a network with these
-      shapes, None where they do not depend on it.
+    image_size: (model, channels, {our leaf: shape}) -> the side in px of the images of a network
+      with these shapes, None where they do not depend on it.
     constants: a pattern of keys that hold no weights, and (key, array) -> whether the array is
       the one that our layers compute.
   """
