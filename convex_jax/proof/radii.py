@@ -5,7 +5,9 @@ can: y_k lies above its tangent; the tangent of y_k minus y_j is concave, so tha
 it is least at one of the 2 D vertices, each of which is evaluated; and, weights being
 non-negative, the bounds of `slopes` lose nothing to signs between layers. The radii hold for every
 perturbation in the ball, whether or not the moved input is still valid (an image with pixels in
-range, say), and for the function as float64 evaluates it, with a margin of `ROUNDING`.
+range, say), and for the function over the reals, as float64 evaluates it with a margin of
+`ROUNDING`. With an `arithmetic` they hold for the program that is deployed: from each difference of
+two logits, what rounding can do to both over the ball is taken off (`rounding_errors`).
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ import numpy as np
 
 from convex_jax.proof import slopes
 from convex_jax.proof.certificate import NotProved, proved
+from convex_jax.proof.rounding_errors import Arithmetic, Ball, Program
 from convex_jax.proof.wide import in_float64
 
 NORMS = ("l1", "l2", "linf")
@@ -26,6 +29,7 @@ DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
 BATCH = 512  # Vertices evaluated together.
 GRID = (0.5, 0.75, 1.0, 1.5)  # Points on each ray, as fractions of the furthest its zero can be.
 FURTHEST = 100.0  # In units of `scale`; where rays without a slope end.
+BALLS = 8  # Each half as large as the one before it, over which rounding errors are bounded.
 HALVINGS = 12  # Of the bracket of an l1 radius, to 1/4096 of its width.
 ROUNDING = 1e-9  # Relative to the logits; more than the error of their float64 evaluation.
 
@@ -46,6 +50,9 @@ class Certifier:
     weights: a tree of arrays.
     shape: of one input, without its batch axis.
     exact: `logits` in a form that computes in float64; by default `logits` itself.
+    arithmetic: how `logits` is computed where it is deployed. Then radii hold for that program, at
+      inputs that float32 holds, and `exact` is what the program is over the reals, whatever is
+      given. None: radii hold over the reals.
     scale: the unit of radii, in units of the input: with 255, radii of pixels in 0..255 are
       given for pixels in 0..1.
 
@@ -60,9 +67,15 @@ class Certifier:
     shape: tuple[int, ...],
     exact: Callable[[Any, jax.Array], jax.Array] | None = None,
     scale: float = 1.0,
+    arithmetic: Arithmetic | None = None,
   ):
-    output = proved(logits, weights, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+    example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    output = proved(logits, weights, example)
     network = functools.partial(exact or logits, in_float64(weights))
+    self._program = None
+    if arithmetic is not None:
+      program = self._program = Program(logits, weights, example, arithmetic=arithmetic)
+      network = jax.vmap(lambda x: program.exact(x[None])[0])
     self._scale = scale
     self._logits = jax.jit(network)
     self._slopes = jax.jit(jax.jacrev(lambda x: network(x[None])[0]))
@@ -76,27 +89,53 @@ class Certifier:
   def radius(self, image_HxWxC: np.ndarray, norms: tuple[str, ...] = NORMS) -> Radius:
     """The certified radii of one input, an array of `shape`.
 
-    Raises `ValueError` for an unknown norm.
+    Raises `ValueError` for an unknown norm, and where a rounding error has no bound.
     """
     if isinstance(norms, str) or not set(norms) <= set(NORMS):
       raise ValueError(f"norms are {norms!r}; expected some of {', '.join(NORMS)}, in a tuple")
+    real = self._radius(image_HxWxC, norms, np.zeros(()))
+    if self._program is None:
+      return real
+    x, radii = np.asarray(image_HxWxC, np.float64), real.radii
+    radii = {n: self._deployed(self._program, x, n, radii[n]) for n in norms}
+    return Radius(real.predicted, radii)
+
+  def _deployed(self, program: Program, x: np.ndarray, norm: str, real: float) -> float:
+    """The radius in one norm of the program that is deployed, given the one over the reals.
+
+    What rounding can do grows with the ball: where it costs more than half of the radius, smaller
+    balls are tried.
+    """
+    best, ball = 0.0, real
+    for _ in range(BALLS):
+      error_K = program.error(Ball(x, norm, ball * self._scale))[0]
+      best = max(best, min(ball, self._radius(x, (norm,), error_K).radii[norm]))
+      if best >= ball / 2:
+        break
+      ball /= 2
+    return best
+
+  def _radius(self, image_HxWxC: np.ndarray, norms: tuple[str, ...], error_K) -> Radius:
+    """The radii of a program whose logits are off the real ones by at most `error_K`."""
     with jax.enable_x64(True):
       x = jnp.asarray(image_HxWxC, jnp.float64)
       y_K = np.asarray(self._logits(x[None]))[0]
       slopes_KxD = np.asarray(self._slopes(x)).reshape(len(y_K), -1)
       k = int(y_K.argmax())
-      margins_K = y_K[k] - y_K - ROUNDING * (1 + np.abs(y_K).max())
+      error_K = np.broadcast_to(error_K, y_K.shape)
+      off_K = error_K[k] + error_K  # Of y_k - y_j.
+      margins_K = y_K[k] - y_K - off_K - ROUNDING * (1 + np.abs(y_K).max())
       if not np.delete(margins_K, k).min() > 0:
         return Radius(k, dict.fromkeys(norms, 0.0))
       radii = {n: self._by_slope(n, k, margins_K, slopes_KxD) for n in norms}
-      l1 = self._by_vertices(x, k, y_K, margins_K, slopes_KxD)
-      reach_DxR = np.maximum(l1, self._reach(x, k, y_K, margins_K, slopes_KxD))
+      l1 = self._by_vertices(x, k, y_K, margins_K, off_K, slopes_KxD)
+      reach_DxR = np.maximum(l1, self._reach(x, k, y_K, margins_K, off_K, slopes_KxD))
       for norm in norms:
         corners = 1 / np.linalg.norm(1 / reach_DxR, DUAL[norm], axis=0).max()
         radii[norm] = max(radii[norm], float(corners))
     return Radius(k, {n: max(0.0, r) / self._scale for n, r in radii.items()})
 
-  def _reach(self, x, k: int, y_K, margins_K, slopes_KxD) -> np.ndarray:
+  def _reach(self, x, k: int, y_K, margins_K, off_K, slopes_KxD) -> np.ndarray:
     """Steps t (D, rivals) with (tangent of y_k) - y_j >= 0 at x - t_i e_i and x + t_i e_i, each i.
 
     Being concave, it is >= 0 on the convex hull of these corners, which contains the l_p ball of
@@ -114,7 +153,7 @@ class Certifier:
     slack_before = np.broadcast_to(margins_K[rivals], reach.shape)
     for fraction in GRID:
       at = fraction * furthest_D[rays]
-      slack = self._slack(x, rays, signs * at, k, y_K, slopes_KxD[k], rivals)
+      slack = self._slack(x, rays, signs * at, k, y_K, off_K, slopes_KxD[k], rivals)
       crossing = before[:, None] + (at - before)[:, None] * slack_before / np.maximum(
         slack_before - slack, 1e-300
       )
@@ -123,11 +162,12 @@ class Certifier:
       before, slack_before = at, np.where(alive, slack, 0.0)
     return np.maximum(reach.reshape(2, d, -1).min(0), 1e-300)
 
-  def _slack(self, x, rays, steps, k, y_K, slope_D, rivals) -> np.ndarray:
+  def _slack(self, x, rays, steps, k, y_K, off_K, slope_D, rivals) -> np.ndarray:
     """(Tangent of y_k) - y_j at x + step e_ray, less a margin for rounding; (rays, rivals)."""
     y_NxK = self._evaluate(x, rays, steps)
     tangent_N = y_K[k] + steps * slope_D[rays]
-    return tangent_N[:, None] - y_NxK[:, rivals] - ROUNDING * (1 + np.abs(y_NxK).max())
+    margin = off_K[rivals] + ROUNDING * (1 + np.abs(y_NxK).max())
+    return tangent_N[:, None] - y_NxK[:, rivals] - margin
 
   def _by_slope(self, norm: str, k: int, margins_K, slopes_KxD) -> float:
     """The margin over a bound on its slope in the dual norm.
@@ -144,7 +184,7 @@ class Certifier:
       radii = margins_K / apart
     return float(np.delete(radii, k).min())
 
-  def _by_vertices(self, x, k: int, y_K, margins_K, slopes_KxD) -> float:
+  def _by_vertices(self, x, k: int, y_K, margins_K, off_K, slopes_KxD) -> float:
     """The largest e with (tangent of y_k) - y_j > 0 at x + e v, for all 2 D vertices v.
 
     Along a vertex's ray this is concave and positive at 0, so if it is positive at e, it is at
@@ -158,7 +198,7 @@ class Certifier:
     rays, signs = np.tile(np.arange(d), 2), np.repeat([1.0, -1.0], d)
 
     def broken(e, rays, signs):
-      slack = self._slack(x, rays, e * signs, k, y_K, slopes_KxD[k], rivals)
+      slack = self._slack(x, rays, e * signs, k, y_K, off_K, slopes_KxD[k], rivals)
       return ~(slack > 0).all(-1)
 
     first = broken(high, rays, signs)

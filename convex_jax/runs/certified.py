@@ -25,6 +25,7 @@ from convex_jax.proof.certificate import Certificate, NotProved, certify, proved
 from convex_jax.proof.counterexample import Counterexample
 from convex_jax.proof.minimum import Minimum, minimise
 from convex_jax.proof.radii import Certifier
+from convex_jax.proof.rounding_errors import ARITHMETICS
 from convex_jax.proof.wide import in_float64
 from convex_jax.runs.run import Run
 from convex_jax.runs.workdir import Workdir
@@ -142,14 +143,27 @@ def summary(content: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def certifier(run: Run) -> Certifier:
+def certifier(run: Run, arithmetic: str = "reals") -> Certifier:
   """Certified radii of a run's images, for pixels in 0..1.
 
-  Raises `UserError` where its logits are not proved convex in the image.
+  Args:
+    run: whose logits are proved convex in the image.
+    arithmetic: "reals", the network as a function; or one of `rounding_errors.ARITHMETICS`, the
+      program that computes it in that arithmetic, whose rounding is taken off.
+
+  Raises:
+    UserError: the logits are not proved convex in the image; another arithmetic than these.
   """
   _refuse_others(run)
+  if arithmetic != "reals" and arithmetic not in ARITHMETICS:
+    raise UserError(f"arithmetic is {arithmetic!r}; expected reals, {', '.join(ARITHMETICS)}")
+  weights, shape = run.weights, run.image_shape
   with _only_proved(run):
-    return Certifier(run.apply, run.weights, run.image_shape, _exact(run), scale=PIXEL)
+    if arithmetic == "reals":
+      return Certifier(run.apply, weights, shape, _exact(run), scale=PIXEL)
+    deployed = ARITHMETICS[arithmetic]
+    apply = functools.partial(run.apply, dtype=deployed.dtype)
+    return Certifier(apply, weights, shape, scale=PIXEL, arithmetic=deployed)
 
 
 def minimise_logit(
