@@ -30,6 +30,7 @@ BATCH = 512  # Vertices evaluated together.
 GRID = (0.5, 0.75, 1.0, 1.5)  # Points on each ray, as fractions of the furthest its zero can be.
 FURTHEST = 100.0  # In units of `scale`; where rays without a slope end.
 BALLS = 8  # Each half as large as the one before it, over which rounding errors are bounded.
+KEPT = 0.9  # Of a radius, with which one bound for all norms is good enough.
 HALVINGS = 12  # Of the bracket of an l1 radius, to 1/4096 of its width.
 ROUNDING = 1e-9  # Relative to the logits; more than the error of their float64 evaluation.
 
@@ -58,6 +59,7 @@ class Certifier:
 
   Raises:
     convex_jax.proof.certificate.NotProved: a logit is not proved convex in the input, or its slope has no bound.
+    ValueError: the rounding error of an operation has no bound.
   """
 
   def __init__(
@@ -75,6 +77,7 @@ class Certifier:
     self._program = None
     if arithmetic is not None:
       program = self._program = Program(logits, weights, example, arithmetic=arithmetic)
+      program.error(Ball(np.zeros(shape), "l1", 0.0))  # What has no rule is refused here.
       network = jax.vmap(lambda x: program.exact(x[None])[0])
     self._scale = scale
     self._logits = jax.jit(network)
@@ -89,31 +92,34 @@ class Certifier:
   def radius(self, image_HxWxC: np.ndarray, norms: tuple[str, ...] = NORMS) -> Radius:
     """The certified radii of one input, an array of `shape`.
 
-    Raises `ValueError` for an unknown norm, and where a rounding error has no bound.
+    Raises `ValueError` for an unknown norm.
     """
     if isinstance(norms, str) or not set(norms) <= set(NORMS):
       raise ValueError(f"norms are {norms!r}; expected some of {', '.join(NORMS)}, in a tuple")
-    real = self._radius(image_HxWxC, norms, np.zeros(()))
-    if self._program is None:
-      return real
-    x, radii = np.asarray(image_HxWxC, np.float64), real.radii
-    radii = {n: self._deployed(self._program, x, n, radii[n]) for n in norms}
-    return Radius(real.predicted, radii)
+    x = np.asarray(image_HxWxC, np.float64)
+    real = self._radius(x, tuple(norms), np.zeros(()))
+    return real if self._program is None else self._deployed(self._program, x, real)
 
-  def _deployed(self, program: Program, x: np.ndarray, norm: str, real: float) -> float:
-    """The radius in one norm of the program that is deployed, given the one over the reals.
+  def _deployed(self, program: Program, x: np.ndarray, real: Radius) -> Radius:
+    """The radii of the program that is deployed, given those over the reals.
 
-    What rounding can do grows with the ball: where it costs more than half of the radius, smaller
-    balls are tried.
+    What rounding can do grows with the ball. One bound for the balls of all norms does where it
+    costs little; elsewhere each norm has its own, and smaller balls are tried.
     """
-    best, ball = 0.0, real
-    for _ in range(BALLS):
-      error_K = program.error(Ball(x, norm, ball * self._scale))[0]
-      best = max(best, min(ball, self._radius(x, (norm,), error_K).radii[norm]))
-      if best >= ball / 2:
-        break
-      ball /= 2
-    return best
+
+    def within(norms, balls):
+      errors = [program.error(Ball(x, n, balls[n] * self._scale))[0] for n in norms]
+      radii = self._radius(x, norms, np.max(errors, 0)).radii
+      return {n: min(radii[n], balls[n]) for n in norms}
+
+    best = within(tuple(real.radii), real.radii)
+    for norm, ball in real.radii.items():
+      for _ in range(BALLS if best[norm] < KEPT * ball else 0):
+        best[norm] = max(best[norm], within((norm,), {norm: ball})[norm])
+        if best[norm] >= ball / 2:
+          break
+        ball /= 2
+    return Radius(real.predicted, best)
 
   def _radius(self, image_HxWxC: np.ndarray, norms: tuple[str, ...], error_K) -> Radius:
     """The radii of a program whose logits are off the real ones by at most `error_K`."""

@@ -31,6 +31,7 @@ from convex_jax.runs.run import Run
 from convex_jax.runs.workdir import Workdir
 
 FORMAT = 1  # Of certificate.json.
+REALS = "reals"  # In place of an arithmetic.
 PIXEL = 255.0  # The range of a pixel, in which radii are given.
 
 
@@ -143,7 +144,7 @@ def summary(content: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def certifier(run: Run, arithmetic: str = "reals") -> Certifier:
+def certifier(run: Run, arithmetic: str = REALS) -> Certifier:
   """Certified radii of a run's images, for pixels in 0..1.
 
   Args:
@@ -152,18 +153,24 @@ def certifier(run: Run, arithmetic: str = "reals") -> Certifier:
       program that computes it in that arithmetic, whose rounding is taken off.
 
   Raises:
-    UserError: the logits are not proved convex in the image; another arithmetic than these.
+    UserError: the logits are not proved convex in the image, or no bound on the rounding error of
+      an operation is known; another arithmetic than these.
   """
   _refuse_others(run)
-  if arithmetic != "reals" and arithmetic not in ARITHMETICS:
-    raise UserError(f"arithmetic is {arithmetic!r}; expected reals, {', '.join(ARITHMETICS)}")
+  if arithmetic != REALS and arithmetic not in ARITHMETICS:
+    raise UserError(f"arithmetic is {arithmetic!r}; expected {REALS}, {', '.join(ARITHMETICS)}")
   weights, shape = run.weights, run.image_shape
   with _only_proved(run):
-    if arithmetic == "reals":
+    if arithmetic == REALS:
       return Certifier(run.apply, weights, shape, _exact(run), scale=PIXEL)
     deployed = ARITHMETICS[arithmetic]
     apply = functools.partial(run.apply, dtype=deployed.dtype)
-    return Certifier(apply, weights, shape, scale=PIXEL, arithmetic=deployed)
+    try:
+      return Certifier(apply, weights, shape, scale=PIXEL, arithmetic=deployed)
+    except NotProved:
+      raise
+    except ValueError as error:
+      raise UserError(f"{run.workdir}: in {arithmetic}, {error}; or {REALS} as arithmetic") from error
 
 
 def minimise_logit(

@@ -15,9 +15,8 @@ from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.proof import interpreter, minimum, slopes
 from convex_jax.proof.radii import NORMS, Radius, one_sided_radius
-from convex_jax.runs import certified
+from convex_jax.runs import certified, radii_report
 from convex_jax.runs.run import Run
-from convex_jax.studies import radii_report
 from tests.support import attacks, mutants
 
 CLASSES = 5
@@ -263,5 +262,6 @@ def test_a_report_is_written(tmp_path):
   radii_report.write(make_run(workdir=str(tmp_path)), measured, ("l1", "l2"))
   assert table.row_count == 2 and "75.0 %" in table.title
   lines = (tmp_path / "radii.csv").read_text().splitlines()
-  assert lines[0] == "example,label,predicted,l1,l2" and lines[3] == "2,0,1,0.3,0.15"
+  assert lines[0] == "example,label,predicted,l1,l2,arithmetic"
+  assert lines[3] == "2,0,1,0.3,0.15,reals"
   assert (tmp_path / "radii.png").stat().st_size > 5000

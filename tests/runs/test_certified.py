@@ -11,8 +11,8 @@ import pytest
 
 import convex_jax
 from convex_jax.proof.radii import Radius
-from convex_jax.runs import certified, certify_command, checkpoint_command
-from convex_jax.studies import radii_report, report
+from convex_jax.runs import certified, certify_command, checkpoint_command, radii_report
+from convex_jax.studies import report
 from convex_jax.training import loop
 from tests.support import ROOT, injections, of
 
