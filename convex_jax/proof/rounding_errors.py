@@ -38,7 +38,14 @@ import numpy as np
 
 from convex_jax.proof import constants, enclosures, interpreter, layouts
 from convex_jax.proof.collectives import on_one_device
-from convex_jax.proof.constants import SAME, Unknown, is_float, number
+from convex_jax.proof.constants import (
+  SAME,
+  Unknown,
+  is_float,
+  is_half_or_more,
+  keeps_precision,
+  number,
+)
 from convex_jax.proof.enclosures import Ends
 from convex_jax.proof.source import Place
 from convex_jax.proof.values import Known
@@ -382,7 +389,7 @@ class _Walk(interpreter.Walk):
       return self._inner(*called, place)
     if collective is not None:
       return self._compute(collective, eqn.invars, inputs, place)
-    if name in SAME:
+    if name in SAME or keeps_precision(eqn):
       return list(inputs)
     try:
       if name == "scan":
@@ -438,7 +445,7 @@ class _Walk(interpreter.Walk):
     if not all(map(_is_number, inputs)):
       return None
     operands = [_rounded(x) for x in inputs]
-    if name == "convert_element_type" or name == "reduce_precision":
+    if name == "convert_element_type":
       return [self._checked(self._converted(eqn, operands[0]), dtype)]
     if name in _LARGEST:
       x = operands[0]
@@ -511,16 +518,12 @@ class _Walk(interpreter.Walk):
     ]
 
   def _converted(self, eqn, x: Rounded) -> Rounded:
-    if eqn.primitive.name == "reduce_precision":
-      u, target = 2.0 ** -(eqn.params["mantissa_bits"] + 1), eqn.outvars[0].aval.dtype
-      if eqn.params["exponent_bits"] < jnp.finfo(target).nexp:
-        raise Unknown("to a smaller range")
-    else:
-      source, target = eqn.invars[0].aval.dtype, np.dtype(eqn.params["new_dtype"])
-      if jnp.promote_types(source, target) == target:
-        return x
-      u = _unit(target)
-    error = x.error + u * (_size(x.ends) + x.error) + _tiny(target)
+    source, target = eqn.invars[0].aval.dtype, np.dtype(eqn.params["new_dtype"])
+    if not is_half_or_more(target):
+      raise Unknown("to less than half precision, a step function")
+    if jnp.promote_types(source, target) == target:
+      return x
+    error = x.error + _unit(target) * (_size(x.ends) + x.error) + _tiny(target)
     if not x.varies and x.known.is_exact:
       shift = np.asarray(x.low).astype(target).astype(np.float64) - x.low
       return self._made(eqn, [x], x.ends, np.abs(shift) + _tiny(target), shift=shift)
@@ -669,9 +672,9 @@ class _Walk(interpreter.Walk):
     """The greater or the lesser: no further off than the further of both, and their slopes' hull."""
     f = _EXTREMES[name]
     ends, around = ((f(x[0], y[0]), f(x[1], y[1])) for x, y in ((a.ends, b.ends), (a.wide, b.wide)))
-    first, second = (a.wide, b.wide) if name == "max" else (b.wide, a.wide)
-    possible = first[1] >= second[0], second[1] >= first[0]
-    possible = possible if name == "max" else possible[::-1]
+    possible = [x[1] >= y[0] for x, y in ((a.wide, b.wide), (b.wide, a.wide))]
+    if name == "min":
+      possible.reverse()
     error = _largest(possible, [a.error, b.error])
     chains = []
     for root in _roots([a, b]):

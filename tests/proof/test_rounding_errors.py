@@ -121,6 +121,56 @@ def test_no_error_in_half_precision_exceeds_its_bound(name, arithmetic):
   assert 1e-4 < largest_ratio(mlp(ACTIVATIONS[name], how.dtype), weights_of(rng), x, how) <= 1
 
 
+OF_ROUNDED = {
+  **{name: f for name, f in ACTIVATIONS.items() if name != "maxout"},
+  "elu_of_softplus": lambda z: jax.nn.elu(jax.nn.softplus(z) - 1),
+  "mish": jax.nn.mish,
+  "log": lambda z: jnp.log(1.5 + jnp.exp(-z)),
+  "roots": lambda z: jnp.sqrt(1 + z**2) * lax.rsqrt(2 + jnp.abs(z)),
+  "cubic": lambda z: 0.1 * z**3 - z / (2 + z**2),
+  "minus_elu": lambda z: -jnp.where(-z >= 0.5, z + 0.5, jnp.expm1(-jnp.abs(z + 0.5))),
+  "jump": lambda z: jnp.where(z > 0, z, 0.3 - 0.5 * z),
+  "bounded": lambda z: jnp.clip(z, -0.5, jnp.tanh(z) / 2),
+  "least": lambda z: jnp.minimum(z, 0.3 * z**2 - 0.1),
+  # Of two arguments each.
+  "product": lambda z: z[:200] * z[200:],
+  "quotient": lambda z: z[:200] / (6.0 + z[200:]),
+  "greater": lambda z: jnp.maximum(z[:200], 0.9 * z[200:]),
+  "lesser": lambda z: jnp.minimum(z[:200], 0.9 * z[200:]),
+  "choice": lambda z: jnp.where(z[:200] > 0, z[200:], 0.1 * z[200:]),
+  "comparison": lambda z: jnp.where(z[:200] <= z[200:], z[:200] + 1, z[200:]),
+  "dot": lambda z: z.reshape(200, 2) @ np.float32([[0.3, -1.1], [0.2, 0.4]]),
+  "both": lambda z: jnp.einsum("nij,njk->nik", z.reshape(100, 2, 2), z.reshape(100, 2, 2)),
+  "sum": lambda z: z.reshape(200, 2).sum(1),
+  "extremes": lambda z: z.reshape(200, 2).max(1) + jnp.cos(0.0) * z.reshape(200, 2).min(1),
+}
+
+
+@pytest.mark.parametrize("name", OF_ROUNDED)
+def test_the_error_of_an_argument_is_passed_on_by_no_less_than_it_does(name):
+  """Where the argument is off by far more than the result: it is rounded to bfloat16 before."""
+
+  def f(x):
+    return OF_ROUNDED[name](x.astype(jnp.bfloat16).astype(jnp.float32))
+
+  p, rng, ratios = program(f, np.zeros(400)), np.random.default_rng(6), []
+  computed = jax.jit(OF_ROUNDED[name])
+  with jax.enable_x64(True):
+    exact = jax.jit(p.exact)
+  for scale in (0.1, 1.0, 5.0):
+    for radius in (0.01, 0.3):
+      centre = scale * rng.uniform(-1, 1, 400)
+      bound = p.error(Ball(centre, "linf", radius))
+      for _ in range(20):
+        x = (centre + 0.999 * radius * rng.uniform(-1, 1, 400)).astype(np.float32)
+        rounded = x.astype(jnp.bfloat16).astype(np.float32)  # XLA may leave out such a cast.
+        got = np.asarray(computed(rounded)).astype(np.float64)
+        with jax.enable_x64(True):
+          real = np.asarray(exact(jnp.asarray(x, jnp.float64)))
+        ratios.append(np.abs(got - real) / np.maximum(bound, 1e-300))
+  assert 0.3 < np.max(ratios) <= 1
+
+
 @pytest.mark.slow
 def test_no_error_of_many_random_networks_exceeds_its_bound():
   ratios = []
@@ -246,7 +296,9 @@ def test_what_is_beyond_the_dtype_has_no_bound():
 
 
 @pytest.mark.parametrize(
-  "f,name", [(jnp.sin, "sin"), (jnp.sort, "sort"), (lambda x: jnp.floor(x / 3), "floor")]
+  "f,name", [(jnp.sin, "sin"), (jnp.sort, "sort"), (lambda x: jnp.floor(x / 3), "floor"),
+   (lambda x: lax.reduce_precision(x, 8, 4), "reduce_precision"),
+   (lambda x: x.astype(jnp.float8_e4m3fn), "convert_element_type")]
 )
 def test_an_operation_without_a_rule_is_refused_by_name_and_line(f, name):
   with pytest.raises(ValueError, match=rf"{name} has no bound .*test_rounding_errors.py:\d+"):
