@@ -97,7 +97,7 @@ class Certifier:
     if isinstance(norms, str) or not set(norms) <= set(NORMS):
       raise ValueError(f"norms are {norms!r}; expected some of {', '.join(NORMS)}, in a tuple")
     x = np.asarray(image_HxWxC, np.float64)
-    real = self._radius(x, tuple(norms), np.zeros(()))
+    real = self._radius(x, tuple(norms))
     return real if self._program is None else self._deployed(self._program, x, real)
 
   def _deployed(self, program: Program, x: np.ndarray, real: Radius) -> Radius:
@@ -108,8 +108,8 @@ class Certifier:
     """
 
     def within(norms, balls):
-      errors = [program.error(Ball(x, n, balls[n] * self._scale))[0] for n in norms]
-      radii = self._radius(x, norms, np.max(errors, 0)).radii
+      off = [program.differences(Ball(x, n, balls[n] * self._scale)) for n in norms]
+      radii = self._radius(x, norms, np.max(off, 0)).radii
       return {n: min(radii[n], balls[n]) for n in norms}
 
     best = within(tuple(real.radii), real.radii)
@@ -121,15 +121,14 @@ class Certifier:
         ball /= 2
     return Radius(real.predicted, best)
 
-  def _radius(self, image_HxWxC: np.ndarray, norms: tuple[str, ...], error_K) -> Radius:
-    """The radii of a program whose logits are off the real ones by at most `error_K`."""
+  def _radius(self, image_HxWxC: np.ndarray, norms: tuple[str, ...], off_KxK: Any = None) -> Radius:
+    """The radii of a program whose y_k - y_j are off the real ones by at most `off_KxK`; or of none."""
     with jax.enable_x64(True):
       x = jnp.asarray(image_HxWxC, jnp.float64)
       y_K = np.asarray(self._logits(x[None]))[0]
       slopes_KxD = np.asarray(self._slopes(x)).reshape(len(y_K), -1)
       k = int(y_K.argmax())
-      error_K = np.broadcast_to(error_K, y_K.shape)
-      off_K = error_K[k] + error_K  # Of y_k - y_j.
+      off_K = np.zeros(len(y_K)) if off_KxK is None else off_KxK[k]
       margins_K = y_K[k] - y_K - off_K - ROUNDING * (1 + np.abs(y_K).max())
       if not np.delete(margins_K, k).min() > 0:
         return Radius(k, dict.fromkeys(norms, 0.0))

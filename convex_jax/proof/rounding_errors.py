@@ -32,7 +32,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
@@ -99,9 +98,7 @@ class Program:
     ValueError: the arguments are unfit, or the function does not return one array.
   """
 
-  def __init__(
-    self, f: Callable[..., Any], *args: Any, arithmetic: Arithmetic, argnums: int = -1
-  ):
+  def __init__(self, f: Callable[..., Any], *args: Any, arithmetic: Arithmetic, argnums: int = -1):
     self._jaxpr, _ = interpreter.trace(f, *args, argnums=argnums)
     if len(self._jaxpr.out_avals) != 1:
       raise ValueError(f"the function returns {len(self._jaxpr.out_avals)} arrays; expected one")
@@ -126,6 +123,29 @@ class Program:
     Raises:
       ValueError: an operation has no rule.
     """
+    out = self._output(ball)
+    return np.full(self._jaxpr.out_avals[0].shape, np.inf) if out is None else _bound(out.error)
+
+  def differences(self, ball: Ball) -> np.ndarray:
+    """Bounds (K, K) on the error of each difference of two of the K outputs, as `error`.
+
+    Where the outputs are h W + b over the last axis, an error of h counts by the difference of two
+    columns of W; elsewhere the errors of both outputs add up.
+    """
+    out = self._output(ball)
+    if out is None:
+      return np.full((math.prod(self._jaxpr.out_avals[0].shape),) * 2, np.inf)
+    error_K = np.ravel(out.error)
+    apart_KxK = error_K[:, None] + error_K
+    if (end := _linear_end(out)) is not None:
+      error_H, weights_HxK = end
+      own_K = np.maximum(error_K - error_H @ np.abs(weights_HxK), 0.0)
+      columns_KxHxK = np.abs(weights_HxK.T[:, :, None] - weights_HxK)
+      apart_KxK = np.minimum(apart_KxK, own_K[:, None] + own_K + error_H @ columns_KxHxK)
+    return _bound(apart_KxK)
+
+  def _output(self, ball: Ball) -> "Rounded | None":
+    """The output over a ball; None where nothing is known of it."""
     walk = _Walk(self._arithmetic, ball, self._spreads)
     arguments = [
       walk.input(aval.shape) if i == self._at else number(x, aval.dtype)
@@ -135,11 +155,14 @@ class Program:
     known = [number(value, var.aval.dtype) for value, var in consts]
     with np.errstate(all="ignore"):
       try:
-        (out,) = walk.run(self._jaxpr.jaxpr, known, arguments, Place())
+        return _rounded(walk.run(self._jaxpr.jaxpr, known, arguments, Place())[0])
       except _Overflow:
-        return np.full(self._jaxpr.out_avals[0].shape, np.inf)
-    # The bound itself is computed in float64, from terms >= 0.
-    return _rounded(out).error * (1 + 1e-6)
+        return None
+
+
+def _bound(error: Any) -> np.ndarray:
+  """A bound that float64 has computed from terms >= 0, and what rounding may have cost it."""
+  return np.asarray(error) * (1 + 1e-6)
 
 
 class _Overflow(Exception):
@@ -461,7 +484,7 @@ class _Walk(interpreter.Walk):
       low, x, high = operands
       bounded = self._extreme("min", eqn, self._extreme("max", eqn, x, low), high)
       return [dataclasses.replace(bounded, made_by=(eqn, operands))]
-    if name == "integer_pow" and eqn.params["y"] >= 1 or name in _SLOPES or name in _ARITHMETIC:
+    if (name == "integer_pow" and eqn.params["y"] >= 1) or name in _SLOPES or name in _ARITHMETIC:
       return [self._checked(self._elementwise(name, eqn, operands), dtype)]
     return None
 
@@ -766,6 +789,29 @@ def _joined(root: Rounded, possible, cases, roots, jump) -> Chain:
   return Chain(root, slope, _largest(possible, [c.error for c in parts]) + jump)
 
 
+def _linear_end(x: Rounded) -> tuple[np.ndarray, np.ndarray] | None:
+  """(error of h, W) where the outputs are h W + b over the last axis, of one h; else None."""
+  while x.made_by is not None:
+    eqn, operands = x.made_by
+    name, varying = eqn.primitive.name, [y for y in operands if isinstance(y, Rounded) and y.varies]
+    if len(varying) != 1:
+      return None
+    if name == "dot_general":
+      h, weights = operands
+      contracted, batched = eqn.params["dimension_numbers"]
+      plain = [tuple(axes) for axes in contracted] == [(len(h.shape) - 1,), (0,)]
+      fits = h is varying[0] and plain and batched == ((), ()) and len(weights.shape) == 2
+      if not fits or math.prod(h.shape) != len(weights.low):
+        return None
+      return np.ravel(h.error), (weights.low + weights.high) / 2
+    if name not in ("add", "reshape", "broadcast_in_dim", "convert_element_type"):
+      return None
+    if math.prod(x.shape) != math.prod(varying[0].shape):
+      return None
+    x = varying[0]
+  return None
+
+
 def _roots(operands: Sequence[Rounded]) -> list[Rounded]:
   """The numbers of which all operands are scalar functions."""
   varying = [x for x in operands if x.varies]
@@ -865,6 +911,7 @@ def _affine(x: Any, root: Rounded, at: Any, done: dict[int, Any]) -> Any:
   if id(x) not in done:
     eqn, operands = x.made_by
     arrays = [_affine(y, root, at, done) for y in operands]
-    done[id(x)] = arrays[0] if eqn.primitive.name == "convert_element_type" else equation(
-      eqn, arrays)[0]
+    done[id(x)] = (
+      arrays[0] if eqn.primitive.name == "convert_element_type" else equation(eqn, arrays)[0]
+    )
   return done[id(x)]

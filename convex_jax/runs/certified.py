@@ -170,7 +170,9 @@ def certifier(run: Run, arithmetic: str = REALS) -> Certifier:
     except NotProved:
       raise
     except ValueError as error:
-      raise UserError(f"{run.workdir}: in {arithmetic}, {error}; or {REALS} as arithmetic") from error
+      raise UserError(
+        f"{run.workdir}: in {arithmetic}, {error}; or {REALS} as arithmetic"
+      ) from error
 
 
 def minimise_logit(

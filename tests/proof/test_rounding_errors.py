@@ -44,13 +44,15 @@ def largest_ratio(f, weights, centre, arithmetic=F32, norms=("l1", "linf"), seed
   worst = 0.0
   for norm in norms:
     ball = Ball(centre.astype(np.float64), norm, RADIUS[norm])
-    bound = p.error(ball)
+    bound, apart = p.error(ball), p.differences(ball)
     assert np.isfinite(bound).all()
     for x in points(ball, rng):
       got = np.asarray(computed(weights, x)).astype(np.float64)
       with jax.enable_x64(True):
         real = np.asarray(exact(jnp.asarray(x, jnp.float64)))
-      worst = max(worst, float((np.abs(got - real) / np.maximum(bound, 1e-300)).max()))
+      off = got - real
+      worst = max(worst, float((np.abs(off) / np.maximum(bound, 1e-300)).max()))
+      assert (np.abs(off.ravel()[:, None] - off.ravel()) <= apart).all()
   return worst
 
 
@@ -158,7 +160,7 @@ def test_the_error_of_an_argument_is_passed_on_by_no_less_than_it_does(name):
   with jax.enable_x64(True):
     exact = jax.jit(p.exact)
   for scale in (0.1, 1.0, 5.0):
-    for radius in (0.01, 0.3):
+    for radius in (0.0, 0.01, 0.3):
       centre = scale * rng.uniform(-1, 1, 400)
       bound = p.error(Ball(centre, "linf", radius))
       for _ in range(20):
@@ -169,6 +171,42 @@ def test_the_error_of_an_argument_is_passed_on_by_no_less_than_it_does(name):
           real = np.asarray(exact(jnp.asarray(x, jnp.float64)))
         ratios.append(np.abs(got - real) / np.maximum(bound, 1e-300))
   assert 0.3 < np.max(ratios) <= 1
+
+
+def test_casts_of_weights_and_results_count():
+  """The casts are made here, since XLA may leave them out."""
+  rng = np.random.default_rng(8)
+  x, w = rng.integers(1, 9, 2).astype(np.float64), rng.uniform(0.5, 1, (2, 300)).astype(np.float32)
+  real, short = x @ w.astype(np.float64), w.astype(jnp.bfloat16)
+
+  def off_by(f, got):
+    error = program(f, w, x).error(Ball(x, "l1", 0.0))
+    return (np.abs(np.asarray(got, np.float64) - real) / error).max()
+
+  assert 0.9 < off_by(lambda w, x: x @ w.astype(jnp.bfloat16).astype(jnp.float32), x @ short) <= 1
+  rounded = real.astype(jnp.bfloat16)
+  multiply = functools.partial(jnp.matmul, preferred_element_type=jnp.bfloat16)
+  assert 0.4 < off_by(lambda w, x: multiply(x, w), rounded) <= 1
+
+
+def test_what_two_logits_have_in_common_does_not_part_them():
+  """Of logits h W the error of h counts by differences of columns, and by no less."""
+  rng, ratios = np.random.default_rng(7), []
+  w = (3 + rng.uniform(-1, 1, (4, 3))).astype(np.float32)
+
+  def f(w, x):
+    return (x.astype(jnp.bfloat16).astype(jnp.float32) @ w + 1.0)[None]
+
+  p = program(f, w, np.zeros(4))
+  for _ in range(40):
+    centre = rng.uniform(-1, 1, 4)
+    ball = Ball(centre, "linf", 0.01)
+    apart, error = p.differences(ball), p.error(ball)[0]
+    assert (apart < 0.6 * (error[:, None] + error)).all()
+    for x in points(ball, rng, 20):
+      off = (x.astype(jnp.bfloat16).astype(np.float64) - x) @ w
+      ratios.append((np.abs(off[:, None] - off) / apart).max())
+  assert 0.3 < max(ratios) <= 1
 
 
 @pytest.mark.slow
@@ -205,6 +243,8 @@ OPERATIONS = {  # Functions of an 8 x 8 x 3 image.
   "cond": lambda k, x: lax.cond(k[0, 0, 0, 0] > 9, jnp.sin, lambda y: 3.3 * y, x),
   "while": lambda k, x: lax.fori_loop(0, 5, lambda i, y: y * 0.7 + i, x),
   "product": lambda k, x: x[0] * x[1] - x[2] * x[3],
+  "greater": lambda k, x: jnp.maximum(x * 0.3, 0.9 / (2 + x)),
+  "choice": lambda k, x: jnp.where(x > 1, x * 0.3, x / 3.0),
 }
 
 
@@ -296,9 +336,14 @@ def test_what_is_beyond_the_dtype_has_no_bound():
 
 
 @pytest.mark.parametrize(
-  "f,name", [(jnp.sin, "sin"), (jnp.sort, "sort"), (lambda x: jnp.floor(x / 3), "floor"),
-   (lambda x: lax.reduce_precision(x, 8, 4), "reduce_precision"),
-   (lambda x: x.astype(jnp.float8_e4m3fn), "convert_element_type")]
+  "f,name",
+  [
+    (jnp.sin, "sin"),
+    (jnp.sort, "sort"),
+    (lambda x: jnp.floor(x / 3), "floor"),
+    (lambda x: lax.reduce_precision(x, 8, 4), "reduce_precision"),
+    (lambda x: x.astype(jnp.float8_e4m3fn), "convert_element_type"),
+  ],
 )
 def test_an_operation_without_a_rule_is_refused_by_name_and_line(f, name):
   with pytest.raises(ValueError, match=rf"{name} has no bound .*test_rounding_errors.py:\d+"):
@@ -364,7 +409,9 @@ def test_every_scalar_function_with_an_error_has_a_slope():
   """The slopes, against differences, which lie between their ends."""
   rng = np.random.default_rng(5)
   for name, slope in rounding_errors._SLOPES.items():
-    a = rng.uniform(0.1, 2, 50) * (1 if "log" in name or "sqrt" in name else rng.choice([-1, 1], 50))
+    a = rng.uniform(0.1, 2, 50) * (
+      1 if "log" in name or "sqrt" in name else rng.choice([-1, 1], 50)
+    )
     b = a + rng.uniform(0.01, 0.5, 50)
     ends = rounding_errors._enclose(name, None, [(a, b)])
     low, high = (np.broadcast_to(end, a.shape) for end in slope((a, b), ends))
