@@ -236,7 +236,8 @@ class Rounded:
     """Both the real and the computed value, for what `constants` decides of them."""
     if not np.any(self.error) and np.array_equal(self.low, self.high):
       return Known.exactly(np.asarray(self.low))
-    return Known(*map(np.asarray, self.wide))
+    low, high = self.wide
+    return Known(np.asarray(low), np.asarray(high))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -719,7 +720,7 @@ class _Walk(interpreter.Walk):
     index = [np.broadcast_to(np.asarray(i, int), shape) for i in (known.low, known.high)]
     possible = [(index[0] <= i) & (i <= index[1]) for i in range(len(cases))]
     for case, p in zip(cases, possible, strict=True):
-      if p.all() and np.array_equal(*index):
+      if p.all() and np.array_equal(index[0], index[1]):
         return case
     unsure = index[0] != index[1]
     chains, operands = [], [which, *cases]
@@ -766,15 +767,16 @@ def _sides(which: Any) -> tuple[Rounded, Rounded, Rounded, Rounded] | None:
     return None
   c = number_.low
   is_above = eqn.primitive.name in ("gt", "ge")
-  apart = [
-    Rounded(*map(np.asarray, (f(root.low, c), f(root.high, c), root.error)), around=around)
-    for f in (np.minimum, np.maximum)
-    for around in [tuple(f(end, c) for end in root.wide)]
-  ]
+
+  def cut(f):
+    wide = f(root.wide[0], c), f(root.wide[1], c)
+    return Rounded(f(root.low, c), f(root.high, c), root.error, around=wide)
+
+  below, above = cut(np.minimum), cut(np.maximum)
   if is_above != (root is a):
-    apart.reverse()
-  at = Rounded(*np.broadcast_arrays(c + 0 * root.low, c + 0 * root.low, 0 * root.low))
-  return root, apart[0], at, apart[1]
+    below, above = above, below
+  at = np.broadcast_to(c, root.shape)
+  return root, below, Rounded(at, at, np.zeros(root.shape)), above
 
 
 def _has(x: Rounded, root: Rounded) -> bool:
@@ -897,7 +899,8 @@ def _map(f: Callable[..., Any], numbers: Sequence[Any]) -> Any:
   if not all(map(_is_number, numbers)):
     raise Unknown("of a comparison")
   xs = [_rounded(x) for x in numbers]
-  return Rounded(*(f(*(getattr(x, part) for x in xs)) for part in ("low", "high", "error")))
+  low, high, error = (f(*(getattr(x, part) for x in xs)) for part in ("low", "high", "error"))
+  return Rounded(low, high, error)
 
 
 def _affine(x: Any, root: Rounded, at: Any, done: dict[int, Any]) -> Any:
@@ -906,7 +909,7 @@ def _affine(x: Any, root: Rounded, at: Any, done: dict[int, Any]) -> Any:
     return at
   if not isinstance(x, Rounded):
     return jnp.asarray(x.low)
-  if not x.varies:
+  if x.made_by is None:
     return jnp.asarray((x.low + x.high) / 2)
   if id(x) not in done:
     eqn, operands = x.made_by

@@ -327,6 +327,22 @@ def test_the_bound_of_an_affine_function_counts_an_l1_ball_as_one():
   np.testing.assert_allclose(half, 3 * 2 * np.abs(w).max(0), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+  "f,is_affine",
+  [
+    (lambda x: (3 * x - 1).reshape(5, 2).sum(1) / 7, True),
+    (lambda x: x * x, False),
+    (lambda x: 1 / (9 + x), False),
+    (jnp.abs, False),
+  ],
+)
+def test_what_is_affine_is_seen(f, is_affine):
+  walk = rounding_errors._Walk(F32, Ball(np.ones(10), "l1", 0.1), {})
+  jaxpr = program(f, np.zeros(10))._jaxpr.jaxpr
+  (out,) = walk.run(jaxpr, [], [walk.input((10,))], rounding_errors.Place())
+  assert out.is_affine == is_affine
+
+
 def test_what_is_beyond_the_dtype_has_no_bound():
   p = program(lambda x: 300 * x.astype(jnp.float16), np.zeros(2), arithmetic=ARITHMETICS["float16"])
   assert np.isfinite(p.error(Ball(np.full(2, 100.0), "l1", 1.0))).all()
