@@ -133,7 +133,9 @@ OF_ROUNDED = {
   "minus_elu": lambda z: -jnp.where(-z >= 0.5, z + 0.5, jnp.expm1(-jnp.abs(z + 0.5))),
   "jump": lambda z: jnp.where(z > 0, z, 0.3 - 0.5 * z),
   "below": lambda z: jnp.where(z < 0.2, 0.5 * z - 0.1, jnp.expm1(2 * z - 0.4)),
-  "above": lambda z: jnp.where(0.2 >= z, 0.5 * z - 0.1, jnp.expm1(2 * z - 0.4)),
+  "above": lambda z: jnp.where(
+    lax.ge(np.full(400, np.float32(0.2)), z), z / 2 - 0.1, jnp.expm1(2 * z - 0.4)
+  ),
   "bounded": lambda z: jnp.clip(z, -0.5, jnp.tanh(z) / 2),
   "least": lambda z: jnp.minimum(z, 0.3 * z**2 - 0.1),
   # Of two arguments each.
