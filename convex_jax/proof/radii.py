@@ -5,7 +5,9 @@ can: y_k lies above its tangent; the tangent of y_k minus y_j is concave, so tha
 it is least at one of the 2 D vertices, each of which is evaluated; and, weights being
 non-negative, the bounds of `slopes` lose nothing to signs between layers. The radii hold for every
 perturbation in the ball, whether or not the moved input is still valid (an image with pixels in
-range, say), and for the function as float64 evaluates it, with a margin of `ROUNDING`.
+range, say), and for the function over the reals, as float64 evaluates it with a margin of
+`ROUNDING`. With an `arithmetic` they hold for the program that is deployed: from each difference of
+two logits, what rounding can do to both over the ball is taken off (`rounding_errors`).
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ import numpy as np
 
 from convex_jax.proof import slopes
 from convex_jax.proof.certificate import NotProved, proved
+from convex_jax.proof.rounding_errors import Arithmetic, Ball, Program
 from convex_jax.proof.wide import in_float64
 
 NORMS = ("l1", "l2", "linf")
@@ -26,6 +29,8 @@ DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
 BATCH = 512  # Vertices evaluated together.
 GRID = (0.5, 0.75, 1.0, 1.5)  # Points on each ray, as fractions of the furthest its zero can be.
 FURTHEST = 100.0  # In units of `scale`; where rays without a slope end.
+BALLS = 8  # Each half as large as the one before it, over which rounding errors are bounded.
+KEPT = 0.9  # Of a radius, with which one bound for all norms is good enough.
 HALVINGS = 12  # Of the bracket of an l1 radius, to 1/4096 of its width.
 ROUNDING = 1e-9  # Relative to the logits; more than the error of their float64 evaluation.
 
@@ -46,11 +51,15 @@ class Certifier:
     weights: a tree of arrays.
     shape: of one input, without its batch axis.
     exact: `logits` in a form that computes in float64; by default `logits` itself.
+    arithmetic: how `logits` is computed where it is deployed. Then radii hold for that program, at
+      inputs that float32 holds, and `exact` is what the program is over the reals, whatever is
+      given. None: radii hold over the reals.
     scale: the unit of radii, in units of the input: with 255, radii of pixels in 0..255 are
       given for pixels in 0..1.
 
   Raises:
     convex_jax.proof.certificate.NotProved: a logit is not proved convex in the input, or its slope has no bound.
+    ValueError: the rounding error of an operation has no bound.
   """
 
   def __init__(
@@ -60,9 +69,16 @@ class Certifier:
     shape: tuple[int, ...],
     exact: Callable[[Any, jax.Array], jax.Array] | None = None,
     scale: float = 1.0,
+    arithmetic: Arithmetic | None = None,
   ):
-    output = proved(logits, weights, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+    example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    output = proved(logits, weights, example)
     network = functools.partial(exact or logits, in_float64(weights))
+    self._program = None
+    if arithmetic is not None:
+      program = self._program = Program(logits, weights, example, arithmetic=arithmetic)
+      program.error(Ball(np.zeros(shape), "l1", 0.0))  # What has no rule is refused here.
+      network = jax.vmap(lambda x: program.exact(x[None])[0])
     self._scale = scale
     self._logits = jax.jit(network)
     self._slopes = jax.jit(jax.jacrev(lambda x: network(x[None])[0]))
@@ -80,23 +96,51 @@ class Certifier:
     """
     if isinstance(norms, str) or not set(norms) <= set(NORMS):
       raise ValueError(f"norms are {norms!r}; expected some of {', '.join(NORMS)}, in a tuple")
+    x = np.asarray(image_HxWxC, np.float64)
+    real = self._radius(x, tuple(norms))
+    return real if self._program is None else self._deployed(self._program, x, real)
+
+  def _deployed(self, program: Program, x: np.ndarray, real: Radius) -> Radius:
+    """The radii of the program that is deployed, given those over the reals.
+
+    What rounding can do grows with the ball. One bound for the balls of all norms does where it
+    costs little; elsewhere each norm has its own, and smaller balls are tried.
+    """
+
+    def within(norms, balls):
+      off = [program.differences(Ball(x, n, balls[n] * self._scale)) for n in norms]
+      radii = self._radius(x, norms, np.max(off, 0)).radii
+      return {n: min(radii[n], balls[n]) for n in norms}
+
+    best = within(tuple(real.radii), real.radii)
+    for norm, ball in real.radii.items():
+      for _ in range(BALLS if best[norm] < KEPT * ball else 0):
+        best[norm] = max(best[norm], within((norm,), {norm: ball})[norm])
+        if best[norm] >= ball / 2:
+          break
+        ball /= 2
+    return Radius(real.predicted, best)
+
+  def _radius(self, image_HxWxC: np.ndarray, norms: tuple[str, ...], off_KxK: Any = None) -> Radius:
+    """The radii of a program whose y_k - y_j are off the real ones by at most `off_KxK`; or of none."""
     with jax.enable_x64(True):
       x = jnp.asarray(image_HxWxC, jnp.float64)
       y_K = np.asarray(self._logits(x[None]))[0]
       slopes_KxD = np.asarray(self._slopes(x)).reshape(len(y_K), -1)
       k = int(y_K.argmax())
-      margins_K = y_K[k] - y_K - ROUNDING * (1 + np.abs(y_K).max())
+      off_K = np.zeros(len(y_K)) if off_KxK is None else off_KxK[k]
+      margins_K = y_K[k] - y_K - off_K - ROUNDING * (1 + np.abs(y_K).max())
       if not np.delete(margins_K, k).min() > 0:
         return Radius(k, dict.fromkeys(norms, 0.0))
       radii = {n: self._by_slope(n, k, margins_K, slopes_KxD) for n in norms}
-      l1 = self._by_vertices(x, k, y_K, margins_K, slopes_KxD)
-      reach_DxR = np.maximum(l1, self._reach(x, k, y_K, margins_K, slopes_KxD))
+      l1 = self._by_vertices(x, k, y_K, margins_K, off_K, slopes_KxD)
+      reach_DxR = np.maximum(l1, self._reach(x, k, y_K, margins_K, off_K, slopes_KxD))
       for norm in norms:
         corners = 1 / np.linalg.norm(1 / reach_DxR, DUAL[norm], axis=0).max()
         radii[norm] = max(radii[norm], float(corners))
     return Radius(k, {n: max(0.0, r) / self._scale for n, r in radii.items()})
 
-  def _reach(self, x, k: int, y_K, margins_K, slopes_KxD) -> np.ndarray:
+  def _reach(self, x, k: int, y_K, margins_K, off_K, slopes_KxD) -> np.ndarray:
     """Steps t (D, rivals) with (tangent of y_k) - y_j >= 0 at x - t_i e_i and x + t_i e_i, each i.
 
     Being concave, it is >= 0 on the convex hull of these corners, which contains the l_p ball of
@@ -114,7 +158,7 @@ class Certifier:
     slack_before = np.broadcast_to(margins_K[rivals], reach.shape)
     for fraction in GRID:
       at = fraction * furthest_D[rays]
-      slack = self._slack(x, rays, signs * at, k, y_K, slopes_KxD[k], rivals)
+      slack = self._slack(x, rays, signs * at, k, y_K, off_K, slopes_KxD[k], rivals)
       crossing = before[:, None] + (at - before)[:, None] * slack_before / np.maximum(
         slack_before - slack, 1e-300
       )
@@ -123,11 +167,12 @@ class Certifier:
       before, slack_before = at, np.where(alive, slack, 0.0)
     return np.maximum(reach.reshape(2, d, -1).min(0), 1e-300)
 
-  def _slack(self, x, rays, steps, k, y_K, slope_D, rivals) -> np.ndarray:
+  def _slack(self, x, rays, steps, k, y_K, off_K, slope_D, rivals) -> np.ndarray:
     """(Tangent of y_k) - y_j at x + step e_ray, less a margin for rounding; (rays, rivals)."""
     y_NxK = self._evaluate(x, rays, steps)
     tangent_N = y_K[k] + steps * slope_D[rays]
-    return tangent_N[:, None] - y_NxK[:, rivals] - ROUNDING * (1 + np.abs(y_NxK).max())
+    margin = off_K[rivals] + ROUNDING * (1 + np.abs(y_NxK).max())
+    return tangent_N[:, None] - y_NxK[:, rivals] - margin
 
   def _by_slope(self, norm: str, k: int, margins_K, slopes_KxD) -> float:
     """The margin over a bound on its slope in the dual norm.
@@ -144,7 +189,7 @@ class Certifier:
       radii = margins_K / apart
     return float(np.delete(radii, k).min())
 
-  def _by_vertices(self, x, k: int, y_K, margins_K, slopes_KxD) -> float:
+  def _by_vertices(self, x, k: int, y_K, margins_K, off_K, slopes_KxD) -> float:
     """The largest e with (tangent of y_k) - y_j > 0 at x + e v, for all 2 D vertices v.
 
     Along a vertex's ray this is concave and positive at 0, so if it is positive at e, it is at
@@ -158,7 +203,7 @@ class Certifier:
     rays, signs = np.tile(np.arange(d), 2), np.repeat([1.0, -1.0], d)
 
     def broken(e, rays, signs):
-      slack = self._slack(x, rays, e * signs, k, y_K, slopes_KxD[k], rivals)
+      slack = self._slack(x, rays, e * signs, k, y_K, off_K, slopes_KxD[k], rivals)
       return ~(slack > 0).all(-1)
 
     first = broken(high, rays, signs)

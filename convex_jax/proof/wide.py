@@ -44,7 +44,7 @@ def widened(jaxpr: Any, consts: Sequence[Any] = ()) -> Callable[..., list[jax.Ar
       return _to_float64(np.asarray(var.val, aval.dtype))
 
     for eqn in needed(jaxpr):
-      env.update(zip(eqn.outvars, _equation(eqn, [read(v) for v in eqn.invars]), strict=True))
+      env.update(zip(eqn.outvars, equation(eqn, [read(v) for v in eqn.invars]), strict=True))
     return [read(v) for v in jaxpr.outvars]
 
   return run
@@ -54,7 +54,8 @@ class Impure(Exception):
   """What the program returns may differ from call to call, or the call may change something."""
 
 
-def _equation(eqn, inputs) -> Sequence[Any]:
+def equation(eqn, inputs) -> Sequence[Any]:
+  """The outputs of an equation in wide arithmetic; raises `Impure` of one with side effects."""
   name, params = eqn.primitive.name, eqn.params
   has_body = any(True for _ in jex.jaxprs_in_params(params))
   called, collective = layouts.called(eqn, inputs), on_one_device(eqn)

@@ -25,11 +25,13 @@ from convex_jax.proof.certificate import Certificate, NotProved, certify, proved
 from convex_jax.proof.counterexample import Counterexample
 from convex_jax.proof.minimum import Minimum, minimise
 from convex_jax.proof.radii import Certifier
+from convex_jax.proof.rounding_errors import ARITHMETICS
 from convex_jax.proof.wide import in_float64
 from convex_jax.runs.run import Run
 from convex_jax.runs.workdir import Workdir
 
 FORMAT = 1  # Of certificate.json.
+REALS = "reals"  # In place of an arithmetic.
 PIXEL = 255.0  # The range of a pixel, in which radii are given.
 
 
@@ -142,14 +144,35 @@ def summary(content: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def certifier(run: Run) -> Certifier:
+def certifier(run: Run, arithmetic: str = REALS) -> Certifier:
   """Certified radii of a run's images, for pixels in 0..1.
 
-  Raises `UserError` where its logits are not proved convex in the image.
+  Args:
+    run: whose logits are proved convex in the image.
+    arithmetic: "reals", the network as a function; or one of `rounding_errors.ARITHMETICS`, the
+      program that computes it in that arithmetic, whose rounding is taken off.
+
+  Raises:
+    UserError: the logits are not proved convex in the image, or no bound on the rounding error of
+      an operation is known; another arithmetic than these.
   """
   _refuse_others(run)
+  if arithmetic != REALS and arithmetic not in ARITHMETICS:
+    raise UserError(f"arithmetic is {arithmetic!r}; expected {REALS}, {', '.join(ARITHMETICS)}")
+  weights, shape = run.weights, run.image_shape
   with _only_proved(run):
-    return Certifier(run.apply, run.weights, run.image_shape, _exact(run), scale=PIXEL)
+    if arithmetic == REALS:
+      return Certifier(run.apply, weights, shape, _exact(run), scale=PIXEL)
+    deployed = ARITHMETICS[arithmetic]
+    apply = functools.partial(run.apply, dtype=deployed.dtype)
+    try:
+      return Certifier(apply, weights, shape, scale=PIXEL, arithmetic=deployed)
+    except NotProved:
+      raise
+    except ValueError as error:
+      raise UserError(
+        f"{run.workdir}: in {arithmetic}, {error}; or {REALS} as arithmetic"
+      ) from error
 
 
 def minimise_logit(

@@ -7,9 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from convex_jax import command_line, files
-from convex_jax.errors import NotProved
+from convex_jax.errors import NotProved, UserError
 from convex_jax.proof.certificate import KINDS
-from convex_jax.runs import certified
+from convex_jax.runs import certified, radii_report
 from convex_jax.runs.run import load
 
 
@@ -19,7 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     "certify",
     "Prove, logit by logit, that a trained network is convex in its input, or name the first\n"
     "operation that breaks convexity. Writes certificate.json into the run's folder; where that\n"
-    "is read-only, the verdict is printed alone.\n"
+    "is read-only, the verdict is printed alone. With --radii=l1 also the certified radii of test\n"
+    "images, as `radii` prints and writes them, once everything is proved.\n"
     "Exit code 0: everything is proved; 4: not proved; 2: invalid input.",
     "python -m convex_jax certify --workdir=runs/mixer_ioc_digits",
   )
@@ -31,10 +32,21 @@ def main(argv: list[str] | None = None) -> int:
     default=200,
     help="gradient steps of the search for a counterexample; 0: no search (default: 200)",
   )
+  parser.add_argument(
+    "--radii", default="", help="norms of radii to certify: some of l1,l2,linf (default: none)"
+  )
+  radii_report.add_options(parser)
   return command_line.exit_code(_certify, parser.parse_args(argv))
 
 
 def _certify(args: argparse.Namespace) -> int:
+  norms = radii_report.norms_of(args.radii, "--radii")
+  if args.arithmetic != certified.REALS and not norms:
+    raise UserError(
+      f"--arithmetic={args.arithmetic} says of what radii hold; expected --radii=l1 with it"
+    )
+  if norms and args.kind != "convex":
+    raise UserError(f"--radii={args.radii} with --kind={args.kind}; expected --kind=convex")
   console = Console()
   run = load(args.workdir, args.step)
   content, counterexample = certified.certify_run(run, args.kind, args.search_steps)
@@ -45,4 +57,8 @@ def _certify(args: argparse.Namespace) -> int:
   console.print(content["of"], table, sep="\n")
   console.print(certified.summary(content), markup=False, highlight=False)
   files.try_to_write(certified.write, run, content, counterexample)
-  return 0 if content["verdict"] == "PROVED" else NotProved.code
+  if content["verdict"] != "PROVED":
+    return NotProved.code
+  if norms:
+    radii_report.report(run, norms, args)
+  return 0

@@ -25,8 +25,7 @@ from rich.progress import track
 import convex_jax
 from convex_jax.data import datasets
 from convex_jax.proof import radii as robustness
-from convex_jax.runs import certified
-from convex_jax.studies import radii_report
+from convex_jax.runs import certified, radii_report
 from tests.support import attacks
 
 FOLDER = pathlib.Path(__file__).parent

@@ -15,9 +15,9 @@ from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.proof import interpreter, minimum, slopes
 from convex_jax.proof.radii import NORMS, Radius, one_sided_radius
-from convex_jax.runs import certified
+from convex_jax.proof.rounding_errors import ARITHMETICS
+from convex_jax.runs import certified, radii_report
 from convex_jax.runs.run import Run
-from convex_jax.studies import radii_report
 from tests.support import attacks, mutants
 
 CLASSES = 5
@@ -113,6 +113,42 @@ def test_no_attack_within_a_certified_radius_changes_the_class(name):
         # The control: a ball 1,000 times as large contains another class.
         assert attacker.attack(x, norm, 1000 * inside).changes > 0
   assert total == 3 * 3 * 2 * 160
+
+
+@pytest.mark.parametrize(
+  "name,arithmetic",
+  [
+    ("mlp", "float32"),
+    pytest.param("mixer", "float32", marks=pytest.mark.slow),
+    pytest.param("mlp", "float16", marks=pytest.mark.slow),
+  ],
+)
+def test_no_attack_on_the_deployed_program_changes_its_class(name, arithmetic):
+  """In the program's own arithmetic, inside its radii and at their rim."""
+  run, total = make_run(name), 0
+  certifier, real = certified.certifier(run, arithmetic), certified.certifier(run)
+  dtype = ARITHMETICS[arithmetic].dtype
+  attacker = attacks.Attacker(functools.partial(run.network, dtype=dtype), restarts=16, steps=10)
+  for x in images(1 if arithmetic == "float32" else 2).astype(np.float32):
+    found = certifier.radius(x)
+    over_the_reals = real.radius(x).radii
+    for norm in NORMS:
+      radius = found.radii[norm]
+      assert 0.9 * (arithmetic == "float32") * over_the_reals[norm] < radius + 1e-12
+      assert radius < over_the_reals[norm]
+      for inside in (0.3, 0.9999):
+        outcome = attacker.attack(x, norm, inside * radius * 255)
+        assert outcome.changes == 0
+        total += outcome.attempts * (radius > 0)
+      assert attacker.attack(x, norm, 1000 * over_the_reals[norm] * 255).changes > 0
+    if any(found.radii.values()):
+      assert int(run.predict(x.astype(np.uint8)[None])[0]) == found.predicted
+  assert total > 0
+
+
+def test_the_arithmetic_is_known_or_refused():
+  with pytest.raises(UserError, match="arithmetic is 'float8'; expected reals, float32"):
+    certified.certifier(make_run("mlp"), "float8")
 
 
 def test_the_l1_radius_is_where_the_first_corner_fails():
@@ -263,5 +299,6 @@ def test_a_report_is_written(tmp_path):
   radii_report.write(make_run(workdir=str(tmp_path)), measured, ("l1", "l2"))
   assert table.row_count == 2 and "75.0 %" in table.title
   lines = (tmp_path / "radii.csv").read_text().splitlines()
-  assert lines[0] == "example,label,predicted,l1,l2" and lines[3] == "2,0,1,0.3,0.15"
+  assert lines[0] == "example,label,predicted,l1,l2,arithmetic"
+  assert lines[3] == "2,0,1,0.3,0.15,reals"
   assert (tmp_path / "radii.png").stat().st_size > 5000

@@ -11,8 +11,8 @@ import pytest
 
 import convex_jax
 from convex_jax.proof.radii import Radius
-from convex_jax.runs import certified, certify_command, checkpoint_command
-from convex_jax.studies import radii_report, report
+from convex_jax.runs import certified, certify_command, checkpoint_command, radii_report
+from convex_jax.studies import report
 from convex_jax.training import loop
 from tests.support import ROOT, injections, of
 
@@ -92,6 +92,35 @@ def test_a_read_only_run_is_loaded_verified_measured_and_reported(tmp_path, caps
     assert report.main([str(workdir), f"--out={tmp_path / 'out'}"]) == 0
     assert report.main([str(workdir), f"--out={workdir / 'out'}"]) == 2
   assert "run is not writable; pass another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "options,told",
+  [
+    (["--arithmetic=float32"], "expected --radii=l1 with it"),
+    (["--radii=l3"], "--radii=l3; expected some of l1,l2,linf"),
+    (["--radii=l1", "--kind=concave"], "expected --kind=convex"),
+  ],
+)
+def test_options_of_radii_that_do_not_fit_are_refused(tmp_path, capsys, options, told):
+  assert certify_command.main([f"--workdir={tmp_path}", *options]) == 2
+  assert told in capsys.readouterr().err
+
+
+def test_radii_follow_the_certificate(tmp_path, capsys, monkeypatch):
+  workdir, asked = tmp_path / "run", []
+  shutil.copytree(ROOT / "tests" / "fixtures" / "run_1_1", workdir)
+  radii = [Radius(0, {"l1": 0.5})]
+
+  def measure(run, norms, examples, data_dir, arithmetic):
+    asked.append((norms, examples, arithmetic))
+    return radii_report.Measured(np.zeros(1), radii, arithmetic)
+
+  monkeypatch.setattr(radii_report, "measure", measure)
+  options = ["--radii=l1", "--arithmetic=float32", "--examples=3", "--search_steps=0"]
+  assert certify_command.main([f"--workdir={workdir}", *options]) == 0
+  assert asked == [(("l1",), 3, "float32")] and "in float32" in capsys.readouterr().out
+  assert (workdir / "radii.csv").read_text().splitlines()[1] == "0,0,0,0.5,float32"
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):

@@ -19,8 +19,9 @@ import convex_jax
 from convex_jax import files
 from convex_jax.errors import UserError
 from convex_jax.proof.radii import NORMS
+from convex_jax.runs import radii_report
 from convex_jax.runs import workdir as workdirs
-from convex_jax.studies import figures, radii_report, report, results, tables
+from convex_jax.studies import figures, report, results, tables
 from convex_jax.studies.results import Point, Result, Results
 from tests.support import ROOT
 

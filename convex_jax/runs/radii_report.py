@@ -16,16 +16,18 @@ from convex_jax import command_line, files
 from convex_jax.data import datasets
 from convex_jax.errors import UserError
 from convex_jax.proof.radii import NORMS, Radius
+from convex_jax.proof.rounding_errors import ARITHMETICS
 from convex_jax.runs import certified
+from convex_jax.runs.certified import REALS
 from convex_jax.runs.run import Run, load
 from convex_jax.runs.workdir import Workdir
 
 
-def norms_of(text: str) -> tuple[str, ...]:
+def norms_of(text: str, option: str = "--norms") -> tuple[str, ...]:
   """The norms in a list such as "l1,linf"; raises `UserError` for an unknown one."""
   names = tuple(filter(None, text.split(",")))
   if not set(names) <= set(NORMS):
-    raise UserError(f"--norms={text}; expected some of {','.join(NORMS)}")
+    raise UserError(f"{option}={text}; expected some of {','.join(NORMS)}")
   return names
 
 
@@ -35,6 +37,7 @@ class Measured:
 
   labels: np.ndarray
   radii: list[Radius]
+  arithmetic: str = REALS  # Of what they are radii: see `certified.certifier`.
 
   def certified_accuracy(self, norm: str, radius: float) -> float:
     """Fraction of the images that are classified correctly, and provably so within `radius`."""
@@ -50,14 +53,16 @@ class Measured:
     return np.array([r.radii[norm] for r in self.radii])
 
 
-def measure(run: Run, norms: Sequence[str], examples: int, data_dir: str = "") -> Measured:
+def measure(
+  run: Run, norms: Sequence[str], examples: int, data_dir: str = "", arithmetic: str = REALS
+) -> Measured:
   """The certified radii of the first test images, with a progress bar."""
   config: Any = ConfigDict(run.config.data.to_dict())
   config.dir = data_dir or config.dir
   test = datasets.load(config, seed=0, progress=False).test.first(examples)
-  certifier = certified.certifier(run)
+  certifier = certified.certifier(run, arithmetic)
   radii = [certifier.radius(x, tuple(norms)) for x in track(test.images, "certified radii")]
-  return Measured(test.labels, radii)
+  return Measured(test.labels, radii, arithmetic)
 
 
 def write(run: Run, measured: Measured, norms: Sequence[str]) -> None:
@@ -67,9 +72,10 @@ def write(run: Run, measured: Measured, norms: Sequence[str]) -> None:
   """
   with files.atomic_write(Workdir(run.workdir).radii_table) as file:
     rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(["example", "label", "predicted", *norms])
+    rows.writerow(["example", "label", "predicted", *norms, "arithmetic"])
     for i, (label, r) in enumerate(zip(measured.labels, measured.radii, strict=True)):
-      rows.writerow([i, int(label), r.predicted, *(f"{r.radii[n]:.6g}" for n in norms)])
+      radii = (f"{r.radii[n]:.6g}" for n in norms)
+      rows.writerow([i, int(label), r.predicted, *radii, measured.arithmetic])
   _draw(run, measured, norms)
 
 
@@ -85,11 +91,17 @@ def table_of(measured: Measured, norms: Sequence[str]) -> Table:
   accuracy = 100 * measured.certified_accuracy(norms[0], 0.0)
   table.title = f"Certified accuracy of {n} test images (accuracy: {accuracy:.1f} %)"
   table.caption = (
-    "Radii for pixels in 0..1. An image counts as certified at a radius if it is classified"
+    f"Radii of {_of(measured.arithmetic)}, for pixels in 0..1. An image counts as certified at a radius if it is classified"
     " correctly and no change of that size, measured in that norm, can alter its class: by"
     " proof, not by attempted attacks."
   )
   return table
+
+
+def _of(arithmetic: str) -> str:
+  if arithmetic == REALS:
+    return "the network over the reals"
+  return f"the program that is deployed, in {arithmetic}"
 
 
 def _draw(run: Run, measured: Measured, norms: Sequence[str]) -> None:
@@ -107,7 +119,8 @@ def _draw(run: Run, measured: Measured, norms: Sequence[str]) -> None:
     axes.grid(alpha=0.3)
   figure.axes[0].set_ylabel("Certified accuracy (%)")
   model = run.config.model
-  figure.suptitle(f"{model.name} {model.size} {model.parts}, {run.config.data.name}")
+  name = f"{model.name} {model.size} {model.parts}, {run.config.data.name}"
+  figure.suptitle(f"{name}: {_of(measured.arithmetic)}")
   with files.atomic_write(Workdir(run.workdir).radii_figure, "wb") as file:
     figure.savefig(file, format="png", dpi=120)
 
@@ -117,26 +130,43 @@ def main(argv: list[str] | None = None) -> int:
   parser = command_line.parser(
     "radii",
     "Certified radii of the first test images of a proved network: within the radius, measured\n"
-    "in that norm, no change of the image alters its class (of the network over the reals).\n"
+    "in that norm, no change of the image alters its class: of the network over the reals or,\n"
+    "with --arithmetic, of the program that is deployed.\n"
     "Prints a table and writes radii.csv and radii.png into the run's folder; where that is\n"
     "read-only, the table is printed alone.",
     "python -m convex_jax radii --workdir=runs/mixer_ioc_digits --norms=l1,l2 --examples=100",
   )
   command_line.add_run_options(parser)
   parser.add_argument("--norms", default=",".join(NORMS), help="default: %(default)s")
+  add_options(parser)
+  return command_line.exit_code(_report, parser.parse_args(argv))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+  """Adds --arithmetic, --examples and --data_dir: of what, and of which images, radii are."""
+  parser.add_argument(
+    "--arithmetic",
+    default=REALS,
+    choices=[REALS, *ARITHMETICS],
+    help="of what radii hold: of the network over the reals, or of the program in this arithmetic,"
+    " its rounding errors taken off (default: reals)",
+  )
   parser.add_argument(
     "--examples", type=command_line.integer(1), default=200, help="test images (default: 200)"
   )
   parser.add_argument(
     "--data_dir", type=command_line.path, default="", help="folder of the data (default: the run's)"
   )
-  return command_line.exit_code(_report, parser.parse_args(argv))
 
 
 def _report(args: argparse.Namespace) -> int:
   norms = norms_of(args.norms) or NORMS
-  run = load(args.workdir, args.step)
-  measured = measure(run, norms, args.examples, args.data_dir)
+  report(load(args.workdir, args.step), norms, args)
+  return 0
+
+
+def report(run: Run, norms: Sequence[str], options: argparse.Namespace) -> None:
+  """Measures the radii of a run, prints and writes them; `options` are those of `add_options`."""
+  measured = measure(run, norms, options.examples, options.data_dir, options.arithmetic)
   Console().print(table_of(measured, norms))
   files.try_to_write(write, run, measured, norms)
-  return 0
