@@ -8,7 +8,7 @@ settled; and if s >= 0, what is left, where(s > 0, sqrt(s), 0), is sqrt(s).
 from collections.abc import Callable
 from typing import Any
 
-from convex_jax.proof.linear import has_no_zero, not_finite
+from convex_jax.proof.linear import has_no_zero
 from convex_jax.proof.signs import exponent_of, sign
 from convex_jax.proof.values import Known, Operation, Value
 
@@ -96,10 +96,10 @@ def _vanishes(value: Any, s: Value) -> bool:
       if isinstance(y, Value) or not (y.low > 0).all():
         return False
     elif op.primitive == "mul" and len(known) == 1:
-      if not_finite(known[0]).any():
+      if known[0].not_finite.any():
         return False
     elif op.primitive == "div" and isinstance(op.inputs[1], Known):
-      if not_finite(op.inputs[1]).any() or not has_no_zero(op.inputs[1]):
+      if op.inputs[1].not_finite.any() or not has_no_zero(op.inputs[1]):
         return False
     elif op.primitive not in ("sqrt", "abs", "square", "cbrt", "neg"):
       return False
