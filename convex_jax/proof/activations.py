@@ -39,7 +39,6 @@ from convex_jax.proof.values import (
   ScalarFunction,
   Value,
   composed,
-  is_finite,
 )
 
 # What an activation may end in. A function of one lost value, as exp or a factor, mends nothing.
@@ -198,7 +197,7 @@ def _compared(value: Value) -> Iterator[tuple[Value, np.ndarray]]:
 
 
 def _is_number(k: Known) -> bool:
-  return k.is_float and k.is_exact and bool(is_finite(k).all())
+  return k.is_float and k.is_exact and not k.not_finite.any()
 
 
 def _solved(node: Value, number: np.ndarray) -> Iterator[tuple[Value, np.ndarray]]:

@@ -9,7 +9,7 @@ in where(x != x, 0, x), which replaces NaN, if x is a number for every input.
 from collections.abc import Callable
 from typing import Any
 
-from convex_jax.proof.linear import has_no_zero, is_total, not_finite
+from convex_jax.proof.linear import has_no_zero, is_total
 from convex_jax.proof.signs import exponent_of, sign
 from convex_jax.proof.values import Known, Operation, Value
 
@@ -104,10 +104,10 @@ def _vanishes(value: Any, s: Value) -> bool:
       if isinstance(y, Value) or not (y.low > 0).all():
         return False
     elif op.primitive == "mul" and len(known) == 1:
-      if not_finite(known[0]).any():
+      if known[0].not_finite.any():
         return False
     elif op.primitive == "div" and isinstance(op.inputs[1], Known):
-      if not_finite(op.inputs[1]).any() or not has_no_zero(op.inputs[1]):
+      if op.inputs[1].not_finite.any() or not has_no_zero(op.inputs[1]):
         return False
     elif op.primitive not in ("sqrt", "abs", "square", "cbrt", "neg"):
       return False

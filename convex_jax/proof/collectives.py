@@ -15,7 +15,10 @@ from convex_jax.proof.layouts import Parameters
 
 def on_one_device(eqn: Any) -> Callable[..., Any] | None:
   """What a collective operation computes of its operands; None of any other operation."""
-  name, params = eqn.primitive.name, Parameters(eqn)
+  name = eqn.primitive.name
+  if name not in PRIMITIVES:
+    return None
+  params = Parameters(eqn)
   if params.get("axis_index_groups") is not None:
     return None
   if name in _REDUCTIONS:
@@ -23,7 +26,7 @@ def on_one_device(eqn: Any) -> Callable[..., Any] | None:
     return lambda *xs: [_REDUCTIONS[name](x, axes) if axes else x for x in xs]
   if name == "axis_index":
     return lambda: [np.int32(0)]
-  if name not in _EXCHANGES or isinstance(params["axis_name"], int):
+  if isinstance(params["axis_name"], int):
     return None
   return lambda x: [_EXCHANGES[name](x, params)]
 

@@ -20,8 +20,10 @@ ONE = (np.float64(1), np.float64(1))
 ULPS = 4  # Units in the last place by which a library's exp, tanh, ... may miss, in any precision.
 
 
-def outward(low: Any, high: Any, exact: Any = (False, False), ulps: int = 1) -> Ends:
+def outward(low: Any, high: Any, exact: Any = (np.False_, np.False_), ulps: int = 1) -> Ends:
   """The ends, each `ulps` further out unless exact."""
+  if exact[0].all() and exact[1].all():
+    return low, high
   if ulps == 1:
     out = np.nextafter(low, -np.inf), np.nextafter(high, np.inf)
   else:
@@ -38,9 +40,16 @@ def _is_exact_product(a: Any, b: Any, product: Any) -> Any:
   """Whether a product of two, times 0 or a power of 2 if need be, was not rounded."""
   kept = (np.abs(product) >= np.finfo(np.float64).smallest_normal) | (a == 0) | (b == 0)
   kept &= np.isfinite(product)  # 2**1000 x overflows, and is not infinite.
-  fractions = [np.abs(np.frexp(x)[0]) for x in (a, b)]
-  powers = [(f == 0.5) | (f == 0) for f in fractions]
-  return kept & ((is_short(a) & is_short(b)) | powers[0] | powers[1])
+  exact = is_short(a) & is_short(b)
+  if not exact.all():
+    exact = exact | _is_power_of_2(a) | _is_power_of_2(b)
+  return kept & exact
+
+
+def _is_power_of_2(x: Any) -> Any:
+  """Whether a number is a power of 2, with a sign, or 0."""
+  fraction = np.abs(np.frexp(x)[0])
+  return (fraction == 0.5) | (fraction == 0)
 
 
 def add(a: Ends, b: Ends) -> Ends:
@@ -67,7 +76,13 @@ def subtract(a: Ends, b: Ends) -> Ends:
 
 def multiply(a: Ends, b: Ends) -> Ends:
   """a b: its extremes are at corners."""
-  return _corners(a, b, lambda x, y: (x * y, _is_exact_product(x, y, x * y)))
+  return at_corners(a, b, rounded_product)
+
+
+def rounded_product(x: Any, y: Any) -> tuple[Any, Any]:
+  """x y, and whether it was not rounded."""
+  product = x * y
+  return product, _is_exact_product(x, y, product)
 
 
 def divide(a: Ends, b: Ends) -> Ends:
@@ -77,12 +92,13 @@ def divide(a: Ends, b: Ends) -> Ends:
     q = x / y
     return q, (q * y == x) & _is_exact_product(q, y, x)
 
-  low, high = _corners(a, b, quotient)
+  low, high = at_corners(a, b, quotient)
   undefined = (b[0] <= 0) & (b[1] >= 0)
   return np.where(undefined, np.nan, low), np.where(undefined, np.nan, high)
 
 
-def _corners(a: Ends, b: Ends, operation: Callable) -> Ends:
+def at_corners(a: Ends, b: Ends, operation: Callable) -> Ends:
+  """The extremes of an operation, which gives a rounded result and whether it is exact."""
   ends = []
   for x, y in ((x, y) for x in _distinct(a) for y in _distinct(b)):
     value, exact = operation(x, y)

@@ -20,15 +20,16 @@ from convex_jax.proof.enclosures import (
   ONE,
   Ends,
   add,
+  at_corners,
   divide,
   integer_power,
   magnitude,
-  multiply,
   negative,
+  rounded_product,
 )
 from convex_jax.proof.linear import has_no_zero, is_defined
 from convex_jax.proof.parameters import is_plain
-from convex_jax.proof.values import Known, Operation, Value, is_finite
+from convex_jax.proof.values import Known, Operation, Value, thin
 
 COMPARISONS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
 COMPARISONS |= {"eq": operator.eq, "ne": operator.ne}
@@ -58,16 +59,13 @@ def _times(a: Ends, b: Ends) -> Ends:
     return ZERO
   if a is ONE or b is ONE:
     return a if b is ONE else b
-  low, high = np.inf, -np.inf
-  for x, y in ((x, y) for x in _distinct(a) for y in _distinct(b)):
-    corner, zero = multiply((x, x), (y, y)), np.equal(x, 0) | np.equal(y, 0)
-    low = np.minimum(low, np.where(zero, 0.0, corner[0]))
-    high = np.maximum(high, np.where(zero, 0.0, corner[1]))
-  return low, high
+  return at_corners(a, b, _product)
 
 
-def _distinct(a: Ends) -> tuple[Any, ...]:
-  return a[:1] if a[0] is a[1] else a
+def _product(x: Any, y: Any) -> tuple[Any, Any]:
+  zero = np.equal(x, 0) | np.equal(y, 0)
+  product, exact = rounded_product(x, y)
+  return np.where(zero, 0.0, product), exact | zero
 
 
 def _negated(a: Ends) -> Ends:
@@ -268,10 +266,10 @@ class Piece:
 
   def _compute(self, node: Value | Known) -> Jet:
     if isinstance(node, Known):
-      if not node.is_float or not is_finite(node).all():
+      if not node.is_float or node.not_finite.any():
         raise NoRuleError
-      low = node.low[None] if node.shape else node.low
-      return Jet((low, low if node.low is node.high else node.high[None]), ZERO, ONE, ZERO)
+      low, high = (thin(end)[None] if node.shape else end for end in (node.low, node.high))
+      return Jet((low, low if node.low is node.high else high), ZERO, ONE, ZERO)
     chosen, is_continuous = self.settled(node)
     if chosen is not node:
       jet = self.of(chosen)

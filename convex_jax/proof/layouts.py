@@ -53,16 +53,18 @@ class While(NamedTuple):
 
 def called(eqn: Any, operands: list[Any]) -> tuple[Any, list[Any]] | None:
   """The jaxpr that a call runs, and of which operands; None of what is no call."""
-  name, params = eqn.primitive.name, Parameters(eqn)
+  name = eqn.primitive.name
+  if name in CALLS:
+    return Parameters(eqn)[CALLS[name]], operands
   if name == "shard_map":  # On one device it changes nothing.
+    params = Parameters(eqn)
     return (params["jaxpr"], operands) if params["mesh"].size == 1 else None
-  if (
-    name == "custom_linear_solve"
-  ):  # Its operands are constants of four jaxprs, and the right side.
-    sizes = params["const_lengths"]
-    start, end = sizes.matvec + sizes.vecmat, sum(sizes)
-    return params["jaxprs"].solve, operands[start : start + sizes.solve] + operands[end:]
-  return (params[CALLS[name]], operands) if name in CALLS else None
+  if name != "custom_linear_solve":
+    return None
+  params = Parameters(eqn)  # Its operands are constants of four jaxprs, and the right side.
+  sizes = params["const_lengths"]
+  start, end = sizes.matvec + sizes.vecmat, sum(sizes)
+  return params["jaxprs"].solve, operands[start : start + sizes.solve] + operands[end:]
 
 
 def scan_of(eqn: Any) -> Scan:

@@ -24,11 +24,9 @@ from convex_jax.proof.values import (
   Operation,
   Value,
   either,
-  is_finite,
   is_nowhere,
   is_uniform,
   swapped,
-  tidy,
   uniform,
 )
 
@@ -39,16 +37,11 @@ def lost(op: Operation, *_: Any) -> Masks:
   return yes, yes
 
 
-def not_finite(x: Known) -> np.ndarray:
-  """Where a known number is infinite, NaN, or not known at all; never for integers."""
-  return tidy(~is_finite(x), x.shape) if x.is_float else uniform(False, x.shape)
-
-
 def masks_of(x: Value | Known) -> Masks:
   """The masks of any number; a known one is affine where it is finite."""
   if isinstance(x, Value):
     return x.masks
-  bad = not_finite(x)
+  bad = x.not_finite
   return bad, bad
 
 
@@ -162,7 +155,7 @@ def _scatter_multiply(op: Operation, x, indices, updates) -> Masks:
   above, below = updates.low > 0, updates.high < 0
   zero = (updates.low == 0) & (updates.high == 0)
   sign = np.where(number(zero) > 0, 0.0, 1 - 2 * (number(below) % 2))
-  known = number((above | below | zero) & ~not_finite(updates)) == count
+  known = number((above | below | zero) & ~updates.not_finite) == count
   sign = np.where(known, sign, np.nan).astype(np.float64)
   return times(op, x, Known.exactly(sign))
 
@@ -192,7 +185,7 @@ def _bilinear(op: Operation, a, b) -> Masks:
   if isinstance(a, Value) and isinstance(b, Value):
     return lost(op)
   x, weights, first = (a, b, True) if isinstance(a, Value) else (b, a, False)
-  if not_finite(weights).any():
+  if weights.not_finite.any():
     return lost(op)
 
   def apply(mask, part):
@@ -206,7 +199,7 @@ def _bilinear(op: Operation, a, b) -> Masks:
 def times(op: Operation, x: Value, weights: Known) -> Masks:
   """A product with a known number, or what has the sign of one."""
   masks = _signed(op, x, weights, lambda mask, part: np.broadcast_to(mask & part, op.shape))
-  bad = not_finite(weights)
+  bad = weights.not_finite
   nc, nk = masks if is_nowhere(bad) else (either(m, bad) for m in masks)
   return nc, nk
 
@@ -222,7 +215,7 @@ def _divide(op: Operation, a, b) -> Masks:
   if isinstance(b, Value):
     return lost(op)
   sign = np.where(b.low > 0, 1.0, np.where(b.high < 0, -1.0, np.nan))
-  return times(op, a, Known.exactly(np.where(not_finite(b), np.nan, sign)))
+  return times(op, a, Known.exactly(np.where(b.not_finite, np.nan, sign)))
 
 
 def has_no_zero(x: Known) -> bool:
@@ -237,7 +230,7 @@ def _add(op: Operation, a, b) -> Masks:
 
 def _solve(op: Operation, a, b) -> Masks:
   """`triangular_solve`: linear in b, by a known matrix whose inverse has entries of any sign."""
-  if not isinstance(a, Known) or not isinstance(b, Value) or not_finite(a).any():
+  if not isinstance(a, Known) or not isinstance(b, Value) or a.not_finite.any():
     return lost(op)
   diagonal = np.diagonal(a.low, axis1=-2, axis2=-1), np.diagonal(a.high, axis1=-2, axis2=-1)
   if not op.params["unit_diagonal"] and not has_no_zero(Known(*diagonal)):
@@ -383,6 +376,7 @@ def is_total(x: Any) -> bool:
 
 def is_defined(primitive: str, inputs: Sequence[Value | Known]) -> bool:
   """Whether no known number is NaN or infinite, but for a bound that does not bind."""
-  floats = [a for x in inputs if isinstance(x, Known) and x.is_float for a in (x.low, x.high)]
+  known = [x for x in inputs if isinstance(x, Known) and not is_nowhere(x.not_finite)]
+  floats = [a for x in known for a in (x.low, x.high)]
   binds = {"max": np.isposinf, "min": np.isneginf, "clamp": np.zeros_like}.get(primitive, np.isinf)
   return not any(np.isnan(a).any() or np.any(binds(a)) for a in floats)

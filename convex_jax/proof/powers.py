@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from convex_jax.proof import quadratic
-from convex_jax.proof.linear import LINEAR, carried, lost, not_finite, over_axes
+from convex_jax.proof.linear import LINEAR, carried, lost, over_axes
 from convex_jax.proof.signs import as_rows, exponent_of, is_multiple, sign, squares
 from convex_jax.proof.values import Known, Masks, Operation, Value, composed, either, uniform
 
@@ -38,7 +38,7 @@ def power(op: Operation, x: Any, *_: Any) -> Masks:
   """`integer_pow`, `square`, `pow`; a^x is exp(x log a) for a known a > 0."""
   y: Any = exponent_of(op)
   if isinstance(x, Value):
-    return lost(op) if isinstance(y, Value) or not_finite(y).any() else _is_power(op, x, y)
+    return lost(op) if isinstance(y, Value) or y.not_finite.any() else _is_power(op, x, y)
   if not (x.low > 0).all() or not np.isfinite(x.high).all():
     return lost(op)
   convex = uniform(True, op.shape) | False
@@ -76,7 +76,7 @@ def root(op: Operation, x: Value, *exponent: Any) -> Masks:
   y = exponent[0] if exponent else None
   if isinstance(x, Known) or isinstance(y, Value) or not masks[0].any():
     return masks
-  if y is not None and (not_finite(y).any() or not (y.low > 0).all()):
+  if y is not None and (y.not_finite.any() or not (y.low > 0).all()):
     return masks
   least = float(y.low.min(initial=1)) if y is not None else 0
   p = 1 / Fraction(least) if exponent else Fraction({"sqrt": 2, "cbrt": 3}[op.primitive])
@@ -90,7 +90,7 @@ def _not_root(x: Any, p: Fraction, depth: int = 30) -> np.ndarray:
   magnitude of its base is not.
   """
   if isinstance(x, Known):
-    return ~(x.low >= 0) | not_finite(x)
+    return ~(x.low >= 0) | x.not_finite
   op, yes = x.made_by, uniform(True, x.shape)
   if op is None or op.eqn is None or depth == 0:
     return yes
@@ -105,7 +105,7 @@ def _not_root(x: Any, p: Fraction, depth: int = 30) -> np.ndarray:
     return _not_root(inputs[0], 2 * p, depth - 1)
   if name in ("square", "integer_pow", "pow"):
     y, base = exponent_of(op), inputs[0]
-    if isinstance(base, Known) or isinstance(y, Value) or not_finite(y).any():
+    if isinstance(base, Known) or isinstance(y, Value) or y.not_finite.any():
       return yes
     fits = (y.low >= p) & (is_multiple(y, 2) | ~sign(base)[0])
     return absolute(op, base)[0] | ~fits

@@ -18,7 +18,7 @@ import jax.extend.core as jex
 import numpy as np
 
 from convex_jax.proof.constants import Unknown, fold, number
-from convex_jax.proof.linear import LINEAR, WEIGHTED, not_finite
+from convex_jax.proof.linear import LINEAR, WEIGHTED
 from convex_jax.proof.values import Known, Masks, Operation, Value, uniform
 
 VARIABLES = 256  # Most variables of a form ...
@@ -107,7 +107,7 @@ class _Form:
     if op.eqn is None or op.primitive not in PRIMITIVES or op.params.get("y", 2) != 2:
       return False
     known = {id(y): y for y in op.inputs if isinstance(y, Known)}
-    if any(not_finite(y).any() or not (y.is_float or y.is_exact) for y in known.values()):
+    if any(y.not_finite.any() or not (y.is_float or y.is_exact) for y in known.values()):
       return False
     if op.primitive in WEIGHTED:
       self._weights |= known

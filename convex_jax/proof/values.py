@@ -43,6 +43,11 @@ class Known:
   def is_exact(self) -> bool:
     return self.low is self.high or bool(np.array_equal(self.low, self.high))
 
+  @functools.cached_property
+  def not_finite(self) -> np.ndarray:
+    """Where it is infinite, NaN, or not known at all; never for integers. As `tidy` stores it."""
+    return tidy(~is_finite(self), self.shape) if self.is_float else uniform(False, self.shape)
+
   @property
   def array(self) -> np.ndarray:
     """The number, or the middle of its enclosure: for estimates and messages."""
@@ -69,7 +74,8 @@ def is_finite(known: Known) -> np.ndarray:
   """Where a known number is surely a finite real number."""
   if not isinstance(known.low, np.ndarray | np.generic):  # A random key.
     return np.zeros(known.shape, bool)
-  return np.isfinite(known.low) & np.isfinite(known.high)
+  finite = np.isfinite(known.low)
+  return finite if known.low is known.high else finite & np.isfinite(known.high)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,7 +120,7 @@ class Operation:
   def shape(self) -> tuple[int, ...]:
     return tuple(self.eqn.outvars[0].aval.shape)
 
-  @property
+  @functools.cached_property
   def params(self) -> dict[str, Any]:
     return Parameters(self.eqn) if self.eqn else {}
 
@@ -177,6 +183,11 @@ def tidy(mask: np.ndarray, shape: Sequence[int]) -> np.ndarray:
   if not mask.any():
     return uniform(False, shape)
   return uniform(True, shape) if mask.all() else mask
+
+
+def thin(array: np.ndarray) -> np.ndarray:
+  """The array with length 1 along the axes along which it is stored once and repeated."""
+  return array[tuple(slice(None) if step else slice(1) for step in array.strides)]
 
 
 def is_nowhere(mask: np.ndarray) -> bool:
