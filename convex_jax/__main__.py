@@ -9,6 +9,10 @@ COMMANDS = {  # Name: (module, whose `main(argv)` returns the exit code; what it
   "train": ("convex_jax.main", "train a network, or resume its training"),
   "evaluate": ("convex_jax.evaluate", "accuracy of public weights on a data set"),
   "certify": ("convex_jax.runs.certify_command", "prove that a trained network is convex"),
+  "convexify": (
+    "convex_jax.runs.convexify_command",
+    "make any network's logits convex, and prove it",
+  ),
   "radii": ("convex_jax.runs.radii_report", "certified radii of a proved network's test images"),
   "report": ("convex_jax.studies.report", "compare runs: tables, figures, one HTML page"),
   "sweep": ("convex_jax.studies.sweep", "train and compare many networks"),

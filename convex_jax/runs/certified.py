@@ -82,13 +82,26 @@ def certify_run(
   """The content of a run's certificate.json, and the two inputs that refute it, if it is."""
   start = time.perf_counter()
   name, certificate = _certify(run, kind, search_steps)
-  seconds = time.perf_counter() - start
-  content: dict[str, Any] = {
+  content = content_of(run, certificate, name, "each logit", time.perf_counter() - start)
+  if (found := certificate.counterexample) is not None:
+    content["counterexample"] = {
+      "file": os.path.basename(Workdir(run.workdir).counterexample_file),
+      "logit": run.class_names[found.output],
+      "gap": found.gap,
+    }
+  return content, found
+
+
+def content_of(
+  run: Run, certificate: Certificate, name: str, what: str, seconds: float
+) -> dict[str, Any]:
+  """What is written of a certificate of `what`, as a function of the input `name`."""
+  return {
     "format": FORMAT,
     "verdict": certificate.verdict,
     "kind": certificate.kind,
     "input": name,
-    "of": f"each logit as a function of the {name}, at inference, over the reals",
+    "of": f"{what} as a function of the {name}, at inference, over the reals",
     "logits": dict(zip(run.class_names, certificate.verdicts, strict=True)),
     "reason": certificate.reason,
     "stopped": certificate.stopped,
@@ -98,13 +111,6 @@ def certify_run(
     "seconds": round(seconds, 2),
     "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "numpy")},
   }
-  if (found := certificate.counterexample) is not None:
-    content["counterexample"] = {
-      "file": os.path.basename(Workdir(run.workdir).counterexample_file),
-      "logit": run.class_names[found.output],
-      "gap": found.gap,
-    }
-  return content, found
 
 
 def write(run: Run, content: dict[str, Any], counterexample: Counterexample | None) -> None:

@@ -22,6 +22,7 @@ from convex_jax.data.preprocess import preparation
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.variables import apply
+from convex_jax.proof.convexify import Convexified, convexify
 from convex_jax.runs.checkpoints import read_weights
 from convex_jax.runs.workdir import Workdir
 
@@ -95,6 +96,22 @@ class Run:
     model = catalog.build(self.config.model, classes=len(self.class_names), dtype=dtype)
     prepare = preparation(self.config.data, self.mean, self.std, dtype)
     return apply(model, dict(weights), prepare(image_BxHxWxC))
+
+  def convexify(self, dtype: Any = jnp.float32) -> Convexified:
+    """The network with a common term that makes its logits convex; see `proof.convexify`.
+
+    Its functions are of one image (1, H, W, C), pixel values 0..255, to be mapped over more.
+    For float64, call it and its functions within `jax.enable_x64(True)`.
+
+    Raises `UserError` where no such term is known: the message names the operation.
+    """
+    apply = functools.partial(self.apply, dtype=dtype)
+    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), self.weights)
+    example = jax.ShapeDtypeStruct((1, *self.image_shape), dtype)
+    try:
+      return convexify(apply, weights, example)
+    except ValueError as error:
+      raise UserError(f"{self.workdir}: {error}") from error
 
   @functools.cached_property
   def _jitted(self):

@@ -98,6 +98,7 @@ class Workdir:
     self.damaged = of("damaged")
     self.certificate_file = of("certificate.json")
     self.counterexample_file = of("counterexample.npz")
+    self.convexified_file = of("convexified.json")
     self.radii_table = of("radii.csv")
     self.radii_figure = of("radii.png")
     self.profile = of("profile")
