@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import itertools
 import math
-import types
 import typing
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -78,8 +77,8 @@ TEXT, SWITCH = Rule(str, "text"), Rule(bool, "true or false")
 def field_rule(field: dataclasses.Field) -> Rule:
   """What a field of an architecture may hold, by its type; None takes the size's own."""
   kind: Any = field.type
-  if isinstance(kind, types.UnionType):
-    kind, _ = typing.get_args(kind)  # The other is None.
+  if type(None) in typing.get_args(kind):  # X | None.
+    kind = typing.get_args(kind)[0]
   if typing.get_origin(kind) is typing.Literal:
     rule = one_of(typing.get_args(kind))
   elif typing.get_origin(kind) is tuple:
