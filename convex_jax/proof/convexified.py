@@ -203,7 +203,10 @@ class _Program:
       if value.made_by is None:
         done[id(value)] = _Parts(jnp.asarray(x, self._dtype))
         continue
-      done[id(value)] = parts = self._steps[id(value)].make(read)
+      parts = self._steps[id(value)].make(read)
+      if parts.above is None and parts.other is None:
+        parts = _Parts(jnp.zeros(value.shape, self._dtype))
+      done[id(value)] = parts
       if layers is not None and not affine_maps.is_affine(value.made_by):
         other = 0.0 if parts.other is None else float(jnp.std(parts.other))
         op = value.made_by
@@ -257,6 +260,8 @@ class _Program:
       u, axes = found
       fold = functools.partial(_folded, axes=axes, pair=functools.partial(_extreme, soft=True))
       return _Step([u], lambda read: fold(read(u)).map(lambda a: a.reshape(op.shape)))
+    if name == "logaddexp":
+      return _Step(inputs, lambda read: _extreme(*map(read, inputs), soft=True))
     reason = ""
     for root in _roots(value):
       try:
@@ -265,9 +270,9 @@ class _Program:
         reason = reason or str(error)
         continue
       return _Step([root], functools.partial(_scalar_of, root, found))
-    if name in ("max", "min", "logaddexp"):
-      sign, soft = -1 if name == "min" else 1, name == "logaddexp"
-      return _Step(inputs, lambda read: _extreme(*map(read, inputs), sign=sign, soft=soft))
+    if name in ("max", "min"):
+      sign = 1 if name == "max" else -1
+      return _Step(inputs, lambda read: _extreme(*map(read, inputs), sign=sign))
     if name in _EXTREMES:
       pair = functools.partial(_extreme, sign=_EXTREMES[name])
       return _Step(
