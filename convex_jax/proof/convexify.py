@@ -482,9 +482,9 @@ def _scalar_of(root: Value, found: Split, read: _Read) -> _Parts:
 
 
 def _scaled(x: Any, factor: Any) -> Any:
-  if x is None or (isinstance(factor, float) and factor in (0.0, 1.0)):
-    return None if factor == 0.0 else x
-  return x * jnp.asarray(factor, x.dtype)
+  if x is None or not np.any(factor):
+    return None
+  return x if np.all(np.equal(factor, 1)) else x * jnp.asarray(factor, x.dtype)
 
 
 def _extreme(x: _Parts, y: _Parts, sign: int = 1, soft: bool = False) -> _Parts:
