@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from convex_jax.proof.convexify import convexify
+from convex_jax.proof.convexified import convexify
 
 relu = jax.nn.relu
 ACTIVATIONS = [relu, jnp.abs, jnp.tanh, jax.nn.elu, jax.nn.gelu, lambda x: jnp.clip(x, -1, 0.5)]
