@@ -261,7 +261,7 @@ class _Program:
       fold = functools.partial(_folded, axes=axes, pair=functools.partial(_extreme, soft=True))
       return _Step([u], lambda read: fold(read(u)).map(lambda a: a.reshape(op.shape)))
     if name == "logaddexp":
-      return _Step(inputs, lambda read: _extreme(*map(read, inputs), soft=True))
+      return _Step(inputs, lambda read: _extreme(read(inputs[0]), read(inputs[1]), soft=True))
     reason = ""
     for root in _roots(value):
       try:
@@ -272,7 +272,7 @@ class _Program:
       return _Step([root], functools.partial(_scalar_of, root, found))
     if name in ("max", "min"):
       sign = 1 if name == "max" else -1
-      return _Step(inputs, lambda read: _extreme(*map(read, inputs), sign=sign))
+      return _Step(inputs, lambda read: _extreme(read(inputs[0]), read(inputs[1]), sign=sign))
     if name in _EXTREMES:
       pair = functools.partial(_extreme, sign=_EXTREMES[name])
       return _Step(
