@@ -19,6 +19,9 @@ line in the source code.
 
     print(certify(network, weights, x))  # PROVED, if second >= 0 and last >= 0.
 
+Every other network of affine maps, maxima and scalar activations has convex logits too, once a term
+that all of them share is added (`convexify`), which no softmax sees.
+
 Convexity then pays: `radii` certifies how far an input may move before its class can change,
 `minimum` bounds a convex function's least value over a box, and `export_cvxpy` puts it into a convex
 program (this one needs cvxpy). The package needs jax, numpy and scipy, and nothing else of
@@ -28,11 +31,12 @@ convex_jax.
 from typing import TYPE_CHECKING, Any
 
 from convex_jax.proof.certificate import Certificate, certify
+from convex_jax.proof.convexified import Convexified, convexify
 
 if TYPE_CHECKING:
   from convex_jax.proof.export import export_cvxpy
 
-__all__ = ["Certificate", "certify", "export_cvxpy"]
+__all__ = ["Certificate", "Convexified", "certify", "convexify", "export_cvxpy"]
 
 
 def __getattr__(name: str) -> Any:

@@ -105,7 +105,7 @@ def judged(value: Value, root: Value) -> ScalarFunction:
     NoRuleError: it is not one, as far as can be seen.
   """
   infinite = np.full((1,) * len(value.shape), np.inf)
-  ends = [-infinite, *kinks_of(value, root), infinite]
+  ends = _rising([-infinite, *kinks_of(value, root), infinite])
   with np.errstate(all="ignore"):
     return _remembered(value, root, ends)
 
@@ -113,10 +113,14 @@ def judged(value: Value, root: Value) -> ScalarFunction:
 def _reached(root: Value, kinks: list[np.ndarray]) -> list[np.ndarray]:
   """The ends of the pieces of the line in which a value may be."""
   infinite, least = np.full_like(kinks[0], np.inf), np.full_like(kinks[0], _least(root))
-  ends = [least, *(k for k in kinks if not np.all(k <= least)), infinite]
+  return _rising([least, *(k for k in kinks if not np.all(k <= least)), infinite])
+
+
+def _rising(ends: list[np.ndarray]) -> list[np.ndarray]:
+  """Ends of one shape, if in every element each is above the last."""
   if not all(np.all(low < high) for low, high in itertools.pairwise(ends)):
     raise NoRuleError
-  return ends
+  return list(np.broadcast_arrays(*ends))
 
 
 def _judged(value: Value, root: Value, ends: list[np.ndarray]) -> ScalarFunction:

@@ -129,7 +129,9 @@ def _erfc(v: Ends) -> tuple[Ends, Ends, Ends]:
 
 
 def _square_root(v: Ends) -> tuple[Ends, Ends, Ends]:
-  """NaN where v may be 0, from where on its slope is infinite."""
+  """Of v >= 0; NaN where it may be 0, from where on its slope is infinite."""
+  if not np.all(ends_at(v, PIECE)[0] >= 0):
+    raise NoRuleError  # 0 times a root that is not a number is not 0, nor are two such the same.
   root = FUNCTIONS["sqrt"](v)
   slope = divide(HALF, root)
   return root, slope, divide(_times(negative(HALF), slope), v)
@@ -282,7 +284,8 @@ class Piece:
     if name in ("add", "sub", "mul"):
       a, b = map(self.of, inputs)
       if name == "mul":
-        return a.times(b)
+        square = inputs[0] is inputs[1]
+        return a.through(_integer_power(a.value, 2)) if square else a.times(b)
       whole = a.plus(b if name == "add" else b.negated())
       terms = self._terms(node)
       if (rest := self._uncancelled(terms)) == terms:

@@ -21,12 +21,12 @@ import numpy as np
 
 from convex_jax.proof import activations
 from convex_jax.proof.enclosures import ONE, Ends, add, divide, multiply, negative
-from convex_jax.proof.jets import NoRuleError
+from convex_jax.proof.jets import NoRuleError, softened
 from convex_jax.proof.linear import has_no_zero, is_defined
 from convex_jax.proof.parameters import is_plain
 from convex_jax.proof.values import Known, Masks, Operation, ScalarFunction, Value
 
-UNARY = {"abs", "exp", "exp2", "expm1"}  # Convex functions that no second look is for.
+UNARY = {"exp", "exp2", "expm1"}  # Convex functions that no second look is for.
 ENDS = {"add", "add_any", "sub"}  # What such a sum may end in.
 LIMIT = 1000  # Values that are looked at.
 
@@ -89,9 +89,11 @@ def _scalar(x: Value) -> tuple[Value, ScalarFunction] | None:
   if op is None or not x.is_lost:
     return None
   scalar = op.scalar
-  if scalar is None and op.primitive in UNARY and isinstance(op.inputs[0], Value):
+  both = softened(x)
+  root = both[0] if both else op.inputs[0] if op.primitive in UNARY else None
+  if scalar is None and isinstance(root, Value):
     with contextlib.suppress(NoRuleError):
-      scalar = op.inputs[0], activations.judged(x, op.inputs[0])
+      scalar = root, activations.judged(x, root)
   if scalar is None or not scalar[1].ends:
     return None
   first, last = scalar[1].ends[0], scalar[1].ends[-1]

@@ -354,11 +354,12 @@ def _read(piece: Piece, value: Value, low: np.ndarray, high: np.ndarray) -> Cell
   part = piece.part(low, high)
   jet = part.of(value)
   second, limit = _known(ends_at(jet.second, PIECE)), (-np.inf, np.inf)
-  if np.all(np.isposinf(high)) or np.all(np.isneginf(low)):
+  right = np.isposinf(high)
+  start = np.where(right, low, -high)
+  if np.all(start > 0) and (np.all(right) or np.all(np.isneginf(low))):
     with contextlib.suppress(NoRuleError):
       tail = _Reader(part).of(value)
-      right = np.isposinf(high)
-      up, down = tail.second.signs(np.where(right, low, -high))
+      up, down = tail.second.signs(start)
       least, most = np.maximum(second[0], 0), np.minimum(second[1], 0)
       second = np.where(up, least, second[0]), np.where(down, most, second[1])
       limit = tail.value.growth() or limit

@@ -16,7 +16,7 @@ from rich.table import Table
 from convex_jax import command_line, files
 from convex_jax.data import datasets
 from convex_jax.errors import NotProved
-from convex_jax.proof.convexify import Convexified, Layer
+from convex_jax.proof.convexified import Convexified, Layer
 from convex_jax.runs import certified
 from convex_jax.runs.run import Run, load
 from convex_jax.runs.workdir import Workdir

@@ -22,7 +22,7 @@ from convex_jax.data.preprocess import preparation
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.variables import apply
-from convex_jax.proof.convexify import Convexified, convexify
+from convex_jax.proof.convexified import Convexified, convexify
 from convex_jax.runs.checkpoints import read_weights
 from convex_jax.runs.workdir import Workdir
 
@@ -98,7 +98,7 @@ class Run:
     return apply(model, dict(weights), prepare(image_BxHxWxC))
 
   def convexify(self, dtype: Any = jnp.float32) -> Convexified:
-    """The network with a common term that makes its logits convex; see `proof.convexify`.
+    """The network with a common term that makes its logits convex; see `proof.convexified`.
 
     Its functions are of one image (1, H, W, C), pixel values 0..255, to be mapped over more.
     For float64, call it and its functions within `jax.enable_x64(True)`.

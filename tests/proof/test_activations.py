@@ -146,6 +146,10 @@ SPELLINGS = [  # (name, function, curvature)
   ("cubic", lambda x: nn.relu(x) ** 3 - nn.relu(-x) ** 3, "unknown"),
   ("cubic by cubes", lambda x: jnp.where(x > 0, x**3, x**3), "unknown"),
   ("a hidden dent", lambda x: x**2 - 3 * nn.relu(x - 1) + 3 * nn.relu(x - 1.5), "unknown"),
+  ("squareplus, of x x", lambda x: x + jnp.sqrt(jnp.where(x > 0, x * x, x * x) + 4.0), "convex"),
+  ("0 times no number", lambda x: jnp.where(x > 0, x * x, 0 * jnp.sqrt(x)), "unknown"),
+  ("no number less itself", lambda x: nn.relu(x) ** 2 + (jnp.sqrt(x) - jnp.sqrt(x)), "unknown"),
+  ("root of a negative number", lambda x: nn.relu(x) + jnp.sqrt((x - x) - 1.0), "unknown"),
   ("slope falls at the second kink", lambda x: nn.relu(x) - nn.relu(x - 5), "unknown"),
 ]
 

@@ -91,6 +91,12 @@ def test_slopes_may_differ_between_elements():
   )
 
 
+def test_kinks_may_not_differ_between_elements():
+  kinks = jnp.array([0.0, 1.0, 2.0])
+  with pytest.raises(splitting.NoSplitError, match="kinks are not the same"):
+    split_of(lambda z: jnp.clip(z, kinks - 3, kinks), (3,))
+
+
 def test_a_split_that_is_not_convex_is_refused(monkeypatch):
   """The parts are proved, not trusted: here phi_1 leaves out the parabola around the inflection."""
   monkeypatch.setattr(splitting, "_gaps", lambda cells: [])

@@ -203,7 +203,10 @@ class _Program:
       if value.made_by is None:
         done[id(value)] = _Parts(jnp.asarray(x, self._dtype))
         continue
-      done[id(value)] = parts = self._steps[id(value)].make(read)
+      parts = self._steps[id(value)].make(read)
+      if parts.above is None and parts.other is None:
+        parts = _Parts(jnp.zeros(value.shape, self._dtype))
+      done[id(value)] = parts
       if layers is not None and not affine_maps.is_affine(value.made_by):
         other = 0.0 if parts.other is None else float(jnp.std(parts.other))
         op = value.made_by
@@ -257,6 +260,8 @@ class _Program:
       u, axes = found
       fold = functools.partial(_folded, axes=axes, pair=functools.partial(_extreme, soft=True))
       return _Step([u], lambda read: fold(read(u)).map(lambda a: a.reshape(op.shape)))
+    if name == "logaddexp":
+      return _Step(inputs, lambda read: _extreme(read(inputs[0]), read(inputs[1]), soft=True))
     reason = ""
     for root in _roots(value):
       try:
@@ -265,9 +270,9 @@ class _Program:
         reason = reason or str(error)
         continue
       return _Step([root], functools.partial(_scalar_of, root, found))
-    if name in ("max", "min", "logaddexp"):
-      sign, soft = -1 if name == "min" else 1, name == "logaddexp"
-      return _Step(inputs, lambda read: _extreme(*map(read, inputs), sign=sign, soft=soft))
+    if name in ("max", "min"):
+      sign = 1 if name == "max" else -1
+      return _Step(inputs, lambda read: _extreme(read(inputs[0]), read(inputs[1]), sign=sign))
     if name in _EXTREMES:
       pair = functools.partial(_extreme, sign=_EXTREMES[name])
       return _Step(
@@ -326,7 +331,7 @@ class _Program:
     parts = [read(x) for x in op.inputs]
     turned = [-p if sign < 0 else p for p, sign in zip(parts, signs, strict=True)]
     apply = functools.partial(self._apply, "add" if op.primitive == "sub" else op.primitive, op)
-    is_common = id(value) in self._tail and all(p.is_common or p.other is None for p in parts)
+    is_common = id(value) in self._tail and all(p.is_common or p.other is None for p in turned)
     affine = apply([p.affine for p in turned])
     convex, other = (
       apply(
@@ -376,7 +381,8 @@ class _Program:
       times(parts.other, plus) if has_plus else None,
       times(parts.convex, minus) if has_minus else None,
     )
-    return _Parts(times(parts.affine, weights), convex, other)
+    # What is common stays so: of that, `_keeps_classes` leaves only factors above 0.
+    return _Parts(times(parts.affine, weights), convex, other, parts.is_common)
 
   def _head(self, op: Operation, parts: _Parts, weights: np.ndarray, axis: int) -> _Parts:
     """Weights less their minimum over the classes, and the same for their negatives."""
@@ -394,7 +400,7 @@ def _divided(op: Operation, parts: _Parts, divisor: np.ndarray, dtype: Any) -> _
   size, sign = jnp.asarray(np.abs(divisor), dtype), np.sign(divisor)
   scaled = parts.map(lambda x: jnp.broadcast_to(x / size, op.shape))
   if (sign > 0).all():
-    return scaled
+    return dataclasses.replace(scaled, is_common=parts.is_common)
   turned = -scaled
   if (sign < 0).all():
     return turned
@@ -481,9 +487,9 @@ def _scalar_of(root: Value, found: Split, read: _Read) -> _Parts:
 
 
 def _scaled(x: Any, factor: Any) -> Any:
-  if x is None or (isinstance(factor, float) and factor in (0.0, 1.0)):
-    return None if factor == 0.0 else x
-  return x * jnp.asarray(factor, x.dtype)
+  if x is None or not np.any(factor):
+    return None
+  return x if np.all(np.equal(factor, 1)) else x * jnp.asarray(factor, x.dtype)
 
 
 def _extreme(x: _Parts, y: _Parts, sign: int = 1, soft: bool = False) -> _Parts:
