@@ -176,14 +176,12 @@ def draw(rows: list[dict], trained: list[dict[str, str]], folder: pathlib.Path) 
     line(others, mine, f"{marker}-", None, activation)
   others.set_title(f"Width {width:,}", fontsize="medium")
   for axes in (growth, others):
-    axes.set(xscale="log", yscale="log", xlabel="Hidden layers", ylim=(0.5, None))
-    axes.set_xticks(DEPTHS, map(str, DEPTHS))
-    axes.minorticks_off()
+    axes.set(yscale="log", xlabel="Hidden layers", xlim=(0, None), ylim=(0.1, None))
     axes.legend(fontsize="x-small", frameon=False)
   growth.set_ylabel("Deviation of t / deviation of the logits")
   named = {row["network"]: row["ratio"] for row in rows if row["network"] != "MLP"}
   bars.barh(list(named), list(named.values()), color="0.55")
-  bars.set(xscale="log", xlabel="Deviation of t / deviation of the logits")
+  bars.set(xscale="log", xlim=(1, None), xlabel="Deviation of t / deviation of the logits")
   bars.set_title("Architectures, untrained", fontsize="medium")
   for axes in figure.axes:
     axes.grid(alpha=0.3)
