@@ -22,7 +22,16 @@ import jax.numpy as jnp
 from convex_jax.models.constraints import FREE, constrained
 from convex_jax.models.fast_forms import conv_general_dilated
 from convex_jax.models.initializers import ELU, Moments, log_normal, log_normal_mean
-from convex_jax.models.layers import Affine, Dense, Scale, elu
+from convex_jax.models.layers import (
+  Affine,
+  BatchNorm,
+  Conv,
+  Dense,
+  LayerNorm,
+  LinearMap,
+  Scale,
+  elu,
+)
 
 Activation = Callable[[jax.Array], jax.Array]
 Rate = Annotated[float, "a probability, from 0 to below 1"]  # Of dropout.
@@ -134,14 +143,14 @@ class Parts:
     fan_in = side * side * x.shape[-1] // fields.get("feature_group_count", 1)
     fields |= dict(kernel_size=(side, side), strides=(stride, stride))
     fields |= dict(conv_general_dilated=self.numerics.convolve)
-    return self._affine(nn.Conv, fan_in, features=features, name=name, **fields)(x)
+    return self._affine(Conv, fan_in, features=features, name=name, **fields)(x)
 
   def passthrough_dense(self, y, features: int, *, name: str):
     """y V with V of either sign, for y affine in the image; no bias.
 
     It makes an input-convex network expressive in depth (Amos, Xu and Kolter 2017).
     """
-    return nn.Dense(features, use_bias=False, dtype=self.numerics.dtype, name=name)(y)
+    return LinearMap(features, use_bias=False, dtype=self.numerics.dtype, name=name)(y)
 
   def passthrough_scale(self, y, *, name: str, axis: int = -1):
     """V y with V diagonal: `passthrough_dense` between layers of one width, at no cost."""
@@ -174,7 +183,7 @@ class Parts:
     if (one or classes == 1) and constraint == "shift":  # It moves a class along with others.
       constraint = "clamp"
     init = constrained(own_init, constraint)
-    y_BxK = nn.Dense(1 if one else classes, dtype=dtype, kernel_init=init, name=name)(x)
+    y_BxK = LinearMap(1 if one else classes, dtype=dtype, kernel_init=init, name=name)(x)
     y_BxK = y_BxK.astype(jnp.promote_types(dtype, jnp.float32))
     return jnp.pad(y_BxK, ((0, 0), (0, 1))) if one else y_BxK
 
@@ -214,11 +223,11 @@ class Parts:
     if kind != own:
       epsilon, momentum = 0.0, 0.9
     if kind == "layer":
-      return nn.LayerNorm(epsilon or 1e-6, **fields)(x)
+      return LayerNorm(epsilon or 1e-6, **fields)(x)
     if kind == "affine":
       return Affine(**fields)(x)
     fields |= dict(momentum=momentum, epsilon=epsilon or 1e-5, axis_name=numerics.axis_name)
-    return nn.BatchNorm(not train, **fields)(x)
+    return BatchNorm(not train, **fields)(x)
 
 
 class Head(nn.Module):
