@@ -155,21 +155,19 @@ def train_step(
     )
 
   def loss_fn(params):
-    network = functools.partial(forward, params)
+    network, others = functools.partial(forward, params), 0.0
+    if penalty is not None:
+      others += penalty(params)
     if jacobian_penalty:
       logits_BxK, backward, mutated = jax.vjp(network, image_BxHxWxC, has_aux=True)
+      direction_key = jax.random.fold_in(key, _DIRECTION)
+      keys_B = jax.vmap(jax.random.fold_in, (None, 0))(direction_key, batch["position"])
+      v_BxK = directions(keys_B, model.classes).astype(logits_BxK.dtype)
+      slope_BxHxWxC = backward(v_BxK)[0].astype(jnp.float32)
+      others += jacobian_penalty / 2 * jnp.sum(slope_BxHxWxC**2) / len(slope_BxHxWxC)
     else:
       logits_BxK, mutated = network(image_BxHxWxC)
-    loss = optax.softmax_cross_entropy(logits_BxK, target_BxK).mean()
-    if penalty is not None:
-      loss += penalty(params)
-    if jacobian_penalty:
-      keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.fold_in(key, _DIRECTION), batch["position"]
-      )
-      (slope_BxHxWxC,) = backward(directions(keys_B, model.classes).astype(logits_BxK.dtype))
-      squares = jnp.sum(jnp.square(slope_BxHxWxC.astype(jnp.float32)))
-      loss += jacobian_penalty / 2 * squares / len(slope_BxHxWxC)
+    loss = optax.softmax_cross_entropy(logits_BxK, target_BxK).mean() + others
     return loss, (logits_BxK, mutated.get("batch_stats", {}))
 
   (loss, (logits_BxK, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

@@ -181,15 +181,14 @@ def test_world_sizes_agree_on_the_penalties(free_config, few_digits, changes):
 
 
 def test_the_penalty_is_a_term_of_the_loss_and_lowers_the_negative_shares(free_config, few_digits):
-  config = free_config("mixer", model__common_penalty=3.0, optimizer__learning_rate=0.1)
+  config = free_config(model__common_penalty=3.0, optimizer__learning_rate=0.1)
   job, state, losses = run_steps(config, few_digits, 1, [range(i, i + 1) for i in range(6)])
   start, end = (
     constraints.summary(params, job.constraints)["negative_shares"]
     for params in (job.init().params, state.params)
   )
-  # The head starts at 0: the cross-entropy is ln 10.
-  assert losses[0] == pytest.approx(np.log(10) + 3 * float(start), rel=1e-5)
-  assert end < 0.9 * start
+  assert 0 < losses[0] - 3 * float(start) < 2 * np.log(10)  # The cross-entropy.
+  assert 0.4 < start < 0.6 and end < 0.9 * start
 
 
 @pytest.mark.parametrize(
