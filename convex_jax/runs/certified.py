@@ -227,5 +227,5 @@ def _only_proved(run: Run, convexified: bool = False) -> Iterator[None]:
     raise UserError(
       f"{run.workdir}: radii and minima hold for proved networks only, and this one is not proved"
       f" ({error}); train its twin with --config.model.parts=ioc,"
-      " or ask for radii of its convexified logits"
+      " or ask for the radii of its convexified logits (--convexified)"
     ) from error
