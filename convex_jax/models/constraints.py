@@ -144,10 +144,10 @@ def negative_shares(params: Any, constraints: Any) -> jax.Array:
   Why this form: where the inputs of a layer are carried as a - b, both convex (`proof.convexify`),
   W+ a + W- b and W+ b + W- a take their place. A unit whose weights have a negative share n keeps
   1 - 2 n of its value for each |w| that its two parts are made of. From layer to layer the
-  common term so grows by about 1 / (1 - 2 n) against the values, its logarithm by a sum over
-  the layers, which to first order is 2 sum n. The size of a unit's weights has no part in it, nor in
-  what the network computes where a norm follows, so it has none here: a penalty on max(-w, 0)
-  itself is met by smaller weights and a larger scale in the norm.
+  common term so grows by about 1 / (1 - 2 n) against the values, its logarithm by a sum over the
+  layers, which to first order is 2 sum n. The size of a unit's weights has no part in it, nor
+  in what the network computes where a norm follows, so it has none here: a penalty on
+  max(-w, 0) itself is met by smaller weights and a larger scale in the norm.
 
   A linear head of several logits is not penalised: softmax sees its weights only up to a number
   for each input (`shift`), so that they can be made >= 0.

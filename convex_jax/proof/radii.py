@@ -56,9 +56,9 @@ class Certifier:
     arithmetic: how `logits` is computed where it is deployed. Then radii hold for that program, at
       inputs that float32 holds, and `exact` is what the program is over the reals, whatever is
       given. None: radii hold over the reals.
-    convexified: for logits that are not convex: certifies them by `convexify`. Their differences, so
-      their radii, are those of logits that are convex, with a term t in common. The price is how much t
-      curves: the margin has to exceed t(x + d) less its tangent.
+    convexified: for logits that are not convex: certifies them by `convexify`. Their differences,
+      so their radii, are those of convex logits, which have a term t in common. The price is
+      how much t curves: the margin has to exceed t(x + d) less its tangent.
     scale: the unit of radii, in units of the input: with 255, radii of pixels in 0..255 are
       given for pixels in 0..1.
 

@@ -127,10 +127,10 @@ def train_step(
   but for the latter two under a mapped axis, on the number of devices.
 
   The loss is the cross-entropy, plus `penalty` of the parameters, plus `jacobian_penalty` / 2 times
-  the mean of |J|^2, J being the Jacobian of an example's logits in its normalised image, of which each step
-  computes |v^T J|^2 for one random v an example (Hoffman, Roberts and Yaida 2019, "Robust Learning with
-  Jacobian Regularization", section 2.3), at twice the cost of a step. J is that of training: its
-  statistics, where there is a BatchNorm, depend on the image as well.
+  the mean of |J|^2. J is the Jacobian of an example's logits in its normalised image, of which a
+  step computes |v^T J|^2 for one random v an example (Hoffman, Roberts and Yaida 2019, "Robust
+  Learning with Jacobian Regularization", section 2.3), at up to twice its cost. It is J in
+  training: where there is a BatchNorm, its statistics depend on the image as well.
 
   A loss or gradient that is not finite, or, with `skip_spikes` = k above 0, a loss more than k
   standard deviations above its running mean, changes nothing but the step.
