@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from convex_jax.models.constraints import FREE, constrained
+from convex_jax.models.constraints import FREE, PENALISED, constrained
 from convex_jax.models.fast_forms import conv_general_dilated
 from convex_jax.models.initializers import ELU, Moments, log_normal, log_normal_mean
 from convex_jax.models.layers import (
@@ -179,9 +179,11 @@ class Parts:
     Both of those are convex, and so is their difference: that of a convex binary classifier.
     """
     one, dtype = self.head_spec.one_logit, self.numerics.dtype
-    constraint = self.twin.head_constraint
-    if (one or classes == 1) and constraint == "shift":  # It moves a class along with others.
+    constraint, is_alone = self.twin.head_constraint, one or classes == 1
+    if is_alone and constraint == "shift":  # It moves a class along with others.
       constraint = "clamp"
+    if not is_alone and constraint == PENALISED:  # `shift` would make it >= 0 at no cost.
+      constraint = FREE
     init = constrained(own_init, constraint)
     y_BxK = LinearMap(1 if one else classes, dtype=dtype, kernel_init=init, name=name)(x)
     y_BxK = y_BxK.astype(jnp.promote_types(dtype, jnp.float32))
@@ -287,6 +289,7 @@ def make_parts(
   head_depth: int = 0,
   head_width: int = 256,
   one_logit: bool = False,
+  common_penalty: float = 0.0,
   **numerics,
 ) -> Parts:
   """The `Parts` of a twin: `make_parts("ioc", "clamp")`. Arguments are keys of `config.model`.
@@ -303,6 +306,7 @@ def make_parts(
     head_depth: hidden layers of the head.
     head_width: units of each.
     one_logit: whether the network has two classes and a single output.
+    common_penalty: if > 0, the weights of `base` that are >= 0 in `ioc` are tagged as penalised.
     **numerics: fields of `Numerics`.
 
   Raises:
@@ -313,6 +317,8 @@ def make_parts(
   choices = dict(passthrough=passthrough, principled=log_normal_init, branch_scales=branch_scales)
   twin = {"base": Twin("base"), "ioc": ioc(constraint, **choices), "paper": paper(constraint)}[name]
   twin = dataclasses.replace(twin, **NORMS[norm], gates=twin.gates and gates == "twin")
+  if common_penalty and name == "base":
+    twin = dataclasses.replace(twin, constraint=PENALISED, head_constraint=PENALISED)
   head_spec = HeadSpec(head_depth, head_width, one_logit)
   if convex_from == "head":
     head_spec, twin = dataclasses.replace(head_spec, twin=twin), Twin("base")
