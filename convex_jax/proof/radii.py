@@ -21,7 +21,7 @@ import numpy as np
 
 from convex_jax.proof import interpreter, slopes
 from convex_jax.proof.certificate import NotProved, proved
-from convex_jax.proof.convexify import convexify
+from convex_jax.proof.convexified import convexify
 from convex_jax.proof.rounding_errors import Arithmetic, Ball, Program
 from convex_jax.proof.values import Value
 from convex_jax.proof.wide import in_float64
