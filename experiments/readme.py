@@ -11,6 +11,7 @@ import pathlib
 import statistics
 
 from convex_jax.studies import results, tables
+from experiments.price import run as price_run
 
 FOLDER = pathlib.Path(__file__).parent
 ROOT = FOLDER.parent
@@ -114,7 +115,12 @@ def claims(link: str) -> str:
   return f"{caption}\n\n{tables.markdown(headings, rows)}"
 
 
-TABLES = {"faults": faults, "speed": speed, "claims": claims}
+def price(_: str) -> str:
+  """What convexity costs trained networks."""
+  return price_run.table(read("price/price.csv"))
+
+
+TABLES = {"faults": faults, "speed": speed, "claims": claims, "price": price}
 
 
 def fill(path: pathlib.Path) -> list[str]:

@@ -25,7 +25,7 @@ from configs import base
 from convex_jax.data import datasets, preprocess
 from convex_jax.models import catalog
 from convex_jax.models.variables import apply
-from convex_jax.proof.convexify import convexify
+from convex_jax.proof import convexify
 from experiments.price import run
 
 FOLDER = pathlib.Path(__file__).parent
@@ -132,6 +132,17 @@ def architectures(data_dir: str, examples: int = 16, seed: int = 0) -> Iterator[
     yield {"network": title, "seed": seed} | measure(f, weights, np.asarray(images[:examples]))
 
 
+def measured(found: Iterator[dict]) -> list[dict]:
+  """The rows, computed in float64, and printed as they come."""
+  rows = []
+  with jax.enable_x64(True):
+    for row in found:
+      name = [str(row[key]) for key in ("network", "activation", "width", "depth") if key in row]
+      print(f"{' '.join(name)}: {row['ratio']:.3g}, {row['verdict']}, {row['seconds']:.1f} s")
+      rows.append(row)
+  return rows
+
+
 def write(rows: list[dict], folder: pathlib.Path) -> None:
   with open(folder / "growth.csv", "w", newline="") as file:
     writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
@@ -195,13 +206,8 @@ def main() -> None:
     *itertools.product(["ReLU"], WIDTHS, DEPTHS, range(SEEDS)),
     *itertools.product([name for name in ACTIVATIONS if name != "ReLU"], [256], DEPTHS, range(1)),
   ]
-  rows: list[dict] = []
-  with jax.enable_x64(True):
-    for row in itertools.chain(mlps(cases), architectures(args.data_dir)):
-      name = [str(row[key]) for key in ("network", "activation", "width", "depth") if key in row]
-      print(f"{' '.join(name)}: {row['ratio']:.3g}, {row['verdict']}, {row['seconds']:.1f} s")
-      rows.append(row)
-      write(rows, FOLDER)
+  rows = measured(itertools.chain(mlps(cases), architectures(args.data_dir)))
+  write(rows, FOLDER)
   draw(rows, list(run.read(FOLDER).values()), FOLDER)
 
 

@@ -72,7 +72,8 @@ def row_of(task: Task, examples: int, data_dir: str) -> dict:
   try:
     certificate = run.convexify().certificate
   except UserError as error:  # A product or a quotient of values.
-    return row | {"accuracy": final(task)["test_accuracy"], "verdict": "none", "reason": str(error)}
+    reason = str(error).removeprefix(f"{run.workdir}: ")
+    return row | {"accuracy": final(task)["test_accuracy"], "verdict": "none", "reason": reason}
   row |= {"verdict": certificate.verdict, "reason": certificate.reason or ""}
   test = images_of(run, examples, data_dir)
   found = convexify_command.measure(run, test.images, test.labels)
@@ -146,6 +147,8 @@ def geometric(rows: list[dict[str, str]], key: str) -> str:
   values = numbers(rows, key)
   if not all(map(math.isfinite, values)):
     return "beyond float64"
+  if 0.0 in values:  # Convex by itself.
+    return "0"
   return f"{statistics.geometric_mean(values):.2g}" if values else ""
 
 
