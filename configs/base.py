@@ -22,6 +22,8 @@ def get_config() -> ConfigDict:
   # Statistics of the whole batch; "device": of each device's part of it.
   config.batch_norm = "global"
   config.label_smoothing = 0.0  # s in targets (1 - s) y + s / classes.
+  # l in the term l / 2 |J|^2 of the loss, J the Jacobian of the logits in the normalised image.
+  config.jacobian_penalty = 0.0
   config.mixup = 0.0  # Alpha of mixup's Beta distribution; 0: no mixup.
   # Alpha of CutMix; 0: none. With mixup as well, one of them at random per batch.
   config.cutmix = 0.0
@@ -91,6 +93,8 @@ def get_config() -> ConfigDict:
   config.model.head_depth = 0  # Hidden layers of the head; 0: linear, as published.
   config.model.head_width = 256  # Units of each hidden layer of the head.
   config.model.one_logit = False  # With two classes: logits (y, 0), from a single output y.
+  # Times the negative shares of weights that are >= 0 in `ioc`, a term of the loss; `base` only.
+  config.model.common_penalty = 0.0
   config.model.remat = False  # Recompute blocks in the backward pass: less memory, more time.
 
   config.optimizer = ConfigDict()

@@ -23,6 +23,7 @@ Initializer = Callable[..., Any]
 Projection = Callable[[jax.Array], jax.Array]
 
 FREE = "free"
+PENALISED = "penalised"  # Of either sign; what is negative counts in `negative_shares`.
 
 
 def exponentiate(weight: jax.Array) -> jax.Array:
@@ -70,6 +71,7 @@ def keep(projection: Projection) -> optax.GradientTransformation:
 
 PROJECTIONS: dict[str, Projection] = {
   FREE: lambda weight: weight,
+  PENALISED: lambda weight: weight,
   "clamp": optax.projections.projection_non_negative,
   "exponentiate": exponentiate,
   "shift": shift,
@@ -129,17 +131,52 @@ def enforce(constraints: Any) -> optax.GradientTransformation:
   Any link after it (weight decay, a learning rate, an average of updates) could undo it.
   `constraints` is the tree that `constraints_of` returns.
   """
-  return optax.partition({**LINKS}, constraints)
+  links = jax.tree.map(lambda name: FREE if name == PENALISED else name, constraints)
+  return optax.partition({**LINKS}, links)
+
+
+def negative_shares(params: Any, constraints: Any) -> jax.Array:
+  """The sum over all penalised weights of n, the negative share of a unit's weights; 0 without any.
+
+  n = sum_i max(-w_ij, 0) / sum_i |w_ij|, in [0, 1], is the mean over the units j (the last axis) of
+  a layer; a vector, as the scales of a norm, counts as one unit.
+
+  Why this form: where the inputs of a layer are carried as a - b, both convex (`proof.convexify`),
+  W+ a + W- b and W+ b + W- a take their place. A unit whose weights have a negative share n keeps
+  1 - 2 n of its value for each |w| that its two parts are made of. From layer to layer the
+  common term so grows by about 1 / (1 - 2 n) against the values, its logarithm by a sum over the
+  layers, which to first order is 2 sum n. The size of a unit's weights has no part in it, nor
+  in what the network computes where a norm follows, so it has none here: a penalty on
+  max(-w, 0) itself is met by smaller weights and a larger scale in the norm.
+
+  A linear head of several logits is not penalised: softmax sees its weights only up to a number
+  for each input (`shift`), so that they can be made >= 0.
+  """
+
+  def share(weight, name):
+    if name != PENALISED:
+      return 0.0
+    weight = jnp.reshape(weight, (-1, 1 if weight.ndim == 1 else weight.shape[-1]))
+    size = jnp.abs(weight).sum(0)
+    return jnp.mean(jax.nn.relu(-weight).sum(0) / jnp.where(size == 0, 1, size))
+
+  return sum(jax.tree.leaves(jax.tree.map(share, params, constraints)), jnp.zeros(()))
 
 
 def summary(params: Any, constraints: Any) -> dict[str, jax.Array]:
-  """The smallest constrained weight and the fraction that is exactly 0; empty without any."""
-  names = jax.tree.leaves(constraints)
-  leaves = [leaf for leaf, name in zip(jax.tree.leaves(params), names, strict=True) if name != FREE]
+  """The smallest constrained weight and the fraction that is exactly 0, `negative_shares`.
+
+  Each where there are such weights.
+  """
+  names, found = jax.tree.leaves(constraints), {}
+  if PENALISED in names:
+    found["negative_shares"] = negative_shares(params, constraints)
+  pairs = zip(jax.tree.leaves(params), names, strict=True)
+  leaves = [leaf for leaf, name in pairs if name not in (FREE, PENALISED)]
   if not leaves:
-    return {}
+    return found
   zeros = jnp.stack([jnp.sum(leaf == 0, dtype=jnp.float32) for leaf in leaves]).sum()
-  return {
+  return found | {
     "smallest_constrained": jnp.stack([leaf.min() for leaf in leaves]).min(),
     "zero_share": zeros / sum(leaf.size for leaf in leaves),
   }

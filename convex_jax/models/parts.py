@@ -19,10 +19,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from convex_jax.models.constraints import FREE, constrained
+from convex_jax.models.constraints import FREE, PENALISED, constrained
 from convex_jax.models.fast_forms import conv_general_dilated
 from convex_jax.models.initializers import ELU, Moments, log_normal, log_normal_mean
-from convex_jax.models.layers import Affine, Dense, Scale, elu
+from convex_jax.models.layers import (
+  Affine,
+  BatchNorm,
+  Conv,
+  Dense,
+  LayerNorm,
+  LinearMap,
+  Scale,
+  elu,
+)
 
 Activation = Callable[[jax.Array], jax.Array]
 Rate = Annotated[float, "a probability, from 0 to below 1"]  # Of dropout.
@@ -134,14 +143,14 @@ class Parts:
     fan_in = side * side * x.shape[-1] // fields.get("feature_group_count", 1)
     fields |= dict(kernel_size=(side, side), strides=(stride, stride))
     fields |= dict(conv_general_dilated=self.numerics.convolve)
-    return self._affine(nn.Conv, fan_in, features=features, name=name, **fields)(x)
+    return self._affine(Conv, fan_in, features=features, name=name, **fields)(x)
 
   def passthrough_dense(self, y, features: int, *, name: str):
     """y V with V of either sign, for y affine in the image; no bias.
 
     It makes an input-convex network expressive in depth (Amos, Xu and Kolter 2017).
     """
-    return nn.Dense(features, use_bias=False, dtype=self.numerics.dtype, name=name)(y)
+    return LinearMap(features, use_bias=False, dtype=self.numerics.dtype, name=name)(y)
 
   def passthrough_scale(self, y, *, name: str, axis: int = -1):
     """V y with V diagonal: `passthrough_dense` between layers of one width, at no cost."""
@@ -170,11 +179,13 @@ class Parts:
     Both of those are convex, and so is their difference: that of a convex binary classifier.
     """
     one, dtype = self.head_spec.one_logit, self.numerics.dtype
-    constraint = self.twin.head_constraint
-    if (one or classes == 1) and constraint == "shift":  # It moves a class along with others.
+    constraint, is_alone = self.twin.head_constraint, one or classes == 1
+    if is_alone and constraint == "shift":  # It moves a class along with others.
       constraint = "clamp"
+    if not is_alone and constraint == PENALISED:  # `shift` would make it >= 0 at no cost.
+      constraint = FREE
     init = constrained(own_init, constraint)
-    y_BxK = nn.Dense(1 if one else classes, dtype=dtype, kernel_init=init, name=name)(x)
+    y_BxK = LinearMap(1 if one else classes, dtype=dtype, kernel_init=init, name=name)(x)
     y_BxK = y_BxK.astype(jnp.promote_types(dtype, jnp.float32))
     return jnp.pad(y_BxK, ((0, 0), (0, 1))) if one else y_BxK
 
@@ -214,11 +225,11 @@ class Parts:
     if kind != own:
       epsilon, momentum = 0.0, 0.9
     if kind == "layer":
-      return nn.LayerNorm(epsilon or 1e-6, **fields)(x)
+      return LayerNorm(epsilon or 1e-6, **fields)(x)
     if kind == "affine":
       return Affine(**fields)(x)
     fields |= dict(momentum=momentum, epsilon=epsilon or 1e-5, axis_name=numerics.axis_name)
-    return nn.BatchNorm(not train, **fields)(x)
+    return BatchNorm(not train, **fields)(x)
 
 
 class Head(nn.Module):
@@ -278,6 +289,7 @@ def make_parts(
   head_depth: int = 0,
   head_width: int = 256,
   one_logit: bool = False,
+  common_penalty: float = 0.0,
   **numerics,
 ) -> Parts:
   """The `Parts` of a twin: `make_parts("ioc", "clamp")`. Arguments are keys of `config.model`.
@@ -294,6 +306,7 @@ def make_parts(
     head_depth: hidden layers of the head.
     head_width: units of each.
     one_logit: whether the network has two classes and a single output.
+    common_penalty: if > 0, the weights of `base` that are >= 0 in `ioc` are tagged as penalised.
     **numerics: fields of `Numerics`.
 
   Raises:
@@ -304,6 +317,8 @@ def make_parts(
   choices = dict(passthrough=passthrough, principled=log_normal_init, branch_scales=branch_scales)
   twin = {"base": Twin("base"), "ioc": ioc(constraint, **choices), "paper": paper(constraint)}[name]
   twin = dataclasses.replace(twin, **NORMS[norm], gates=twin.gates and gates == "twin")
+  if common_penalty and name == "base":
+    twin = dataclasses.replace(twin, constraint=PENALISED, head_constraint=PENALISED)
   head_spec = HeadSpec(head_depth, head_width, one_logit)
   if convex_from == "head":
     head_spec, twin = dataclasses.replace(head_spec, twin=twin), Twin("base")

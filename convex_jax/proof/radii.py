@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convex_jax.proof import slopes
+from convex_jax.proof import interpreter, slopes
 from convex_jax.proof.certificate import NotProved, proved
+from convex_jax.proof.convexified import convexify
 from convex_jax.proof.rounding_errors import Arithmetic, Ball, Program
+from convex_jax.proof.values import Value
 from convex_jax.proof.wide import in_float64
 
 NORMS = ("l1", "l2", "linf")
@@ -54,12 +56,15 @@ class Certifier:
     arithmetic: how `logits` is computed where it is deployed. Then radii hold for that program, at
       inputs that float32 holds, and `exact` is what the program is over the reals, whatever is
       given. None: radii hold over the reals.
+    convexified: for logits that are not convex: certifies them by `convexify`. Their differences,
+      so their radii, are those of convex logits, which have a term t in common. The price is
+      how much t curves: the margin has to exceed t(x + d) less its tangent.
     scale: the unit of radii, in units of the input: with 255, radii of pixels in 0..255 are
       given for pixels in 0..1.
 
   Raises:
     convex_jax.proof.certificate.NotProved: a logit is not proved convex in the input, or its slope has no bound.
-    ValueError: the rounding error of an operation has no bound.
+    ValueError: the rounding error of an operation has no bound; no convex form of it is known.
   """
 
   def __init__(
@@ -70,24 +75,38 @@ class Certifier:
     exact: Callable[[Any, jax.Array], jax.Array] | None = None,
     scale: float = 1.0,
     arithmetic: Arithmetic | None = None,
+    convexified: bool = False,
   ):
     example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    output = proved(logits, weights, example)
     network = functools.partial(exact or logits, in_float64(weights))
     self._program = None
     if arithmetic is not None:
       program = self._program = Program(logits, weights, example, arithmetic=arithmetic)
       program.error(Ball(np.zeros(shape), "l1", 0.0))  # What has no rule is refused here.
       network = jax.vmap(lambda x: program.exact(x[None])[0])
+    if convexified:
+      apart = _value(logits, weights, example)  # The common term is in no difference.
+      with jax.enable_x64(True):
+        wide = jax.ShapeDtypeStruct(example.shape, jnp.float64)
+        convex = convexify(network, wide)
+        output = proved(convex.convex_logits, wide)
+      network = jax.vmap(lambda x: convex.convex_logits(x[None])[0])
+    else:
+      apart = output = proved(logits, weights, example)
     self._scale = scale
     self._logits = jax.jit(network)
     self._slopes = jax.jit(jax.jacrev(lambda x: network(x[None])[0]))
     self._vertices = jax.jit(functools.partial(_at_vertices, network))
-    try:  # Bounds on the slopes of y_k - y_j, (K, K, D), and of y_j, (K, D).
-      self._between = slopes.sensitivities(output, (1, *shape))
+    # Bounds on the slopes of y_k - y_j, (K, K, D) or (K, K, 1), and of y_j, (K, D) or (K, 1).
+    try:
+      self._between = slopes.sensitivities(apart, (1, *shape))
       self._alone = slopes.sensitivities(output, (1, *shape), alone=True)
     except ValueError as error:
-      raise NotProved(f"its slope has no bound: {error}") from error
+      if not convexified:
+        raise NotProved(f"its slope has no bound: {error}") from error
+      classes = output.shape[-1]  # A GELU is a product, which has none. The corners need none.
+      self._between = np.full((classes, classes, 1), np.inf)
+      self._alone = np.full((classes, 1), np.inf)
 
   def radius(self, image_HxWxC: np.ndarray, norms: tuple[str, ...] = NORMS) -> Radius:
     """The certified radii of one input, an array of `shape`.
@@ -228,6 +247,13 @@ class Certifier:
       at = self._vertices(x, np.pad(rays[part], (0, missing)), np.pad(steps[part], (0, missing)))
       out.append(np.asarray(at)[: BATCH - missing])
     return np.concatenate(out)
+
+
+def _value(f: Callable[..., jax.Array], *args: Any) -> Value:
+  (output,), _ = interpreter.analyse(f, *args)
+  if not isinstance(output, Value):
+    raise NotProved("the output does not depend on the input")
+  return output
 
 
 def _at_vertices(logits, x_HxWxC, rays_N, steps_N):

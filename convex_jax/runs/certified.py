@@ -150,29 +150,33 @@ def summary(content: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def certifier(run: Run, arithmetic: str = REALS) -> Certifier:
+def certifier(run: Run, arithmetic: str = REALS, convexified: bool = False) -> Certifier:
   """Certified radii of a run's images, for pixels in 0..1.
 
   Args:
-    run: whose logits are proved convex in the image.
+    run: whose logits are proved convex in the image, but for `convexified`.
     arithmetic: "reals", the network as a function; or one of `rounding_errors.ARITHMETICS`, the
       program that computes it in that arithmetic, whose rounding is taken off.
+    convexified: radii of any network that `Run.convexify` takes, by the proof of its convex logits.
 
   Raises:
-    UserError: the logits are not proved convex in the image, or no bound on the rounding error of
-      an operation is known; another arithmetic than these.
+    UserError: the logits are not proved convex in the image, or have no convex form, or no bound on
+      the rounding error of an operation is known; another arithmetic than these.
   """
   _refuse_others(run)
   if arithmetic != REALS and arithmetic not in ARITHMETICS:
     raise UserError(f"arithmetic is {arithmetic!r}; expected {REALS}, {', '.join(ARITHMETICS)}")
+  if convexified:
+    run.convexify()  # What has no convex form is refused here, whatever the arithmetic.
   weights, shape = run.weights, run.image_shape
-  with _only_proved(run):
+  options: dict[str, Any] = {"scale": PIXEL, "convexified": convexified}
+  with _only_proved(run, convexified):
     if arithmetic == REALS:
-      return Certifier(run.apply, weights, shape, _exact(run), scale=PIXEL)
+      return Certifier(run.apply, weights, shape, _exact(run), **options)
     deployed = ARITHMETICS[arithmetic]
     apply = functools.partial(run.apply, dtype=deployed.dtype)
     try:
-      return Certifier(apply, weights, shape, scale=PIXEL, arithmetic=deployed)
+      return Certifier(apply, weights, shape, arithmetic=deployed, **options)
     except NotProved:
       raise
     except ValueError as error:
@@ -212,8 +216,8 @@ def _exact(run: Run) -> Callable[..., jax.Array]:
 
 
 @contextlib.contextmanager
-def _only_proved(run: Run) -> Iterator[None]:
-  if run.config.model.convex_from != "image":
+def _only_proved(run: Run, convexified: bool = False) -> Iterator[None]:
+  if run.config.model.convex_from != "image" and not convexified:
     raise UserError(
       f"{run.workdir}: radii need logits that are convex in the image; here only the head is convex"
     )
@@ -222,5 +226,6 @@ def _only_proved(run: Run) -> Iterator[None]:
   except NotProved as error:
     raise UserError(
       f"{run.workdir}: radii and minima hold for proved networks only, and this one is not proved"
-      f" ({error}); train its twin with --config.model.parts=ioc"
+      f" ({error}); train its twin with --config.model.parts=ioc,"
+      " or ask for the radii of its convexified logits (--convexified)"
     ) from error

@@ -54,13 +54,18 @@ class Measured:
 
 
 def measure(
-  run: Run, norms: Sequence[str], examples: int, data_dir: str = "", arithmetic: str = REALS
+  run: Run,
+  norms: Sequence[str],
+  examples: int,
+  data_dir: str = "",
+  arithmetic: str = REALS,
+  convexified: bool = False,
 ) -> Measured:
   """The certified radii of the first test images, with a progress bar."""
   config: Any = ConfigDict(run.config.data.to_dict())
   config.dir = data_dir or config.dir
   test = datasets.load(config, seed=0, progress=False).test.first(examples)
-  certifier = certified.certifier(run, arithmetic)
+  certifier = certified.certifier(run, arithmetic, convexified)
   radii = [certifier.radius(x, tuple(norms)) for x in track(test.images, "certified radii")]
   return Measured(test.labels, radii, arithmetic)
 
@@ -138,6 +143,11 @@ def main(argv: list[str] | None = None) -> int:
   )
   command_line.add_run_options(parser)
   parser.add_argument("--norms", default=",".join(NORMS), help="default: %(default)s")
+  parser.add_argument(
+    "--convexified",
+    action="store_true",
+    help="of a network that is not convex, by the proof of its convexified logits (see `convexify`)",
+  )
   add_options(parser)
   return command_line.exit_code(_report, parser.parse_args(argv))
 
@@ -161,12 +171,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _report(args: argparse.Namespace) -> int:
   norms = norms_of(args.norms) or NORMS
-  report(load(args.workdir, args.step), norms, args)
+  report(load(args.workdir, args.step), norms, args, args.convexified)
   return 0
 
 
-def report(run: Run, norms: Sequence[str], options: argparse.Namespace) -> None:
+def report(
+  run: Run, norms: Sequence[str], options: argparse.Namespace, convexified: bool = False
+) -> None:
   """Measures the radii of a run, prints and writes them; `options` are those of `add_options`."""
-  measured = measure(run, norms, options.examples, options.data_dir, options.arithmetic)
+  o = options
+  measured = measure(run, norms, o.examples, o.data_dir, o.arithmetic, convexified)
   Console().print(table_of(measured, norms))
   files.try_to_write(write, run, measured, norms)

@@ -10,6 +10,8 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from convex_jax.models.constraints import FREE, PENALISED
+
 _Row = dataclasses.make_dataclass("_Row", ["name", "shape", "dtype", "size", "constraint"])
 
 
@@ -19,7 +21,7 @@ def parameter_table(params: Any, constraints: Any) -> str:
   kinds = parameter_overview.flatten_dict(constraints)
   rows = [_Row(n, p.shape, str(p.dtype), math.prod(p.shape), kinds[n]) for n, p in flat.items()]
   total = sum(row.size for row in rows)
-  bound = sum(row.size for row in rows if row.constraint != "free")
+  bound = sum(row.size for row in rows if row.constraint not in (FREE, PENALISED))
   table = parameter_overview.make_table(rows)
   return f"{table}\n{total:,} parameters, {bound:,} of them constrained"
 

@@ -65,6 +65,8 @@ class Program:
       mix=augment.make_mix(config.mixup, config.cutmix, config.data.repeats),
       key=train_key,
       label_smoothing=config.label_smoothing,
+      penalty=self._penalty if config.model.common_penalty else None,
+      jacobian_penalty=config.jacobian_penalty,
       skip_spikes=config.skip_spikes,
       ema_decay=config.ema_decay,
     )
@@ -110,6 +112,11 @@ class Program:
     self._summary = jax.jit(
       lambda params: constraints.summary(params, self.constraints), out_shardings=everywhere
     )
+
+  def _penalty(self, params: Any) -> jax.Array:
+    """On what makes the term that all logits of a convexified network share."""
+    shares = constraints.negative_shares(params, self.constraints)
+    return self.config.model.common_penalty * shares
 
   def calls(self, start: int) -> Iterator[range]:
     """The steps of each call to come.

@@ -12,7 +12,7 @@ from convex_jax.config_files import flatten
 from convex_jax.data.catalog import DATASETS, SCALINGS
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
-from convex_jax.models.constraints import PROJECTIONS
+from convex_jax.models.constraints import FREE, PENALISED, PROJECTIONS
 from convex_jax.models.parts import CONVEX_FROM, GATES, NORMS, TWINS, Rate
 from convex_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
@@ -115,6 +115,7 @@ RULES = {
   "init_from": TEXT,
   "init_optimizer": SWITCH,
   "label_smoothing": number(0, 1, ends="[)"),
+  "jacobian_penalty": number(0, ends="[)"),
   "ema_decay": number(0, 1, ends="[)"),
   "mixup": number(0, 100),
   "cutmix": number(0, 100),
@@ -160,7 +161,9 @@ RULES = {
   "model.name": one_of(catalog.names()),
   "model.size": TEXT,  # Depends on the name: see `_clashes`.
   "model.parts": one_of(TWINS),
-  "model.constraint": one_of([name for name in PROJECTIONS if name not in ("free", "shift")]),
+  "model.constraint": one_of(
+    [name for name in PROJECTIONS if name not in (FREE, PENALISED, "shift")]
+  ),
   "model.passthrough": SWITCH,
   "model.log_normal_init": SWITCH,
   "model.branch_scales": SWITCH,
@@ -170,6 +173,7 @@ RULES = {
   "model.head_depth": integer(0),
   "model.head_width": integer(1),
   "model.one_logit": SWITCH,
+  "model.common_penalty": number(0, ends="[)"),
   "model.remat": SWITCH,
   "optimizer.name": one_of(OPTIMIZERS),
   "optimizer.learning_rate": number(0, ends="()"),
@@ -256,6 +260,11 @@ def _clashes(config: Any) -> Iterator[str]:
     yield (
       "config.model.head_depth is 0, but config.model.convex_from is 'head': a linear head is convex"
       " in its features whatever its weights; expected an integer >= 1"
+    )
+  if config.model.common_penalty and config.model.parts != "base":
+    yield (
+      f"config.model.common_penalty is {config.model.common_penalty:g}, but the weights of"
+      f" {config.model.parts!r} are not negative as it is; expected 0, or config.model.parts='base'"
     )
   if config.init_optimizer and not config.init_from:
     yield (

@@ -6,6 +6,7 @@ every device and BatchNorm sees the global batch: no collective is written here.
 the same update; without the latter BatchNorm sees each device's part of the batch.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from convex_jax.training.metrics import Evaluation
 
 Batch = dict[str, jax.Array]
 SETTLED = 50  # Losses, before one can be a spike.
-_DROPOUT, _MIX = 2**32 - 1, 2**32 - 2  # No example's position in a run.
+_DROPOUT, _MIX, _DIRECTION = 2**32 - 1, 2**32 - 2, 2**32 - 3  # No example's position in a run.
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -81,6 +82,15 @@ def cross_entropy(logits_BxK: jax.Array, label_B: jax.Array, smoothing: float = 
   return optax.softmax_cross_entropy(logits_BxK, targets(label_B, logits_BxK.shape[-1], smoothing))
 
 
+def directions(keys_B: jax.Array, classes: int) -> jax.Array:
+  """A random vector (B, classes) an example, uniform on the sphere of radius sqrt(classes).
+
+  The mean of |v^T J|^2 is |J|^2, the sum of squares of a Jacobian J (classes, D).
+  """
+  v_BxK = jax.vmap(lambda key: jax.random.normal(key, (classes,)))(keys_B)
+  return v_BxK * (classes**0.5 / jnp.linalg.norm(v_BxK, axis=-1, keepdims=True))
+
+
 def _seen(losses: jax.Array, loss: jax.Array) -> jax.Array:
   """The running moments with one loss more: means of all, from the 100th on exponential."""
   number, mean, variance = losses
@@ -106,6 +116,8 @@ def train_step(
   ema_decay: float,
   skip_spikes: float = 0.0,
   mix: Mix | None = None,
+  penalty: Callable[[Any], jax.Array] | None = None,
+  jacobian_penalty: float = 0.0,
   axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
   """One update on a batch {image_BxHxWxC uint8, label_B, position_B}.
@@ -113,6 +125,12 @@ def train_step(
   Augmentation is a function of `key` and of an example's position in the run, dropout of
   `key` and the step, `mix` (of images and targets) too: none depends on an interruption nor,
   but for the latter two under a mapped axis, on the number of devices.
+
+  The loss is the cross-entropy, plus `penalty` of the parameters, plus `jacobian_penalty` / 2 times
+  the mean of |J|^2. J is the Jacobian of an example's logits in its normalised image, of which a
+  step computes |v^T J|^2 for one random v an example (Hoffman, Roberts and Yaida 2019, "Robust
+  Learning with Jacobian Regularization", section 2.3), at up to twice its cost. It is J in
+  training: where there is a BatchNorm, its statistics depend on the image as well.
 
   A loss or gradient that is not finite, or, with `skip_spikes` = k above 0, a loss more than k
   standard deviations above its running mean, changes nothing but the step.
@@ -127,15 +145,29 @@ def train_step(
   if axis_name is not None:  # Each device has its own part of the batch, so its own masks.
     dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
 
-  def loss_fn(params):
-    logits_BxK, mutated = model.apply(
+  def forward(params, image_BxHxWxC):
+    return model.apply(
       {"params": params, "batch_stats": state.stats},
       image_BxHxWxC,
       train=True,
       mutable=["batch_stats"],
       rngs={"dropout": dropout_key},
     )
-    loss = optax.softmax_cross_entropy(logits_BxK, target_BxK).mean()
+
+  def loss_fn(params):
+    network, others = functools.partial(forward, params), 0.0
+    if penalty is not None:
+      others += penalty(params)
+    if jacobian_penalty:
+      logits_BxK, backward, mutated = jax.vjp(network, image_BxHxWxC, has_aux=True)
+      direction_key = jax.random.fold_in(key, _DIRECTION)
+      keys_B = jax.vmap(jax.random.fold_in, (None, 0))(direction_key, batch["position"])
+      v_BxK = directions(keys_B, model.classes).astype(logits_BxK.dtype)
+      slope_BxHxWxC = backward(v_BxK)[0].astype(jnp.float32)
+      others += jacobian_penalty / 2 * jnp.sum(slope_BxHxWxC**2) / len(slope_BxHxWxC)
+    else:
+      logits_BxK, mutated = network(image_BxHxWxC)
+    loss = optax.softmax_cross_entropy(logits_BxK, target_BxK).mean() + others
     return loss, (logits_BxK, mutated.get("batch_stats", {}))
 
   (loss, (logits_BxK, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from convex_jax.models import catalog, layers, overview
-from convex_jax.models.constraints import FREE, constraints_of
+from convex_jax.models.constraints import FREE, PENALISED, constraints_of
 from convex_jax.models.parts import TWINS, Parts
 from convex_jax.models.variables import apply, init_variables
 from tests.support.midpoints import midpoint_gaps
@@ -194,6 +194,17 @@ def test_ioc_tags_all_but_biases_the_first_affine_part_and_passthrough(name):
   # The class map of All-CNN is followed by an activation: a common term would not stay one.
   assert kinds["head/kernel"] == ("clamp" if name == "all_cnn" else "shift")
   assert any("passthrough" in p for p in free)
+
+
+@pytest.mark.parametrize("name", catalog.names())
+def test_what_is_penalised_in_base_is_what_is_clamped_in_ioc(name):
+  alike = {"norm": "batch", "gates": "static"}
+  base, ioc = tags(tiny(name, common_penalty=0.1, **alike)), tags(tiny(name, "ioc", **alike))
+  penalised = {path for path, kind in base.items() if kind == PENALISED}
+  assert penalised == {path for path, kind in ioc.items() if kind == "clamp" and path in base}
+  assert penalised and {base[path] for path in base.keys() - penalised} == {FREE}
+  assert base == tags(tiny(name, "base", common_penalty=9.0, **alike))
+  assert PENALISED not in tags(tiny(name, "ioc", common_penalty=0.1)).values()
 
 
 @pytest.mark.parametrize("name", catalog.names())

@@ -109,6 +109,45 @@ def test_shift_leaves_a_feasible_head_alone():
   np.testing.assert_array_equal(constraints.shift(w), w)
 
 
+WEIGHTS = {
+  "kernel": jnp.asarray([[1.0, -2.0, 0.0], [3.0, 6.0, 0.0]]),  # Shares 0, 1/4; a unit without.
+  "scale": jnp.asarray([1.0, -3.0]),  # One share, 3/4.
+  "bias": jnp.asarray([-5.0]),
+}
+PENALISED = {"kernel": "penalised", "scale": "penalised", "bias": "free"}
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, jnp.asarray([1.0, 100.0, 7.0])])
+def test_the_negative_shares_are_those_of_each_unit_whatever_its_size(size):
+  weights = {**WEIGHTS, "kernel": WEIGHTS["kernel"] * size}
+  got = constraints.negative_shares(weights, PENALISED)
+  np.testing.assert_allclose(got, (0 + 1 / 4 + 0) / 3 + 3 / 4, rtol=1e-6)
+  assert constraints.summary(weights, PENALISED) == {"negative_shares": got}
+
+
+def test_only_what_is_negative_and_penalised_counts():
+  free = dict.fromkeys(WEIGHTS, "free")
+  assert (
+    constraints.negative_shares(WEIGHTS, free) == 0 and constraints.summary(WEIGHTS, free) == {}
+  )
+  gradient = jax.grad(constraints.negative_shares)
+  signs = jax.tree.map(jnp.sign, gradient(WEIGHTS, PENALISED))
+  # Down from what is negative; up for what is positive beside it. A unit of one sign is left alone.
+  np.testing.assert_array_equal(signs["kernel"], [[0, -1, 0], [0, -1, 0]])
+  np.testing.assert_array_equal(signs["scale"], [-1, -1])
+  np.testing.assert_array_equal(signs["bias"], [0])
+  assert not any(map(jnp.any, jax.tree.leaves(gradient(jax.tree.map(abs, WEIGHTS), PENALISED))))
+
+
+def test_a_penalised_weight_is_kept_as_it_is_by_a_state_like_that_of_free_ones():
+  links = [constraints.enforce(kinds) for kinds in (PENALISED, dict.fromkeys(WEIGHTS, "free"))]
+  states = [link.init(WEIGHTS) for link in links]
+  assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])  # Also in a checkpoint.
+  updates, _ = links[0].update(jax.tree.map(lambda w: -w - 1, WEIGHTS), states[0], WEIGHTS)
+  for leaf in jax.tree.leaves(optax.apply_updates(WEIGHTS, updates)):
+    np.testing.assert_array_equal(leaf, -1)
+
+
 def test_a_tag_follows_the_weight_and_not_its_name():
   class Odd(nn.Module):
     @nn.compact

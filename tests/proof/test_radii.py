@@ -14,7 +14,8 @@ from configs import base
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.proof import interpreter, minimum, slopes
-from convex_jax.proof.radii import NORMS, Radius, one_sided_radius
+from convex_jax.proof.certificate import NotProved
+from convex_jax.proof.radii import NORMS, Certifier, Radius, one_sided_radius
 from convex_jax.proof.rounding_errors import ARITHMETICS
 from convex_jax.runs import certified, radii_report
 from convex_jax.runs.run import Run
@@ -113,6 +114,59 @@ def test_no_attack_within_a_certified_radius_changes_the_class(name):
         # The control: a ball 1,000 times as large contains another class.
         assert attacker.attack(x, norm, 1000 * inside).changes > 0
   assert total == 3 * 3 * 2 * 160
+
+
+FREE = [  # Networks that are not convex, of which there are radii nevertheless.
+  dict(name="mlp"),
+  pytest.param(dict(name="mlp", one_logit=True), marks=pytest.mark.slow),
+  pytest.param(dict(name="mixer", norm="batch"), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("network", FREE, ids=str)
+def test_no_attack_within_the_radius_of_a_convexified_network_changes_the_class(network):
+  run = make_run(**network, parts="base")
+  certifier = certified.certifier(run, convexified=True)
+  with jax.enable_x64(True):
+    f = jax.jit(exact_logits(run))  # The network itself, without the common term.
+    attacker = attacks.Attacker(f, restarts=16, steps=10)
+    for x in images(2).astype(np.float64):
+      radius = certifier.radius(x)
+      assert radius.predicted == int(np.asarray(f(x[None])).argmax())
+      for norm in NORMS:
+        inside = 0.9999 * radius.radii[norm] * 255
+        assert inside > 0
+        assert attacker.attack(x, norm, inside).changes == 0
+        assert attacker.attack(x, norm, 1000 * inside).changes > 0
+
+
+def test_the_radius_of_a_concave_logit_ends_where_its_class_does():
+  """Of 1 - relu(x) against 0 at -0.1: its tangent, which is 1, knows nothing of where it falls."""
+
+  def logits(weights, x):
+    return jnp.concatenate([1 - nn.relu(x @ weights), 0 * x], axis=-1)
+
+  weights = np.eye(1, dtype=np.float32)
+  radius = Certifier(logits, weights, (1,), convexified=True).radius(np.array([-0.1]))
+  assert all(0.9 * 1.1 < r < 1.1 for r in radius.radii.values())
+  with pytest.raises(NotProved):
+    Certifier(logits, weights, (1,))
+
+
+@pytest.mark.slow
+def test_the_deployed_program_of_a_convexified_network_has_smaller_radii():
+  run = make_run("mlp", "base")
+  x = images(1)[0]
+  real, deployed = (
+    certified.certifier(run, arithmetic, convexified=True).radius(x).radii
+    for arithmetic in ("reals", "float32")
+  )
+  assert all(0.9 * real[norm] < deployed[norm] < real[norm] for norm in NORMS)
+
+
+def test_what_has_no_convex_form_has_no_radii():
+  with pytest.raises(UserError, match=r"mul.*LayerNorm.*use"):
+    certified.certifier(make_run("mlp", "base", norm="layer"), convexified=True)
 
 
 @pytest.mark.parametrize(

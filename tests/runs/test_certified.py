@@ -55,6 +55,16 @@ def test_a_free_run_has_none_until_asked_and_is_refuted(run_of, capsys):
   assert pair["a"].shape == (1, 8, 8, 1) and 0 <= pair["a"].min() <= pair["b"].max() <= 255
 
 
+def test_radii_are_of_the_convexified_logits_on_request(tmp_path, monkeypatch):
+  asked = []
+  radii = radii_report.Measured(np.zeros(1), [Radius(0, {"l2": 0.5})])
+  monkeypatch.setattr(radii_report, "measure", lambda *given: asked.append(given[-1]) or radii)
+  workdir = shutil.copytree(ROOT / "tests" / "fixtures" / "run_1_1", tmp_path / "run")
+  for option in ([], ["--convexified"]):
+    assert radii_report.main([f"--workdir={workdir}", "--norms=l2", *option]) == 0
+  assert asked == [False, True]
+
+
 def test_a_partly_convex_run_is_certified_in_its_features(run_of):
   workdir = run_of(model__convex_from="head", model__head_depth=2, model__head_width=7)
   certificate = convex_jax.load(workdir).certificate
@@ -112,7 +122,7 @@ def test_radii_follow_the_certificate(tmp_path, capsys, monkeypatch):
   shutil.copytree(ROOT / "tests" / "fixtures" / "run_1_1", workdir)
   radii = [Radius(0, {"l1": 0.5})]
 
-  def measure(run, norms, examples, data_dir, arithmetic):
+  def measure(run, norms, examples, data_dir, arithmetic, *_):
     asked.append((norms, examples, arithmetic))
     return radii_report.Measured(np.zeros(1), radii, arithmetic)
 

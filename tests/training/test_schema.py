@@ -127,6 +127,7 @@ STREAMED = {"data.name": "imagenet2012", "data.loader": "stream"}
   "config,changes,words",
   [
     (mixer, {"data.image_size": 70}, "a multiple of 9"),
+    (mlp, {"model.parts": "ioc", "model.common_penalty": 0.1}, "expected 0, or config.model.parts"),
     (mixer, {"model.size": "S16"}, "Did you mean 'S/16'"),
     (mixer, {"model.patch": 0}, ">= 1, or None"),
     (mixer, {"model.pach": 3}, "Did you mean 'model.patch'"),

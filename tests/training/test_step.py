@@ -1,6 +1,7 @@
 """One update: the same on 1, 2 and 8 devices, under pmap, and in one call of many steps."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -138,3 +139,110 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(tiny_config,
   _, _, exact = run_steps(tiny_config, few_digits, 1, calls)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
   assert 0 < abs(losses[2] - exact[2]) < 0.05 * exact[2]
+
+
+PENALTIES = {"model__common_penalty": 0.5, "jacobian_penalty": 0.5}
+
+
+@pytest.fixture
+def free_config(tiny_config):
+  """Of a tiny network as published, on digits, trained like `tiny_config`."""
+
+  def make(name="mlp", **changes):
+    config = importlib.import_module(f"configs.{name}").get_config("digits")
+    own = {key: None for key, value in config.model.items() if key in catalog.fields(name)}
+    config.model.update(own | {"size": "tiny"} | ({"patch": 4} if name == "mixer" else {}))
+    config.data.dir = tiny_config.data.dir
+    common = {"batch_size": 16, "steps": 6, "optimizer__name": "sgd"}
+    return of(config, **common | changes)
+
+  return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"optimizer__accumulate": 2},
+    {"name": "mixer", "model__remat": True, "model__norm": "batch"},
+    RECIPE,
+  ],
+  ids=["accumulate", "remat", "recipe"],
+)
+def test_world_sizes_agree_on_the_penalties(free_config, few_digits, changes):
+  config = free_config(**PENALTIES | changes)
+  calls = [range(i, i + 1) for i in range(4)]
+  _, want, losses = run_steps(config, few_digits, 1, calls)
+  _, got, other = run_steps(config, few_digits, 4, calls)
+  np.testing.assert_allclose(other, losses, rtol=1e-5)
+  leaves_close(got, want, atol=1e-6)
+  _, _, free = run_steps(free_config(**changes), few_digits, 1, calls[:1])
+  assert losses[0] > free[0] + 0.1
+
+
+def test_the_penalty_is_a_term_of_the_loss_and_lowers_the_negative_shares(free_config, few_digits):
+  config = free_config(model__common_penalty=3.0, optimizer__learning_rate=0.1)
+  job, state, losses = run_steps(config, few_digits, 1, [range(i, i + 1) for i in range(6)])
+  start, end = (
+    constraints.summary(params, job.constraints)["negative_shares"]
+    for params in (job.init().params, state.params)
+  )
+  assert 0 < losses[0] - 3 * float(start) < 2 * np.log(10)  # The cross-entropy.
+  assert 0.4 < start < 0.6 and end < 0.9 * start
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[] if name in ("mixer", "mlp") else [pytest.mark.slow])
+    for name in catalog.names()
+  ],
+)
+def test_the_jacobian_term_is_unbiased(free_config, few_digits, name, monkeypatch):
+  """With a basis for directions, its mean is half the sum of the squares of the whole Jacobian."""
+  config = free_config(name)
+  job = program.Program(config, few_digits, mesh.make_mesh(jax.devices()[:1]))
+  state = job.init()
+  batch = {
+    "image": jnp.asarray(few_digits.train.images[:4]),
+    "label": jnp.asarray(few_digits.train.labels[:4]),
+    "position": jnp.arange(4),
+  }
+  prepare = preprocess.make_prepare(8, *few_digits.train.statistics())
+
+  @functools.partial(jax.jit, static_argnames="penalty")
+  def loss(direction_K, penalty):
+    monkeypatch.setattr(
+      step, "directions", lambda keys, classes: jnp.broadcast_to(direction_K, (len(keys), classes))
+    )
+    _, metrics = step.train_step(
+      state,
+      batch,
+      model=job.model,
+      tx=job.tx,
+      augment=lambda keys, images: prepare(images),
+      key=jax.random.key(0),
+      label_smoothing=0.0,
+      ema_decay=0.0,
+      jacobian_penalty=penalty,
+    )
+    return metrics["loss"]
+
+  basis = np.sqrt(10) * np.eye(10, dtype=np.float32)
+  got = np.mean([loss(v, 0.3) for v in basis]) - loss(basis[0], 0.0)
+
+  def summed(image):
+    variables = {"params": state.params, "batch_stats": state.stats}
+    rngs = {"dropout": jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 2**32 - 1), 0)}
+    return job.model.apply(variables, image, train=True, mutable=["batch_stats"], rngs=rngs)[0].sum(
+      0
+    )
+
+  jacobian = jax.jit(jax.jacrev(summed))(prepare(batch["image"]))
+  assert got == pytest.approx(0.3 / 2 * float(jnp.sum(jacobian**2)) / 4, rel=1e-3)
+
+
+def test_directions_are_uniform_on_a_sphere():
+  v_BxK = step.directions(jax.random.split(jax.random.key(0), 4000), 3)
+  np.testing.assert_allclose(jnp.linalg.norm(v_BxK, axis=-1), np.sqrt(3), rtol=1e-5)
+  np.testing.assert_allclose(v_BxK.T @ v_BxK / 4000, np.eye(3), atol=0.06)
