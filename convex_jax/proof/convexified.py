@@ -589,23 +589,19 @@ def _order(value: Value) -> int:
 
 def _refusal(op: Operation, reason: str) -> str:
   """What is wrong with an operation, and what to use instead."""
-  name, where = op.primitive, f", in {op.place}"
-  values = [x for x in op.inputs if isinstance(x, Value)]
+  name, values = op.primitive, [x for x in op.inputs if isinstance(x, Value)]
+  what = ""
   if name == "div" and isinstance(op.inputs[1], Value):
-    what, instead = (
-      "div: a quotient by a value that depends on the input",
-      "BatchNorm in place of LayerNorm",
-    )
-  elif len(values) == 2 and name in ("mul", "dot_general", "conv_general_dilated", "div"):
+    what = "div: a quotient by a value that depends on the input"
+  elif len(values) == 2 and name in ("mul", "dot_general", "conv_general_dilated"):
     what = f"{name}: a product of two values that both depend on the input"
-    instead = "static gates in place of gates made of the input, no squeeze-and-excite"
   elif name in ("rsqrt", "sqrt"):
-    what, instead = (
-      f"{name} of a value that depends on the input",
-      "BatchNorm in place of LayerNorm",
+    what = f"{name} of a value that depends on the input"
+  if what:
+    return (
+      f"{what}, in {op.place}; use BatchNorm in place of LayerNorm, and static gates or none in"
+      " place of gates made of the input"
     )
-  else:
-    what = f"{name} is not affine, a maximum, or a scalar function of bounded slope"
-    what += f" ({reason})" if reason else ""
-    return f"{what}{where}; nothing is known to make its logits convex"
-  return f"{what}{where}; use {instead}"
+  what = f"{name} is not affine, a maximum, or a scalar function of bounded slope"
+  what += f" ({reason})" if reason else ""
+  return f"{what}, in {op.place}; nothing is known to make its logits convex"

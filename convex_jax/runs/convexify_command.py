@@ -34,8 +34,10 @@ class Sizes:
     examples: number of images.
     accuracy: of g.
     convex_accuracy: of g + t, evaluated in each dtype.
+    agreement: the fraction of images that g + t, evaluated in each dtype, classifies as g does.
     logits: standard deviation of g less its mean over the classes: what a class is told by.
     common: that of t; its mean is in t as well, but cancels in no difference of two inputs.
+    largest: the largest |g|, less the mean over the classes.
     magnitude: the largest |g + t|, which decides what is rounded away.
     layers: the growth of t through the network.
   """
@@ -43,8 +45,10 @@ class Sizes:
   examples: int
   accuracy: float
   convex_accuracy: dict[str, float]
+  agreement: dict[str, float]
   logits: float
   common: float
+  largest: float
   magnitude: float
   layers: list[Layer]
 
@@ -53,26 +57,31 @@ class Sizes:
     """Decimal digits of the logits that an evaluation of g + t rounds away; infinite beyond a dtype."""
     if not np.isfinite(self.magnitude):
       return float("inf")
-    return max(0.0, float(np.log10(self.magnitude / self.logits))) if self.logits else 0.0
+    return max(0.0, float(np.log10(self.magnitude / self.largest))) if self.largest else 0.0
 
 
 def measure(run: Run, images: np.ndarray, labels: np.ndarray) -> Sizes:
   """Evaluates the logits and the common term on images (N, H, W, C) uint8, labels (N,)."""
-  accuracy, numbers, layers = {}, {}, []
+  accuracy, agreement, numbers, layers = {}, {}, {}, []
   for name, dtype in DTYPES.items():
     with jax.enable_x64(name == "float64"):
       convexified = run.convexify(dtype)
       numbers = _evaluate(convexified, images, dtype, name)
-      accuracy[name] = float(np.mean(numbers["convex_logits"].argmax(-1) == labels))
+      classes = numbers["convex_logits"].argmax(-1)
+      accuracy[name] = float(np.mean(classes == labels))
+      agreement[name] = float(np.mean(classes == numbers["logits"].argmax(-1)))
       if name == "float64":
         layers = _layers(convexified, jnp.asarray(images[:SAMPLE], dtype))
   g = numbers["logits"]
+  centred = g - g.mean(-1, keepdims=True)
   return Sizes(
     examples=len(images),
     accuracy=float(np.mean(g.argmax(-1) == labels)),
     convex_accuracy=accuracy,
-    logits=float(np.std(g - g.mean(-1, keepdims=True))),
+    agreement=agreement,
+    logits=float(np.std(centred)),
     common=float(np.std(numbers["common"])),
+    largest=float(np.abs(centred).max()),
     magnitude=float(np.abs(numbers["convex_logits"]).max()),
     layers=layers,
   )
@@ -152,10 +161,11 @@ def _convexify(args: argparse.Namespace) -> int:
 
 
 def _tables(sizes: Sizes) -> list[Table]:
-  accuracies = Table("network", "accuracy (%)", title=f"{sizes.examples:,} test images")
-  accuracies.add_row("logits g, as trained", f"{100 * sizes.accuracy:.2f}")
+  accuracies = Table("network", "accuracy (%)", "as g (%)", title=f"{sizes.examples:,} test images")
+  accuracies.add_row("logits g, as trained", f"{100 * sizes.accuracy:.2f}", "")
   for name, accuracy in sizes.convex_accuracy.items():
-    accuracies.add_row(f"convex logits g + t, evaluated in {name}", f"{100 * accuracy:.2f}")
+    figures = f"{100 * accuracy:.2f}", f"{100 * sizes.agreement[name]:.2f}"
+    accuracies.add_row(f"convex logits g + t, evaluated in {name}", *figures)
   growth = Table("after", "values", "common part", title="standard deviations, by layer")
   for layer in sizes.layers:
     growth.add_row(layer.place, f"{layer.values:.3g}", f"{layer.common:.3g}")
