@@ -11,7 +11,13 @@ import pytest
 
 import convex_jax
 from convex_jax.proof.radii import Radius
-from convex_jax.runs import certified, certify_command, checkpoint_command, radii_report
+from convex_jax.runs import (
+  certified,
+  certify_command,
+  checkpoint_command,
+  convexify_command,
+  radii_report,
+)
 from convex_jax.studies import report
 from convex_jax.training import loop
 from tests.support import ROOT, injections, of
@@ -53,6 +59,34 @@ def test_a_free_run_has_none_until_asked_and_is_refuted(run_of, capsys):
   content = json.loads((pathlib.Path(workdir) / "certificate.json").read_text())
   pair = np.load(pathlib.Path(workdir) / content["counterexample"]["file"])
   assert pair["a"].shape == (1, 8, 8, 1) and 0 <= pair["a"].min() <= pair["b"].max() <= 255
+
+
+def test_a_free_run_is_convexified(run_of, data_dir, capsys):
+  workdir = run_of(model__parts="base", model__norm="batch")
+  options = ["--examples=70", f"--data_dir={data_dir}"]
+  assert convexify_command.main([f"--workdir={workdir}", *options]) == 0
+  out = capsys.readouterr().out
+  assert "PROVED: 10 of 10 logits" in out and "decimal digits" in out
+  content = json.loads((pathlib.Path(workdir) / "convexified.json").read_text())
+  sizes = content["sizes"]
+  assert content["verdict"] == "PROVED" and sizes["examples"] == 70
+  assert sizes["agreement"] == {"float32": 1.0, "float64": 1.0}
+  assert sizes["convex_accuracy"]["float64"] == sizes["accuracy"]
+  assert len(sizes["layers"]) == 4  # Two blocks of two GELUs.
+  run = convex_jax.load(workdir)
+  assert run.certificate is None  # What is proved is not of the run itself.
+  image = np.zeros((1, *run.image_shape), np.float32)
+  found = run.convexify()
+  np.testing.assert_allclose(
+    found.convex_logits(image), found.logits(image) + found.common(image), atol=1e-3
+  )
+
+
+def test_a_run_with_layer_norm_is_not_convexified(run_of, data_dir, capsys):
+  workdir = run_of(model__parts="base")
+  assert convexify_command.main([f"--workdir={workdir}", f"--data_dir={data_dir}"]) == 2
+  assert "BatchNorm in place of LayerNorm" in " ".join(capsys.readouterr().err.split())
+  assert not (pathlib.Path(workdir) / "convexified.json").exists()
 
 
 def test_radii_are_of_the_convexified_logits_on_request(tmp_path, monkeypatch):
