@@ -73,7 +73,7 @@ class Convexified:
 
   logits: Callable[[jax.Array], jax.Array]
   example: jax.ShapeDtypeStruct
-  _program: "_Program"
+  _program: Callable[..., tuple[jax.Array, jax.Array]]
 
   def common(self, x: jax.Array) -> jax.Array:
     """t(x), with a last axis of length 1; infinite or NaN where it is beyond the dtype."""

@@ -64,7 +64,7 @@ class Arithmetic:
 
   dtype: Any
   factors: float = 0.0
-  accumulator: Any = jnp.float32
+  accumulator: Any = dataclasses.field(default_factory=lambda: jnp.float32)
 
 
 ARITHMETICS = {
