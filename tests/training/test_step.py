@@ -175,7 +175,8 @@ def test_world_sizes_agree_on_the_penalties(free_config, few_digits, changes):
   _, want, losses = run_steps(config, few_digits, 1, calls)
   _, got, other = run_steps(config, few_digits, 4, calls)
   np.testing.assert_allclose(other, losses, rtol=1e-5)
-  leaves_close(got, want, atol=1e-6)
+  # The gradients of biases before a norm are rounding errors alone, of either program.
+  leaves_close(got, want, atol=5e-6)
   _, _, free = run_steps(free_config(**changes), few_digits, 1, calls[:1])
   assert losses[0] > free[0] + 0.1
 
