@@ -14,14 +14,15 @@ then 60).
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import jax
 from rich.console import Console
@@ -38,41 +39,59 @@ POLL = 0.5  # Seconds between two looks at the processes.
 LAST = 4096  # Bytes at the end of metrics.jsonl that hold its last row.
 
 
+class Started(Protocol):
+  """A command that runs: a `subprocess.Popen`, or a job of a cluster."""
+
+  def poll(self) -> int | None: ...
+  def terminate(self) -> None: ...
+  def wait(self) -> object: ...
+
+
+Start = Callable[[list[str], str, int], Started]  # Of (arguments, log, slot).
+
+
+def start_here(arguments: list[str], log: str, slot: int, slots: int) -> Started:
+  """Starts a command on this machine, one of `slots` that share its cores and accelerators."""
+  environment = dict(os.environ)
+  if slots > 1:  # By default JAX takes three quarters of a GPU's memory.
+    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / slots:.3f}")
+  with open(log, "a") as file:
+    process = subprocess.Popen(
+      arguments,
+      stdout=file,
+      stderr=subprocess.STDOUT,
+      env=environment,
+      start_new_session=True,  # Ctrl-C reaches the sweep alone, which stops its runs.
+    )
+  if slots > 1 and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) >= slots:  # XLA starts a thread for each core that it may use.
+      with contextlib.suppress(ProcessLookupError):
+        os.sched_setaffinity(process.pid, cores[slot::slots])
+  return process
+
+
 class Process:
   """The process of a task: its training, then its certification."""
 
-  def __init__(self, task: Task, data_dir: str, slot: int, slots: int):
-    self.task, self.slot, self._slots = task, slot, slots
+  def __init__(self, task: Task, data_dir: str, start: Start, slot: int):
+    self.task, self.slot, self._start = task, slot, start
     os.makedirs(task.workdir, exist_ok=True)
     self.log = Workdir(task.workdir).log_file
-    command = ["convex_jax", "train", *task.job.arguments(), f"--workdir={task.workdir}"]
-    self._start(command + ([f"--config.data.dir={data_dir}"] if data_dir else []))
+    options = [f"--config.data.dir={data_dir}"] if data_dir else []
+    self._run("train", *task.job.arguments(), *options)
     self._certifies = False
 
-  def _start(self, command: list[str]) -> None:
-    environment = dict(os.environ)
-    if self._slots > 1:  # By default JAX takes three quarters of a GPU's memory.
-      environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / self._slots:.3f}")
-    with open(self.log, "a") as file:
-      self.popen = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        stdout=file,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,  # Ctrl-C reaches the sweep alone, which stops its runs.
-      )
-    if self._slots > 1 and hasattr(os, "sched_setaffinity"):
-      cores = sorted(os.sched_getaffinity(0))
-      if len(cores) >= self._slots:  # XLA starts a thread for each core that it may use.
-        with contextlib.suppress(ProcessLookupError):
-          os.sched_setaffinity(self.popen.pid, cores[self.slot :: self._slots])
+  def _run(self, command: str, *arguments: str) -> None:
+    line = ["convex_jax", command, *arguments, f"--workdir={self.task.workdir}"]
+    self.started = self._start([sys.executable, "-m", *line], self.log, self.slot)
 
   def poll(self) -> str | None:
     """None while it runs, then its outcome: "finished", "diverged", or "stopped".
 
     Raises `UserError` where it failed.
     """
-    code = self.popen.poll()
+    code = self.started.poll()
     if code is None:
       return None
     if not self._certifies and code == Diverged.code:
@@ -88,7 +107,7 @@ class Process:
     if self._certifies:  # The verdict is in the log; the storage did not take it.
       raise UserError(f"{self.task.workdir} has no certificate, see {self.log}")
     self._certifies = True
-    self._start(["convex_jax", "certify", f"--workdir={self.task.workdir}"])
+    self._run("certify")
     return None
 
 
@@ -103,8 +122,12 @@ def progress_of(task: Task) -> float:
     return 0.0
 
 
-def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results.Results:
+def run_all(
+  tasks: list[Task], out: str, data_dir: str, at_once: int, start: Start | None = None
+) -> results.Results:
   """Runs the tasks that have no result yet, `at_once` at a time; writes each result into `out`.
+
+  `start` starts a command, by default on this machine.
 
   A job that fails does not keep the others from running. Raises `UserError` at the end if
   any failed, `Stopped` where any was stopped, and after a signal (`errors.STOP_SIGNALS`), once
@@ -127,6 +150,7 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
     TimeElapsedColumn(),
     console=Console(highlight=False),
   )
+  start = start or functools.partial(start_here, slots=at_once)
   processes: dict[Process, Any] = {}
   free, failures, stopped = list(range(at_once)), [], 0
   signals: list[int] = []
@@ -135,7 +159,7 @@ def run_all(tasks: list[Task], out: str, data_dir: str, at_once: int) -> results
     total = progress.add_task("runs", total=len(tasks), completed=len(tasks) - len(waiting))
     while (waiting or processes) and not signals:
       while waiting and free:
-        process = Process(waiting.pop(0), data_dir, free.pop(0), at_once)
+        process = Process(waiting.pop(0), data_dir, start, free.pop(0))
         words = f"  {process.task.name}: {process.task.unit}"
         processes[process] = progress.add_task(words, total=process.task.total)
       time.sleep(POLL)
@@ -175,9 +199,9 @@ def _stopped_at_the_end(processes: Iterable[Process]) -> Iterator[None]:
     yield
   finally:
     for process in processes:
-      process.popen.terminate()
+      process.started.terminate()
     for process in processes:
-      process.popen.wait()
+      process.started.wait()
 
 
 def _lacks_certificate(path: str) -> bool:
@@ -240,9 +264,47 @@ def main(argv: list[str] | None = None) -> int:
   )
   how = parser.add_argument_group("how")
   how.add_argument(
-    "--at_once", type=command_line.integer(1), default=1, help="simultaneous runs (default: 1)"
+    "--at_once",
+    type=command_line.integer(1),
+    help="simultaneous runs (default: 1; with --slurm, all)",
+  )
+  how.add_argument(
+    "--slurm",
+    action="store_true",
+    help="submit the runs as jobs of Slurm, from a folder that its nodes share",
+  )
+  how.add_argument(
+    "--slurm_options",
+    nargs="+",
+    default=[],
+    type=_option,
+    metavar="KEY=VALUE",
+    help="of submitit's executor, such as timeout_min=240 gpus_per_node=1 slurm_partition=gpu;"
+    " cluster=local submits to this machine, to try it",
   )
   return command_line.exit_code(_sweep, parser.parse_args(argv), console_patience=streams.PATIENCE)
+
+
+def _option(text: str) -> tuple[str, int | str]:
+  key, equals, value = text.partition("=")
+  if not (key and equals):
+    raise argparse.ArgumentTypeError(f"{text!r} given; expected KEY=VALUE")
+  return key, int(value) if value.isdigit() else value
+
+
+def _cluster(args: argparse.Namespace) -> Start | None:
+  """What submits to Slurm; None where the runs are to start here."""
+  if not args.slurm:
+    if args.slurm_options:
+      raise UserError("--slurm_options is given without --slurm")
+    return None
+  try:
+    from convex_jax.studies import slurm  # Of an extra.
+  except ModuleNotFoundError as error:
+    raise UserError(
+      f"--slurm needs {error.name}, which is not installed: pip install 'convex_jax[slurm]'"
+    ) from error
+  return slurm.Cluster(dict(args.slurm_options)).start
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -258,9 +320,10 @@ def _sweep(args: argparse.Namespace) -> int:
     for task in tasks:
       print(shlex.join([*task.job.arguments(), f"--workdir={task.workdir}"]))
     return 0
+  start, at_once = _cluster(args), args.at_once or (len(tasks) if args.slurm else 1)
   files.refuse_unwritable("--out", out)
   os.makedirs(out, exist_ok=True)
   with files.exclusive_lock(os.path.join(out, ".lock"), f"{out} is in use by another sweep"):
-    found = jobs.in_order(run_all(tasks, out, args.data_dir, args.at_once), module)
+    found = jobs.in_order(run_all(tasks, out, args.data_dir, at_once, start), module)
     print(report.write_report(found, out, module.TITLE, jobs.introduction(found, module)))
   return 0
