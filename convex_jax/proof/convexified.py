@@ -31,8 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convex_jax.proof import affine_maps, interpreter
+from convex_jax.proof import affine_maps, differences, interpreter
 from convex_jax.proof.certificate import Certificate, certify
+from convex_jax.proof.differences import Parts
 from convex_jax.proof.exponents import exponents
 from convex_jax.proof.jets import COMPARISONS, ELEMENTWISE, LOGIC, signature
 from convex_jax.proof.parameters import is_plain
@@ -131,44 +132,7 @@ def convexify(f: Callable[..., jax.Array], *args: Any, argnums: int = -1) -> Con
   )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Parts:
-  """A value as affine + convex - other; None is 0."""
-
-  affine: Any = None
-  convex: Any = None
-  other: Any = None
-  is_common: bool = False  # Whether `other` is the same along the last axis, and of any curvature.
-
-  @property
-  def above(self) -> Any:
-    """What is added."""
-    return _sum(self.affine, self.convex)
-
-  @property
-  def value(self) -> jax.Array:
-    above = self.above
-    return above if self.other is None else -self.other if above is None else above - self.other
-
-  def __neg__(self) -> "_Parts":
-    affine = None if self.affine is None else -self.affine
-    return _Parts(affine, self.other, self.convex)
-
-  def map(self, f: Callable[[jax.Array], jax.Array]) -> "_Parts":
-    affine, convex, other = (
-      None if x is None else f(x) for x in (self.affine, self.convex, self.other)
-    )
-    return _Parts(affine, convex, other)
-
-
-def _sum(*parts: Any) -> Any:
-  """The sum of those that are not None; None of none."""
-  return (
-    functools.reduce(jnp.add, present) if (present := [p for p in parts if p is not None]) else None
-  )
-
-
-_Read = Callable[[Any], _Parts]
+_Read = Callable[[Any], Parts]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -176,7 +140,7 @@ class _Step:
   """How the parts of a value are made of those of earlier ones."""
 
   inputs: Sequence[Any]
-  make: Callable[[_Read], _Parts]
+  make: Callable[[_Read], Parts]
 
 
 class _Program:
@@ -192,7 +156,7 @@ class _Program:
   def __call__(
     self, x: jax.Array, layers: list[Layer] | None = None
   ) -> tuple[jax.Array, jax.Array]:
-    done: dict[int, _Parts] = {}
+    done: dict[int, Parts] = {}
 
     def read(node):
       if isinstance(node, Value):
@@ -201,11 +165,11 @@ class _Program:
 
     for value in self._order:
       if value.made_by is None:
-        done[id(value)] = _Parts(jnp.asarray(x, self._dtype))
+        done[id(value)] = Parts(jnp.asarray(x, self._dtype))
         continue
       parts = self._steps[id(value)].make(read)
       if parts.above is None and parts.other is None:
-        parts = _Parts(jnp.zeros(value.shape, self._dtype))
+        parts = Parts(jnp.zeros(value.shape, self._dtype))
       done[id(value)] = parts
       if layers is not None and not affine_maps.is_affine(value.made_by):
         other = 0.0 if parts.other is None else float(jnp.std(parts.other))
@@ -214,7 +178,7 @@ class _Program:
     parts = done[id(self._output)]
     return self._ended(parts)
 
-  def _ended(self, parts: _Parts) -> tuple[jax.Array, jax.Array]:
+  def _ended(self, parts: Parts) -> tuple[jax.Array, jax.Array]:
     """(convex logits, common term)."""
     shape, above = self._output.shape, parts.above
     above = jnp.zeros(shape, self._dtype) if above is None else jnp.broadcast_to(above, shape)
@@ -226,10 +190,10 @@ class _Program:
     others = 1 - jnp.eye(shape[-1], dtype=self._dtype)
     return above + other @ others, other.sum(-1, keepdims=True)
 
-  def _read_known(self, k: Any) -> _Parts:
+  def _read_known(self, k: Any) -> Parts:
     if isinstance(k, Known):
-      return _Parts(None if k.is_float and not np.any(k.array) else self._number(k))
-    return _Parts(jnp.asarray(k))
+      return Parts(None if k.is_float and not np.any(k.array) else self._number(k))
+    return Parts(jnp.asarray(k))
 
   def _number(self, k: Known) -> jax.Array:
     return jnp.asarray(k.array, self._dtype) if k.is_float else jnp.asarray(k.low)
@@ -247,21 +211,26 @@ class _Program:
     values = [x for x in inputs if isinstance(x, Value)]
     if name in ("max", "min") and len(values) == 1:
       return _Step(
-        inputs, lambda read: _extreme(*map(read, inputs), sign=1 if name == "max" else -1)
+        inputs,
+        lambda read: differences.extreme(*map(read, inputs), sign=1 if name == "max" else -1),
       )
     if name == "clamp" and values == [inputs[1]]:
 
       def clamped(read):
         low, x, high = map(read, inputs)
-        return _extreme(_extreme(x, low, sign=1), high, sign=-1)
+        return differences.extreme(differences.extreme(x, low, sign=1), high, sign=-1)
 
       return _Step(inputs, clamped)
     if (found := exponents(op)) is not None:
       u, axes = found
-      fold = functools.partial(_folded, axes=axes, pair=functools.partial(_extreme, soft=True))
+      fold = functools.partial(
+        differences.folded, axes=axes, pair=functools.partial(differences.extreme, soft=True)
+      )
       return _Step([u], lambda read: fold(read(u)).map(lambda a: a.reshape(op.shape)))
     if name == "logaddexp":
-      return _Step(inputs, lambda read: _extreme(read(inputs[0]), read(inputs[1]), soft=True))
+      return _Step(
+        inputs, lambda read: differences.extreme(read(inputs[0]), read(inputs[1]), soft=True)
+      )
     reason = ""
     for root in _roots(value):
       try:
@@ -269,20 +238,22 @@ class _Program:
       except NoSplitError as error:
         reason = reason or str(error)
         continue
-      return _Step([root], functools.partial(_scalar_of, root, found))
+      return _Step([root], lambda read, z=root, found=found: differences.scalar(read(z), found))
     if name in ("max", "min"):
       sign = 1 if name == "max" else -1
-      return _Step(inputs, lambda read: _extreme(read(inputs[0]), read(inputs[1]), sign=sign))
+      return _Step(
+        inputs, lambda read: differences.extreme(read(inputs[0]), read(inputs[1]), sign=sign)
+      )
     if name in _EXTREMES:
-      pair = functools.partial(_extreme, sign=_EXTREMES[name])
+      pair = functools.partial(differences.extreme, sign=_EXTREMES[name])
       return _Step(
         inputs,
-        lambda read: _folded(read(inputs[0]), op.params["axes"], pair).map(
+        lambda read: differences.folded(read(inputs[0]), op.params["axes"], pair).map(
           lambda a: a.reshape(op.shape)
         ),
       )
     if name in _WINDOWS and set(op.params["base_dilation"]) == {1}:
-      return _Step(inputs, lambda read: _pooled(read(inputs[0]), op, _WINDOWS[name]))
+      return _Step(inputs, lambda read: differences.pooled(read(inputs[0]), op, _WINDOWS[name]))
     raise ValueError(_refusal(op, reason))
 
   def _split(self, value: Value, root: Value) -> Split:
@@ -315,12 +286,12 @@ class _Program:
 
   # Affine operations.
 
-  def _linear(self, value: Value, op: Operation, read: _Read) -> _Parts:
+  def _linear(self, value: Value, op: Operation, read: _Read) -> Parts:
     known = [x for x in op.inputs if isinstance(x, Known)]
     if op.primitive in _WEIGHTED and len(known) == 1:
       parts = read(next(x for x in op.inputs if isinstance(x, Value)))
       if op.primitive == "div":
-        return _divided(op, parts, np.asarray(known[0].array), self._dtype)
+        return differences.divided(parts, np.asarray(known[0].array), op.shape, self._dtype)
       weights = np.asarray(known[0].array)
       if id(value) in self._tail and (axis := _class_axis(op)) is not None:
         return self._head(op, parts, weights, axis)
@@ -342,7 +313,7 @@ class _Program:
       )
       for kind in ("convex", "other")
     )
-    return _Parts(affine, convex, other, is_common and other is not None)
+    return Parts(affine, convex, other, is_common and other is not None)
 
   def _apply(self, name: str, op: Operation, arrays: list[Any]) -> Any:
     """An operation without weights on one kind of part, in which what is absent is 0."""
@@ -350,7 +321,7 @@ class _Program:
     if all(a is None for a, is_float in zip(arrays, floats, strict=True) if is_float):
       return None
     if name in ("add", "add_any"):
-      return jnp.broadcast_to(_sum(*arrays), op.shape)
+      return jnp.broadcast_to(differences.total(*arrays), op.shape)
     if name == "neg":
       return arrays[0]
     whole = []
@@ -369,48 +340,32 @@ class _Program:
     pair = [x, numbers] if isinstance(op.inputs[0], Value) else [numbers, x]
     return affine_maps.apply(op, pair, self._dtype)
 
-  def _weighted(self, op: Operation, parts: _Parts, weights: np.ndarray) -> _Parts:
+  def _weighted(self, op: Operation, parts: Parts, weights: np.ndarray) -> Parts:
     plus, minus = np.maximum(weights, 0), np.maximum(-weights, 0)
     times = functools.partial(self._times, op)
     has_minus, has_plus = minus.any(), plus.any()
-    convex = _sum(
+    convex = differences.total(
       times(parts.convex, plus) if has_plus else None,
       times(parts.other, minus) if has_minus else None,
     )
-    other = _sum(
+    other = differences.total(
       times(parts.other, plus) if has_plus else None,
       times(parts.convex, minus) if has_minus else None,
     )
     # What is common stays so: of that, `_keeps_classes` leaves only factors above 0.
-    return _Parts(times(parts.affine, weights), convex, other, parts.is_common)
+    return Parts(times(parts.affine, weights), convex, other, parts.is_common)
 
-  def _head(self, op: Operation, parts: _Parts, weights: np.ndarray, axis: int) -> _Parts:
+  def _head(self, op: Operation, parts: Parts, weights: np.ndarray, axis: int) -> Parts:
     """Weights less their minimum over the classes, and the same for their negatives."""
     least, most = weights.min(axis, keepdims=True), weights.max(axis, keepdims=True)
     times = functools.partial(self._times, op)
-    convex = _sum(times(parts.convex, weights - least), times(parts.other, most - weights))
-    common = _sum(times(parts.convex, -least), times(parts.other, most))
+    convex = differences.total(
+      times(parts.convex, weights - least), times(parts.other, most - weights)
+    )
+    common = differences.total(times(parts.convex, -least), times(parts.other, most))
     if common is not None:
       common = jnp.broadcast_to(common, op.shape)
-    return _Parts(times(parts.affine, weights), convex, common, is_common=True)
-
-
-def _divided(op: Operation, parts: _Parts, divisor: np.ndarray, dtype: Any) -> _Parts:
-  """By known numbers, of either sign."""
-  size, sign = jnp.asarray(np.abs(divisor), dtype), np.sign(divisor)
-  scaled = parts.map(lambda x: jnp.broadcast_to(x / size, op.shape))
-  if (sign > 0).all():
-    return dataclasses.replace(scaled, is_common=parts.is_common)
-  turned = -scaled
-  if (sign < 0).all():
-    return turned
-  plus, minus = jnp.asarray(sign > 0, dtype), jnp.asarray(sign < 0, dtype)
-
-  def chosen(a, b):
-    return _sum(None if a is None else a * plus, None if b is None else b * minus)
-
-  kinds = ("affine", "convex", "other")
-  return _Parts(*(chosen(getattr(scaled, k), getattr(turned, k)) for k in kinds))
+    return Parts(times(parts.affine, weights), convex, common, is_common=True)
 
 
 # The end of the network, in which the classes lie along the last axis.
@@ -475,93 +430,6 @@ def _class_axis(op: Operation) -> int | None:
 
 
 # Operations that are not affine.
-
-
-def _scalar_of(root: Value, found: Split, read: _Read) -> _Parts:
-  """phi_1(z) + alpha a + beta b and phi_2(z) + alpha a + beta b."""
-  z = read(root)
-  value = z.value
-  shared = _sum(_scaled(z.convex, found.falling), _scaled(z.other, found.rising))
-  convex, other = (None if g is None else g(value) for g in (found.convex, found.other))
-  return _Parts(None, _sum(convex, shared), _sum(other, shared))
-
-
-def _scaled(x: Any, factor: Any) -> Any:
-  if x is None or not np.any(factor):
-    return None
-  return x if np.all(np.equal(factor, 1)) else x * jnp.asarray(factor, x.dtype)
-
-
-def _extreme(x: _Parts, y: _Parts, sign: int = 1, soft: bool = False) -> _Parts:
-  """The larger of two values (sign 1), or the smaller (-1); softly, log(e^x + e^y)."""
-  if sign < 0:
-    return -_extreme(-x, -y)
-  larger = jnp.logaddexp if soft else jnp.maximum
-  convex = larger(*(_with(a.above, b.other) for a, b in ((x, y), (y, x))))
-  return _Parts(None, convex, _sum(x.other, y.other))
-
-
-def _with(above: Any, other: Any) -> Any:
-  total = _sum(above, other)
-  return 0.0 if total is None else total
-
-
-def _folded(x: _Parts, axes: Sequence[int], pair: Callable[[_Parts, _Parts], _Parts]) -> _Parts:
-  """All entries along some axes, combined in pairs, by halves; the axes keep length 1."""
-  shape = next(a for a in (x.affine, x.convex, x.other) if a is not None).shape
-  for axis in axes:
-    size = shape[axis]
-    while size > 1:
-      half = size // 2
-
-      def cut(low, high, axis=axis, x=x):
-        return x.map(lambda a: jax.lax.slice_in_dim(a, low, high, axis=axis))
-
-      both = pair(cut(0, half), cut(half, 2 * half))
-      x = _joined(both, cut(2 * half, size), axis) if size % 2 else both
-      size -= half
-  return x
-
-
-def _joined(x: _Parts, y: _Parts, axis: int) -> _Parts:
-  """Both, one after the other along an axis."""
-
-  def join(a, b):
-    if a is None and b is None:
-      return None
-    pairs = ((a, x.value), (b, y.value))
-    whole = [jnp.zeros_like(value) if part is None else part for part, value in pairs]
-    return jnp.concatenate(whole, axis)
-
-  return _Parts(None, join(x.above, y.above), join(x.other, y.other))
-
-
-def _pooled(x: _Parts, op: Operation, sign: int) -> _Parts:
-  """The largest entry of each window, axis by axis."""
-  names = ("window_dimensions", "window_strides", "padding", "window_dilation")
-  pair = functools.partial(_extreme, sign=sign)
-  for axis, (size, stride, padding, dilation) in enumerate(
-    zip(*(op.params[n] for n in names), strict=True)
-  ):
-    if (size, stride, tuple(padding)) == (1, 1, (0, 0)):
-      continue
-    members = _members(op.inputs[0].shape[axis], op.shape[axis], size, stride, padding[0], dilation)
-    taken = [x.map(lambda a, m=m, axis=axis: jnp.take(a, m, axis)) for m in members]
-    while len(taken) > 1:
-      pairs = [pair(*two) for two in zip(taken[::2], taken[1::2], strict=False)]
-      taken = pairs + taken[len(pairs) * 2 :]
-    (x,) = taken
-  return x
-
-
-def _members(length: int, windows: int, size: int, stride: int, before: int, dilation: int):
-  """Of each place in a window, the index in every window; one of the window's own past the edges."""
-  index = np.arange(windows)[:, None] * stride - before + np.arange(size) * dilation
-  inside = (index >= 0) & (index < length)
-  if not inside.any(1).all():
-    raise ValueError("a maximum over nothing but padding")
-  first = index[np.arange(windows), inside.argmax(1)]
-  return np.where(inside, index, first[:, None]).T
 
 
 def _roots(value: Value) -> Iterator[Value]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from convex_jax import create_model
-from convex_jax.proof import certify, convexified, convexify, splitting
+from convex_jax.proof import certify, convexify, splitting
+from convex_jax.proof.differences import Parts
 from tests.support.midpoints import midpoint_gaps
 
 STATIC = {"norm": "batch", "gates": "static"}
@@ -276,30 +277,30 @@ def with_changes(change):
 
 
 WRONG = {  # What is wrong: (name in the module, its replacement).
-  "the sign of a part": ("split", with_changes(flipped)),
+  "the sign of a part": ("convexified.split", with_changes(flipped)),
   "a slope too small": (
-    "split",
+    "convexified.split",
     with_changes(lambda found: dataclasses.replace(found, rising=0.99 * found.rising)),
   ),
   "a falling slope forgotten": (
-    "split",
+    "convexified.split",
     with_changes(lambda found: dataclasses.replace(found, falling=0.0)),
   ),
   "a part forgotten": (
-    "_scaled",
+    "differences._scaled",
     lambda x, factor: None,
   ),
   "a maximum of the values alone": (
-    "_extreme",
-    lambda x, y, **_: convexified._Parts(None, jnp.maximum(value_of(x), value_of(y))),
+    "differences.extreme",
+    lambda x, y, **_: Parts(None, jnp.maximum(value_of(x), value_of(y))),
   ),
-  "a maximum where a sum belongs": ("_sum", lambda *parts: maximum_of(*parts)),
+  "a maximum where a sum belongs": ("differences.total", lambda *parts: maximum_of(*parts)),
   "weights of any sign": (
-    "_Program._weighted",
+    "convexified._Program._weighted",
     lambda self, op, parts, weights: parts.map(lambda x: self._times(op, x, weights)),
   ),
   "the head's weights of any sign": (
-    "_Program._head",
+    "convexified._Program._head",
     lambda self, op, parts, weights, axis: parts.map(lambda x: self._times(op, x, weights)),
   ),
 }
@@ -324,5 +325,5 @@ def test_a_wrong_transformation_is_not_proved(name, monkeypatch):
   attribute, wrong = WRONG[name]
   x = jnp.ones(ROWS)
   assert convexify(both_kinds, x).certificate
-  monkeypatch.setattr(f"convex_jax.proof.convexified.{attribute}", wrong)
+  monkeypatch.setattr(f"convex_jax.proof.{attribute}", wrong)
   assert convexify(both_kinds, x).certificate.verdict == "UNKNOWN"
