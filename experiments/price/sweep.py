@@ -31,7 +31,7 @@ def mlps(data, epochs, seeds):
   common = MLP | {"epochs": epochs}
   return [
     Job(f"MLP on {DATA[name]}", variant, f"configs/mlp.py:{name}", common | changed, seed)
-    for name, seed, (variant, changed) in itertools.product(data, range(seeds), TWINS.items())
+    for seed, name, (variant, changed) in itertools.product(range(seeds), data, TWINS.items())
   ]
 
 
