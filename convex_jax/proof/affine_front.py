@@ -41,7 +41,9 @@ def split(
         affine.update(eqn.outvars)
       else:
         border.update(dict.fromkeys(v for v in moved if v in affine))
-  border.update(dict.fromkeys(v for v in jaxpr.outvars if not isinstance(v, jex.Literal) and v in affine))
+  border.update(
+    dict.fromkeys(v for v in jaxpr.outvars if not isinstance(v, jex.Literal) and v in affine)
+  )
   shapes = [tuple(v.aval.shape) for v in border]
   sizes = [int(np.prod(s)) for s in shapes]
   size, inputs = sum(sizes), int(np.prod(shape))
@@ -76,4 +78,6 @@ def _is_affine(eqn, moved) -> bool:
   name = eqn.primitive.name
   if name == "div":
     return moved == [eqn.invars[0]]
-  return name in SUMS or (name in MOVES and name != "scan") or (name in BILINEAR and len(moved) == 1)
+  return (
+    name in SUMS or (name in MOVES and name != "scan") or (name in BILINEAR and len(moved) == 1)
+  )
