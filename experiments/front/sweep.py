@@ -7,6 +7,7 @@ joins its end. `experiments.front.run` measures the radii.
 """
 
 import itertools
+from typing import Any
 
 from convex_jax.studies.jobs import Job
 
@@ -32,7 +33,7 @@ QUICK |= {"model.width": 256, "model.depth": 2}
 SHORT = ADAM | {"epochs": 10, "batch_size": 128, "optimizer.learning_rate": 1e-3}
 
 
-def jobs(data, common, variants, seeds):
+def jobs(data, common: dict[str, Any], variants: dict[str, dict[str, Any]], seeds: int):
   return [
     Job(f"MLP on {data[name]}", variant, f"configs/mlp.py:{name}", common | changed, seed)
     for seed, name, (variant, changed) in itertools.product(range(seeds), data, variants.items())
