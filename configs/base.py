@@ -78,7 +78,9 @@ def get_config() -> ConfigDict:
   config.model.size = "800x3"  # One of its sizes.
   # The twin. base: as published; ioc: exactly convex; paper: the report's.
   config.model.parts = "base"
-  config.model.constraint = "clamp"  # w becomes max(w, 0); exponentiate: w < 0 becomes exp(w - 5).
+  # clamp: w becomes max(w, 0); exponentiate: w < 0 becomes exp(w - 5); penalised: any w, at the price
+  # of common_penalty.
+  config.model.constraint = "clamp"
   # Maps of free sign from the image's affine part to later layers; `ioc` only.
   config.model.passthrough = True
   # `ioc` only; False: the architecture's own, with negative weights set to 0.
@@ -93,7 +95,8 @@ def get_config() -> ConfigDict:
   config.model.head_depth = 0  # Hidden layers of the head; 0: linear, as published.
   config.model.head_width = 256  # Units of each hidden layer of the head.
   config.model.one_logit = False  # With two classes: logits (y, 0), from a single output y.
-  # Times the negative shares of weights that are >= 0 in `ioc`, a term of the loss; `base` only.
+  # Times the negative shares of weights that are >= 0 in `ioc`, a term of the loss: of `base`, or of
+  # the twin whose constraint is penalised.
   config.model.common_penalty = 0.0
   config.model.remat = False  # Recompute blocks in the backward pass: less memory, more time.
 

@@ -296,7 +296,7 @@ def make_parts(
 
   Args:
     name: "base", "ioc" or "paper".
-    constraint: of the weights past the first affine part, "clamp" or "exponentiate".
+    constraint: of the weights past the first affine part: "clamp", "exponentiate" or "penalised".
     passthrough: free-sign maps of the image's affine part, in `ioc` alone.
     log_normal_init: initial weights that suit a convex network, in `ioc` alone.
     branch_scales: learnt scales >= 0 on residual branches, in `ioc` alone.

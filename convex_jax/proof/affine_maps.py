@@ -23,15 +23,15 @@ BATCH = 256  # Rows of a matrix that are computed together.
 Input = Value | Known | np.ndarray
 Matrix = Any  # A `scipy.sparse.csr_array`, of which type checkers know too little.
 
-_MOVES = {"broadcast_in_dim", "concatenate", "dynamic_slice", "dynamic_update_slice", "gather"}
-_MOVES |= {"expand_dims", "pad", "reshape", "rev", "scan", "scatter-add", "scatter-sub"}
-_MOVES |= {"select_n", "slice", "split", "squeeze", "stack", "tile", "transpose"}
-_SUMS = {"add", "add_any", "sub", "neg", "reduce_sum", "reduce_window_sum", "cumsum"}
+MOVES = {"broadcast_in_dim", "concatenate", "dynamic_slice", "dynamic_update_slice", "gather"}
+MOVES |= {"expand_dims", "pad", "reshape", "rev", "scan", "scatter-add", "scatter-sub"}
+MOVES |= {"select_n", "slice", "split", "squeeze", "stack", "tile", "transpose"}
+SUMS = {"add", "add_any", "sub", "neg", "reduce_sum", "reduce_window_sum", "cumsum"}
 _UPDATES: dict[str, Callable[..., Any]] = {
   "scatter-add": lax.scatter_add,
   "scatter-sub": lax.scatter_sub,
 }
-_BILINEAR = {"mul", "dot_general", "conv_general_dilated"}
+BILINEAR = {"mul", "dot_general", "conv_general_dilated"}
 
 
 def is_affine(op: Operation) -> bool:
@@ -51,7 +51,7 @@ def is_affine(op: Operation) -> bool:
   if name in ("max", "min", "clamp"):  # With bounds that do not bind.
     bounds = [x.array for x in op.inputs if isinstance(x, Known)]
     return len(values) == 1 and all(np.isinf(bound).all() for bound in bounds)
-  return name in _MOVES or name in _SUMS or (name in _BILINEAR and len(values) == 1)
+  return name in MOVES or name in SUMS or (name in BILINEAR and len(values) == 1)
 
 
 def apply(op: Operation, arrays: list[jax.Array], dtype: Any = np.float64) -> jax.Array:

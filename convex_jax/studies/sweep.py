@@ -30,6 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from convex_jax import command_line, files, streams
 from convex_jax.errors import STOP_SIGNALS, Diverged, NotProved, Stopped, UserError
+from convex_jax.models.constraints import PENALISED
 from convex_jax.runs.workdir import Workdir
 from convex_jax.studies import jobs, report, results
 from convex_jax.studies.jobs import Task
@@ -205,12 +206,13 @@ def _stopped_at_the_end(processes: Iterable[Process]) -> Iterator[None]:
 
 
 def _lacks_certificate(path: str) -> bool:
-  """Whether a finished run is still to be certified; a base twin need not be convex.
+  """Whether a finished run is still to be certified; one with weights of any sign need not be convex.
 
   So is one whose certificate is damaged: certifying writes it again.
   """
   workdir = Workdir(path)
-  if workdir.description()["config"]["model"]["parts"] == "base":
+  model = workdir.description()["config"]["model"]
+  if model["parts"] == "base" or model["constraint"] == PENALISED:
     return False
   try:
     return workdir.certificate() is None

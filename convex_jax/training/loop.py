@@ -16,6 +16,7 @@ from convex_jax import mesh as meshes
 from convex_jax.data import datasets
 from convex_jax.data.datasets import Data
 from convex_jax.errors import Lost, Stopped
+from convex_jax.models.constraints import PENALISED
 from convex_jax.models.public.importer import Public
 from convex_jax.runs import certified, manifest
 from convex_jax.runs.checkpoints import Checkpoints
@@ -215,7 +216,7 @@ def _finish(
   config = program.config
   name = f"{config.model.name} {config.model.parts} on {config.data.name}"
   console.report(name, figures)
-  if config.model.parts == "ioc":
+  if config.model.parts == "ioc" and config.model.constraint != PENALISED:
     weights = program.gathered(state.weights())  # A collective: every host calls it.
     if jax.process_index() == 0:
       # As `load` would give it, without the reading, in which all hosts would take part.

@@ -161,9 +161,7 @@ RULES = {
   "model.name": one_of(catalog.names()),
   "model.size": TEXT,  # Depends on the name: see `_clashes`.
   "model.parts": one_of(TWINS),
-  "model.constraint": one_of(
-    [name for name in PROJECTIONS if name not in (FREE, PENALISED, "shift")]
-  ),
+  "model.constraint": one_of([name for name in PROJECTIONS if name not in (FREE, "shift")]),
   "model.passthrough": SWITCH,
   "model.log_normal_init": SWITCH,
   "model.branch_scales": SWITCH,
@@ -261,10 +259,12 @@ def _clashes(config: Any) -> Iterator[str]:
       "config.model.head_depth is 0, but config.model.convex_from is 'head': a linear head is convex"
       " in its features whatever its weights; expected an integer >= 1"
     )
-  if config.model.common_penalty and config.model.parts != "base":
+  is_free = config.model.parts == "base" or config.model.constraint == PENALISED
+  if config.model.common_penalty and not is_free:
     yield (
       f"config.model.common_penalty is {config.model.common_penalty:g}, but the weights of"
-      f" {config.model.parts!r} are not negative as it is; expected 0, or config.model.parts='base'"
+      f" {config.model.parts!r} are not negative as it is; expected 0, or config.model.parts='base',"
+      f" or config.model.constraint={PENALISED!r}"
     )
   if config.init_optimizer and not config.init_from:
     yield (

@@ -46,7 +46,7 @@ def main() -> None:
   test = datasets.load(config, seed=0, progress=False).test.first(args.examples)
   images, labels = test.images, test.labels
   certifier, start = certified.certifier(run), time.perf_counter()
-  radii = [certifier.radius(x) for x in track(images, "radii")]
+  radii = list(track(certifier.radii(images), "radii", total=len(images)))
   seconds = (time.perf_counter() - start) / len(images)
   measured = radii_report.Measured(labels, radii)
   attempts, changes, smallest = attack(run, images, radii, args.smallest)

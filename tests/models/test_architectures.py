@@ -205,6 +205,9 @@ def test_what_is_penalised_in_base_is_what_is_clamped_in_ioc(name):
   assert penalised and {base[path] for path in base.keys() - penalised} == {FREE}
   assert base == tags(tiny(name, "base", common_penalty=9.0, **alike))
   assert PENALISED not in tags(tiny(name, "ioc", common_penalty=0.1)).values()
+  # In ioc's own architecture: all that is clamped there, and its head as it is.
+  free = tags(tiny(name, "ioc", constraint="penalised", **alike))
+  assert free == {path: kind.replace("clamp", PENALISED) for path, kind in ioc.items()}
 
 
 @pytest.mark.parametrize("name", catalog.names())

@@ -14,6 +14,7 @@ from configs import base
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.proof import interpreter, minimum, slopes
+from convex_jax.proof import radii as certificates
 from convex_jax.proof.certificate import NotProved
 from convex_jax.proof.radii import NORMS, Certifier, Radius, one_sided_radius
 from convex_jax.proof.rounding_errors import ARITHMETICS
@@ -223,6 +224,56 @@ def test_the_l1_radius_is_where_the_first_corner_fails():
       return slack.min()
 
     assert worst(0.999 * radius) > 0 > worst(1.002 * radius)
+
+
+def kinked(weights, x_BxD):
+  """Logits (0, -1 + ...): the steepest at 0 are the first inputs, the first to fail is the last."""
+  y_B = x_BxD[:, :-1] @ weights - 1 + nn.relu(10 * x_BxD[:, -1] - 0.1)
+  return jnp.stack([0 * y_B, y_B], axis=-1)
+
+
+@pytest.mark.parametrize("norm,radius", [("l1", 0.11), ("l2", 0.11), ("linf", 1 / (1 / 0.11 + 10))])
+def test_a_ray_that_fails_first_is_found_however_flat_it_is_at_the_input(monkeypatch, norm, radius):
+  monkeypatch.setattr(certificates, "BATCH", 8)  # Of 42 rays.
+  weights = np.full(20, 0.5, np.float32)
+  certifier = Certifier(kinked, weights, (21,))
+  found = certifier.radius(np.zeros(21), (norm,)).radii[norm]
+  if norm == "l2":
+    radius = 1 / np.sqrt(1 / 0.11**2 + 20 / 2**2)
+  assert (1 - 1 / 1000) * radius < found <= radius
+  # The control: without that ray the radius is another.
+  flat = Certifier(lambda w, x: kinked(w, x * (jnp.arange(21) < 20)), weights, (21,))
+  assert flat.radius(np.zeros(21), (norm,)).radii[norm] > 1.5 * found
+
+
+def test_many_radii_are_those_of_one_input_at_a_time(monkeypatch):
+  run, few = make_run("mlp"), images(5)
+  certifier = certified.certifier(run)
+  monkeypatch.setattr(certificates, "IMAGES", 2)
+  together = list(certifier.radii(few))
+  for image, found in zip(few, together, strict=True):
+    alone = certifier.radius(image)
+    assert alone.predicted == found.predicted
+    for norm in NORMS:
+      assert found.radii[norm] == pytest.approx(alone.radii[norm], rel=1e-9)
+
+
+def test_the_l1_radius_takes_one_evaluation_of_each_vertex_and_a_few_more(monkeypatch):
+  certifier, evaluated = certified.certifier(make_run("mlp")), []
+  monkeypatch.setattr(certificates, "BATCH", 32)
+  monkeypatch.setattr(certificates, "FEW", 4)
+  look = certificates._Around.look
+
+  def counted(around, rays, steps):
+    evaluated.append(len(rays))
+    look(around, rays, steps)
+
+  monkeypatch.setattr(certificates._Around, "look", counted)
+  l1 = certifier.radius(images(1)[0], ("l1",)).radii
+  assert sum(evaluated) < 1.5 * 2 * 192
+  evaluated.clear()
+  assert certifier.radius(images(1)[0]).radii["l1"] == pytest.approx(l1["l1"], rel=1 / 4000)
+  assert sum(evaluated) > 2 * 2 * 192  # The control: those of other norms take more.
 
 
 def test_norms_are_ordered_as_their_balls_are():

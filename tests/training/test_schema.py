@@ -120,6 +120,15 @@ def test_wrong_types_unknown_and_missing_keys():
   assert "data.flip is missing" in lines
 
 
+def test_a_common_penalty_needs_weights_of_any_sign():
+  config = mlp.get_config()
+  config.model.update({"parts": "ioc", "common_penalty": 0.1})
+  with pytest.raises(UserError, match="model.constraint='penalised'"):
+    schema.check(config)
+  config.model.constraint = "penalised"
+  schema.check(config)
+
+
 STREAMED = {"data.name": "imagenet2012", "data.loader": "stream"}
 
 
