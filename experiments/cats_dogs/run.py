@@ -119,7 +119,7 @@ def balance(y_N: np.ndarray, is_sensitive_N: np.ndarray) -> float:
   Halfway between two logits, so that no image lies on it. As theirs, it is chosen on the images
   that are then reported: one number fitted to the test images.
   """
-  y = np.sort(y_N)
+  y = np.unique(y_N)
   thresholds = np.concatenate([[y[0] - 1], (y[1:] + y[:-1]) / 2, [y[-1] + 1]])
   above = y_N > thresholds[:, None]
   difference = above[:, is_sensitive_N].mean(1) - (~above)[:, ~is_sensitive_N].mean(1)
