@@ -157,7 +157,7 @@ def measure(run: Run, test: Split, is_mapped: bool) -> Measured:
     above = jax.jit(lambda z: logit(z) - b)
     radii = {norm: radii_of(above, z[is_sensitive], norm, is_mapped) for norm in NORMS}
   accuracy = float(np.mean((y > b) == is_sensitive))
-  return Measured((run.certificate or {"verdict": ""})["verdict"], accuracy, b, radii)
+  return Measured(verdict_of(run), accuracy, b, radii)
 
 
 def radii_of(
@@ -235,30 +235,45 @@ def draw(path: pathlib.Path, found: dict[Task, dict[tuple[bool, bool], Measured]
 
 
 def memorised(workdir: str, data_dir: str) -> list[dict[str, str]]:
-  """The errors of each finished run of the sweep on its own training images, by the image."""
+  """The errors of each finished run of the sweep on its own training images, by the image.
+
+  At inference, with the last weights and BatchNorm's running averages. The least margin is that of y
+  on the side of the label: with it at 0 or below, an image is an error.
+  """
   rows = []
   for task in jobs.tasks_of(jobs.read_sweep(str(FOLDER)), "memorise", workdir):
-    if not (Workdir(task.workdir).exists() and Workdir(task.workdir).rows("final")):
+    final = Workdir(task.workdir).rows("final") if Workdir(task.workdir).exists() else ()
+    if not final:
       continue
     run = load(task.workdir)
     config = ConfigDict(run.config.data.to_dict())
     config.dir = data_dir
     train = datasets.load(config, run.config.seed, progress=False).train
-    y = run.logits(train.images)[:, 0]
-    assert run.certificate is not None
-    side = np.where(train.labels == 0, 1, -1)
-    row = {
-      "variant": task.job.variant,
-      "seed": task.job.seed,
-      "verdict": run.certificate["verdict"],
-    }
-    row |= {"images": len(y), "errors": int(np.sum(side * y <= 0)), "least margin": min(side * y)}
-    rows.append({key: jobs_text(value) for key, value in row.items()})
+    margins = run.logits(train.images)[:, 0] * np.where(train.labels == 0, 1, -1)
+    row = {"variant": task.job.variant, "seed": task.job.seed, "convex": verdict_of(run)}
+    row |= {"images": len(margins), "errors": int(np.sum(margins <= 0))}
+    row |= {"least margin": f"{margins.min():.4g}", "test": f"{final[-1]['test_accuracy']:.4f}"}
+    rows.append({key: str(value) for key, value in row.items()})
   return rows
 
 
-def jobs_text(value) -> str:
-  return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
+def verdict_of(run: Run) -> str:
+  """PROVED, REFUTED or UNKNOWN, as its training ended."""
+  assert run.certificate is not None, f"{run.workdir} has no certificate"
+  return run.certificate["verdict"]
+
+
+def memorised_table(rows: list[dict[str, str]]) -> str:
+  """A Markdown table: a row for each network of the sweep."""
+  headings = ["network", "seed", "errors", "of", "training accuracy (%)", "least margin"]
+  headings += ["test accuracy (%)", "convex?"]
+  lines = []
+  for row in rows:
+    count, errors = int(row["images"]), int(row["errors"])
+    cells = [row["variant"], row["seed"], f"{errors:,}", f"{count:,}"]
+    cells += [f"{100 * (1 - errors / count):.2f}", row["least margin"]]
+    lines.append([*cells, f"{100 * float(row['test']):.1f}", row["convex"].lower()])
+  return tables.markdown(headings, lines)
 
 
 def write(path: pathlib.Path, rows: list[dict]) -> None:
@@ -278,6 +293,7 @@ def main() -> None:
   runtime.tune_cpu()
   if rows := memorised(args.workdir, args.data_dir):
     write(args.out / "memorised.csv", rows)
+    print(memorised_table(rows))
   found: dict[Task, dict[tuple[bool, bool], Measured]] = {}
   for task in TASKS:
     if args.only not in task.name:

@@ -122,7 +122,7 @@ def test_the_command_trains_measures_and_counts(cats, tmp_path, monkeypatch, dat
   cats.main()
   with open(tmp_path / "memorised.csv", newline="") as file:
     (row,) = csv.DictReader(file)
-  assert row["verdict"] == "PROVED" and int(row["images"]) == 286
+  assert row["convex"] == "PROVED" and int(row["images"]) == 286
   assert (int(row["errors"]) == 0) == (float(row["least margin"]) > 0)
   with open(tmp_path / "protocol.csv", newline="") as file:
     rows = list(csv.DictReader(file))
