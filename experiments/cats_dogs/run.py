@@ -28,7 +28,7 @@ from convex_jax import config_files, files
 from convex_jax.data import datasets
 from convex_jax.data.datasets import Data
 from convex_jax.data.splits import Split
-from convex_jax.proof.radii import NORMS, one_sided_radius
+from convex_jax.proof.radii import DUAL, NORMS, one_sided_radius
 from convex_jax.runs import certified
 from convex_jax.runs.run import Run, load
 from convex_jax.runs.workdir import Workdir
@@ -41,7 +41,7 @@ EXAMPLES = 1000  # The first test images of both classes together.
 JACOBIAN = 1.0  # Times |J|^2 / 2; theirs is a multiple of |J| over a batch.
 LIPSCHITZ = {"l1": 2.0, "l2": math.sqrt(2), "linf": 1.0}  # Of `features`.
 MINE = ["task", "feature map", "Jacobian", "convex", "images", "accuracy", "threshold"]
-FIELDS = [*MINE, "norm", "radius", "certified"]
+FIELDS = [*MINE, "norm", "radius", "certified", "by pixel"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,10 +134,12 @@ class Measured:
   accuracy: float  # Of both classes.
   threshold: float
   radii: dict[str, np.ndarray]  # Of each sensitive image, by norm; 0 where it is misclassified.
+  sharper: dict[str, np.ndarray]  # By `by_pixel`; empty without a feature map.
 
-  def certified(self, norm: str, radius: float) -> float:
-    """The share of the sensitive images that are right, and provably so within `radius`."""
-    return float(np.mean((self.radii[norm] >= radius) & (self.radii[norm] > 0)))
+
+def certified_share(radii_N: np.ndarray, radius: float) -> float:
+  """The share of the sensitive images that are right, and provably so within `radius`."""
+  return float(np.mean((radii_N >= radius) & (radii_N > 0)))
 
 
 def measure(run: Run, test: Split, is_mapped: bool) -> Measured:
@@ -156,8 +158,9 @@ def measure(run: Run, test: Split, is_mapped: bool) -> Measured:
     b = balance(y, is_sensitive)
     above = jax.jit(lambda z: logit(z) - b)
     radii = {norm: radii_of(above, z[is_sensitive], norm, is_mapped) for norm in NORMS}
+    sharper = {norm: by_pixel(above, z[is_sensitive], norm) for norm in NORMS if is_mapped}
   accuracy = float(np.mean((y > b) == is_sensitive))
-  return Measured(verdict_of(run), accuracy, b, radii)
+  return Measured(verdict_of(run), accuracy, b, radii, sharper)
 
 
 def radii_of(
@@ -166,6 +169,19 @@ def radii_of(
   """Radii in p, pixels in 0..1, of a batch of inputs z of a convex logit, pixels in 0..255."""
   unit = certified.PIXEL * (LIPSCHITZ[norm] if is_mapped else 1.0)
   return np.array([one_sided_radius(logit, x, norm)[1] for x in z]) / unit
+
+
+def by_pixel(logit: Callable[[jax.Array], jax.Array], z: jax.Array, norm: str) -> np.ndarray:
+  """Radii y / | |u| + |v| |_dual with (u, v) the gradient of y in (p, |p - c|); as `radii_of`.
+
+  Sharper than L and as sound: a step d in p changes the features by d and by an e with
+  |e_i| <= |d_i| at each pixel i, so y by at least -sum_i (|u_i| + |v_i|) |d_i|. In linf it is
+  the same.
+  """
+  y_N, gradient = jax.jit(jax.vmap(jax.value_and_grad(logit)))(z)
+  u, v = np.split(np.abs(np.asarray(gradient)).reshape(*z.shape[:-1], 2, -1), 2, axis=-2)
+  size_N = np.linalg.norm((u + v).reshape(len(z), -1), DUAL[norm], axis=-1)
+  return np.maximum(np.asarray(y_N), 0) / size_N / certified.PIXEL
 
 
 def prepared(task: Task, is_mapped: bool, data_dir: str) -> Data:
@@ -190,9 +206,11 @@ def rows_of(task: Task, is_mapped: bool, is_smooth: bool, found: Measured) -> It
   """The rows of protocol.csv for one run."""
   words = (task.name, "(x, |x|)" * is_mapped, str(JACOBIAN) * is_smooth, found.verdict)
   numbers = (EXAMPLES, f"{found.accuracy:.4f}", f"{found.threshold:.5g}")
+  every = (found.radii, found.sharper)
   for norm in NORMS:
     for r in task.radii[norm]:
-      row = (*words, *numbers, norm, f"{r:.4g}", f"{found.certified(norm, r):.4f}")
+      shares = [f"{certified_share(radii[norm], r):.4f}" for radii in every if radii]
+      row = (*words, *numbers, norm, f"{r:.4g}", *shares, *[""] * (2 - len(shares)))
       yield dict(zip(FIELDS, row, strict=True))
 
 
@@ -203,16 +221,20 @@ def table(rows: list[dict[str, str]]) -> str:
     groups.setdefault(tuple(row[key] for key in MINE), []).append(row)
   lines = []
   for (name, features, jacobian, verdict, _, accuracy, _), own in groups.items():
-    curves = []
-    for norm in NORMS:
-      points = [row for row in own if row["norm"] == norm]
-      ends = f"{float(points[0]['radius']):g} ... {float(points[-1]['radius']):g}"
-      shares = " / ".join(f"{100 * float(row['certified']):.0f}" for row in points)
-      curves.append(f"{shares} ({ends})")
-    cells = [name, features or "x", "yes" if jacobian else "no", verdict.lower()]
-    lines.append([*cells, f"{100 * float(accuracy):.1f}", *curves])
+    for column, words in {"certified": "", "by pixel": ", by pixel"}.items():
+      if not own[0][column]:
+        continue
+      cells = [name, (features or "x") + words, "yes" if jacobian else "no", verdict.lower()]
+      curves = [curve([row for row in own if row["norm"] == norm], column) for norm in NORMS]
+      lines.append([*cells, f"{100 * float(accuracy):.1f}", *curves])
   headings = ["task", "features", "Jacobian term", "convex in them?", "accuracy", *NORMS]
   return tables.markdown(headings, lines)
+
+
+def curve(rows: list[dict[str, str]], column: str) -> str:
+  """Certified accuracies in %, and the radii of the first and the last of them."""
+  shares = " / ".join(f"{100 * float(row[column]):.0f}" for row in rows)
+  return f"{shares} ({float(rows[0]['radius']):g} ... {float(rows[-1]['radius']):g})"
 
 
 def draw(path: pathlib.Path, found: dict[Task, dict[tuple[bool, bool], Measured]]) -> None:
@@ -221,9 +243,9 @@ def draw(path: pathlib.Path, found: dict[Task, dict[tuple[bool, bool], Measured]
   grid = figure.subplots(len(found), len(NORMS), squeeze=False)
   for (task, runs), row in zip(found.items(), grid, strict=True):
     for norm, axes in zip(NORMS, row, strict=True):
+      radii = np.linspace(0, 1.2 * task.radii[norm][-1], 400)
       for (is_mapped, is_smooth), measured in runs.items():
-        radii = np.linspace(0, 1.2 * task.radii[norm][-1], 400)
-        shares = [100 * measured.certified(norm, r) for r in radii]
+        shares = [100 * certified_share(measured.radii[norm], r) for r in radii]
         label = ("features (x, |x|)" if is_mapped else "x") + ", Jacobian term" * is_smooth
         style = "-" if is_smooth else "--"
         axes.plot(radii, shares, style, color="grey" if is_mapped else "black", label=label)

@@ -77,6 +77,7 @@ def test_a_radius_through_the_features_is_exact_where_both_move_together(cats, n
     np.testing.assert_allclose(radius, 5)
     assert logit(phi(p.at[0, 0].add(0.999 * radius), 100)) > 0
     assert logit(phi(p.at[0, 0].add(1.001 * radius), 100)) < 0
+    np.testing.assert_allclose(255 * cats.by_pixel(logit, z, norm), 5)
     (in_features,) = 255 * cats.radii_of(logit, z, norm, False)
   np.testing.assert_allclose(in_features, 5 * cats.LIPSCHITZ[norm])  # Not a radius in p.
 
@@ -84,7 +85,7 @@ def test_a_radius_through_the_features_is_exact_where_both_move_together(cats, n
 @pytest.mark.parametrize("norm", NORMS)
 def test_no_step_inside_a_radius_changes_the_side(cats, norm):
   rng = np.random.default_rng(0)
-  matrix, signs = rng.normal(size=(8, 8)), rng.choice([-1.0, 1.0], (400, 2, 2, 1))
+  matrix, signs = rng.normal(size=(8, 8)), rng.choice([-1.0, 1.0], (400, 2, 1, 2))
   sizes = {"l1": 4, "l2": 2, "linf": 1}  # Of a vector of four signs.
   tried = 0
   with jax.enable_x64(True):
@@ -92,9 +93,14 @@ def test_no_step_inside_a_radius_changes_the_side(cats, norm):
     def logit(z):
       return jnp.logaddexp.reduce(matrix @ z.ravel() / 30) - 1
 
-    for p in rng.uniform(0, 255, (20, 2, 2, 1)):
-      (radius,) = 255 * cats.radii_of(logit, phi(p, 100)[None], norm, True)
-      steps = np.concatenate([signs / sizes[norm], np.eye(4).reshape(4, 2, 2, 1)])
+    for p in rng.uniform(0, 255, (20, 2, 1, 2)):
+      z = phi(p, 100)[None]
+      (radius,), (of_map,) = (
+        255 * cats.by_pixel(logit, z, norm),
+        255 * cats.radii_of(logit, z, norm, True),
+      )
+      assert radius >= of_map * (1 - 1e-12) and (norm != "linf" or np.isclose(radius, of_map))
+      steps = np.concatenate([signs / sizes[norm], np.eye(4).reshape(4, 2, 1, 2)])
       moved = p + 0.9999 * radius * np.concatenate([steps, -steps])
       assert radius == 0 or jax.vmap(lambda p: logit(phi(p, 100)))(moved).min() > 0
       tried += radius > 0
@@ -102,9 +108,8 @@ def test_no_step_inside_a_radius_changes_the_side(cats, norm):
 
 
 def test_a_misclassified_image_is_certified_at_no_radius(cats):
-  radii = dict.fromkeys(NORMS, np.array([0.0, 0.0, 1.0, 2.0]))
-  measured = cats.Measured("PROVED", 0.5, 0.0, radii)
-  assert [measured.certified("l1", r) for r in (0, 1, 1.5, 3)] == [0.5, 0.5, 0.25, 0]
+  radii = np.array([0.0, 0.0, 1.0, 2.0])
+  assert [cats.certified_share(radii, r) for r in (0, 1, 1.5, 3)] == [0.5, 0.5, 0.25, 0]
 
 
 @pytest.mark.slow
