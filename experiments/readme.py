@@ -11,6 +11,7 @@ import pathlib
 import statistics
 
 from convex_jax.studies import results, tables
+from experiments.cats_dogs import run as cats_dogs_run
 from experiments.price import run as price_run
 
 FOLDER = pathlib.Path(__file__).parent
@@ -120,7 +121,18 @@ def price(_: str) -> str:
   return price_run.table(read("price/price.csv"))
 
 
+def cats_dogs(_: str) -> str:
+  """Certified accuracies of three binary tasks."""
+  return cats_dogs_run.table(read("cats_dogs/protocol.csv"))
+
+
+def memorised(_: str) -> str:
+  """Errors of one convex logit on the images that it was trained on."""
+  return cats_dogs_run.memorised_table(read("cats_dogs/memorised.csv"))
+
+
 TABLES = {"faults": faults, "speed": speed, "claims": claims, "price": price}
+TABLES |= {"cats_dogs": cats_dogs, "memorised": memorised}
 
 
 def fill(path: pathlib.Path) -> list[str]:
