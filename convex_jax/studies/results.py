@@ -132,7 +132,7 @@ def of_workdir(
     batch_size=config["batch_size"],
     certificate=certificate["verdict"] if certificate else "",
     broken_by=(certificate["reason"] or "") if certificate else "",
-    seconds=training_seconds(every, config["batch_size"]),
+    seconds=round(training_seconds(every, config["batch_size"]), 1),
     hardware=description.get("hardware", ""),
     versions="; ".join(f"{name} {version}" for name, version in description["versions"].items()),
     source_train_accuracy=source[0],
@@ -178,7 +178,7 @@ def training_seconds(every: list[dict[str, Any]], batch_size: int) -> float:
     if row["kind"] == "train":
       total += (row["step"] - before) * batch_size / row["images_per_second"]
       before = row["step"]
-  return round(total, 1)
+  return total
 
 
 def write(results: Results, folder: str) -> None:
