@@ -9,8 +9,10 @@ on where the last one stopped. A table is printed last, and written to summary.m
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -63,11 +65,11 @@ class Context:
       return "done" if code == 0 else f"ended with exit code {code}, see {name}.log"
     except subprocess.TimeoutExpired:
       process.terminate()
-      try:
+      with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
-      except subprocess.TimeoutExpired:
+      with contextlib.suppress(ProcessLookupError):  # Its children, and it, where it hangs.
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+      process.wait()
       return "stopped"
 
 
@@ -199,6 +201,7 @@ class Step:
   name: str
   seconds: Callable[[Context], float]
   run: Callable[[Context], tuple[str, str]]  # Its outcome, and a figure.
+  most: float = math.inf  # Seconds, after which the others come first.
 
 
 # Images/s of one H100 where `rates` has none yet: low guesses, so that what starts also ends.
@@ -212,7 +215,7 @@ TINY = {"table_1": "Mixer", "all_cnn": "All-CNN", "cycle_mlp": "CycleMLP", "dens
 EPOCHS = jobs.read_sweep(str(FOLDER)).EPOCHS
 STEPS = (
   Step("tests", lambda context: 1 if context.tiny else 60, run_tests),
-  Step("rates", lambda context: 1 if context.tiny else 120, run_rates),
+  Step("rates", lambda context: 1 if context.tiny else 120, run_rates, most=180),
   Step("epoch", lambda context: 1 if context.tiny else 60, run_epoch),
   sweep("table_1", "mixer", "Mixer seed, 512", 12, (100,)),
   sweep("all_cnn", "accelerator", "All-CNN-C", 2, EPOCHS["all_cnn"]),
@@ -226,8 +229,8 @@ def read(context: Context, name: str) -> str:
   return path.read_text(errors="replace") if path.exists() else ""
 
 
-def run_step(step: Step, context: Context) -> dict[str, str]:
-  """Runs a step, unless it is done or does not fit; returns its line of the table."""
+def run_step(step: Step, context: Context, most: float = math.inf) -> dict[str, str]:
+  """Runs a step for so many seconds, unless it is done or does not fit; returns its line."""
   path = context.out / f"{step.name}.json"
   line = json.loads(path.read_text()) if path.exists() else {"step": step.name, "seconds": 0}
   if line.get("outcome", "").startswith("done"):
@@ -238,7 +241,8 @@ def run_step(step: Step, context: Context) -> dict[str, str]:
     return {"outcome": f"not started: {words}", "figure": ""} | line
   start = time.monotonic()
   print(f"{step.name}: about {expected:.0f} of {context.left():.0f} s", flush=True)
-  outcome, figure = step.run(context)
+  within = min(context.deadline, start + most + GRACE)
+  outcome, figure = step.run(dataclasses.replace(context, deadline=within))
   line |= {"outcome": outcome, "figure": figure}
   line["seconds"] += round(time.monotonic() - start)
   path.write_text(json.dumps(line))
@@ -265,10 +269,10 @@ def main() -> None:
   out = args.out.absolute()
   out.mkdir(parents=True, exist_ok=True)
   context = Context(out, args.data_dir, args.tiny, time.monotonic() + 60 * args.minutes)
-  lines = []
-  for step in STEPS:
-    lines.append(run_step(step, context))
-    text = summary(lines, rates.read(out))
+  lines = {}
+  for step, most in [(step, step.most) for step in STEPS] + [(step, math.inf) for step in STEPS]:
+    lines[step.name] = run_step(step, context, most)
+    text = summary([*lines.values()], rates.read(out))
     (out / "summary.md").write_text(text)
   print(text)
 
