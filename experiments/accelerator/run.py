@@ -190,7 +190,7 @@ def accuracies(out: pathlib.Path) -> str:
     for variant, rows in variants.items():
       accuracy = tables.mean_and_spread((row.test_accuracy for row in rows), 100)
       proved = "" if variant.startswith("base") else f", {tables.verdict(rows)}"
-      words.append(f"{variant} {accuracy} % ({len(rows)} seeds{proved})")
+      words.append(f"{variant} {accuracy} % (seeds: {len(rows)}{proved})")
   return "; ".join(words)
 
 
