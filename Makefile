@@ -1,17 +1,31 @@
 # Every target sets up what it needs: a fresh machine needs Python 3.11 or newer, and make.
-PYTHON ?= python3
+# PYTHON: the newest supported one that runs (version managers leave commands that only print an
+# error) and can make an environment (Debian's lacks ensurepip); `make PYTHON=PATH` any other.
+ifndef PYTHON
+PYTHON := $(or $(shell for python in python3.13 python3.12 python3.11; do \
+  $$python -c 'import ensurepip, venv' >/dev/null 2>&1 && echo $$python && break; done),python3)
+endif
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+LOCKED := 3.11 3.13
+SMOKE := $(BIN)/python -m convex_jax.main --config=configs/mixer_ioc.py:digits \
+  --workdir=runs/smoke --config.steps=20
 
-.PHONY: train test test-slow parity lint docs wheel lock
+.PHONY: train test smoke test-slow parity lint docs wheel lock
 
 train: $(INSTALLED)  ## A convex Mixer on real digits, under a minute on two cores.
 	$(BIN)/python -m convex_jax.main --config=configs/mixer_ioc.py:digits
 
 test: $(INSTALLED)  ## The default tests, a few minutes.
 	$(BIN)/python -m pytest
+
+smoke: $(INSTALLED)  ## Trains for a moment, resumes, certifies.
+	rm -rf runs/smoke
+	$(SMOKE) --config.time_limit=1e-4; test $$? = 75
+	$(SMOKE)
+	$(BIN)/python -m convex_jax certify --workdir=runs/smoke
 
 test-slow: $(INSTALLED)  ## The tests that the default leaves out; the wheel's are among them.
 	$(BIN)/python -m pytest -m slow --ignore=tests/models/test_parity.py
@@ -35,16 +49,18 @@ wheel: $(INSTALLED)  ## The source archive and the wheel, in dist/, checked as P
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
-# Python 3.11 gets exactly the locked versions; a newer one the newest that setup.cfg allows.
-$(INSTALLED): setup.cfg pyproject.toml requirements.lock
+# Python 3.11 and 3.13 get exactly the locked versions; another the newest that setup.cfg allows.
+$(INSTALLED): setup.cfg pyproject.toml $(LOCKED:%=requirements-%.lock)
 	@$(PYTHON) -c 'import sys; sys.exit("make: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; \
-	then $(PIP) install -r requirements.lock; fi
+	lock=$$($(BIN)/python -c 'import sys; print("requirements-%d.%d.lock" % sys.version_info[:2])'); \
+	if test -f $$lock; then $(PIP) install -r $$lock; fi
 	$(PIP) install --editable '.[train,test,notebooks]'
 	touch $(INSTALLED)
 
-lock: $(INSTALLED)  ## Renews requirements.lock, keeping the versions that still fit; Python 3.11.
+lock: $(INSTALLED)  ## Renews the lock files, keeping the versions that still fit.
 	$(PIP) install uv
-	$(BIN)/uv pip compile setup.cfg --extra train --extra test --extra notebooks \
-	  --python-version 3.11 --no-header --no-annotate --output-file requirements.lock
+	for version in $(LOCKED); do \
+	  $(BIN)/uv pip compile setup.cfg --extra train --extra test --extra notebooks --no-header \
+	    --no-annotate --python-version $$version --output-file requirements-$$version.lock \
+	    || exit; done

@@ -1,7 +1,10 @@
 """The rules of the house: which package may import which, and what no module does."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -79,6 +82,22 @@ def test_every_test_passes_without_the_experiments():
 def test_nothing_imports_tensorflow(path):
   """Not even where it is installed; tests/test_wheel.py trains in an environment without it."""
   assert "tensorflow" not in {name.split(".")[0] for name in imports_of(path)}
+
+
+def test_no_library_of_ours_imports_one_where_it_is_installed(tmp_path):
+  """torch alone takes 470 MB of memory. The last import is the control."""
+  seen, others = tmp_path / "seen", ("torch", "tensorflow")
+  for name in others:
+    words = f"open({str(seen)!r}, 'a').write(__name__ + ' ')\nraise RuntimeError(__name__)\n"
+    (tmp_path / f"{name}.py").write_text(words)
+  modules = [path.relative_to(ROOT).with_suffix("") for path in FILES if path.stem != "__main__"]
+  names = [".".join(path.parts).removesuffix(".__init__") for path in modules]
+  code = f"import importlib, contextlib\nfor name in {names}: importlib.import_module(name)\n"
+  code += "with contextlib.suppress(RuntimeError): import torch"
+  path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+  environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+  assert seen.read_text() == "torch "
 
 
 def test_the_version_is_the_same_everywhere():

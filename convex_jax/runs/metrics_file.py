@@ -8,10 +8,13 @@ row), "eval" (inference mode, images not augmented) or "final" (the same, on eve
 import glob
 import json
 import os
+import socket
+import time
 from typing import Any
 
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto import event_pb2, summary_pb2
+# These parts of it import neither TensorFlow nor torch, where they are installed.
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from convex_jax import files
 from convex_jax.runs.workdir import Workdir, read_rows, saving
@@ -74,7 +77,10 @@ class MetricsFile:
     """Writes one event file with all rows in place of those of earlier starts."""
     for path in glob.glob(os.path.join(glob.escape(self._folder), "events.out.tfevents.*")):
       os.remove(path)
-    writer = event_file_writer.EventsWriter(os.path.join(self._folder, "events"))
+    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+    writer = RecordWriter(open(os.path.join(self._folder, name), "wb"))  # noqa: SIM115
+    first = _Event(wall_time=time.time(), file_version="brain.Event:2")
+    writer.write(first.SerializeToString())
     _write_events(writer, read_rows(self.path)[0])
     self._events = writer
 
@@ -89,7 +95,7 @@ class MetricsFile:
 def _write_events(writer: Any, rows: list[dict[str, Any]]) -> None:
   for row in rows:
     scalars = {f"{row['kind']}/{k}": v for k, v in row.items() if k not in _NO_SCALARS}
-    values = [value for k, v in scalars.items() for value in summary.scalar(k, v).value]
-    content = _Summary(value=values)
-    writer.write_event(_Event(wall_time=row.get("time", 0.0), step=row["step"], summary=content))
+    values = [_Summary.Value(tag=tag, simple_value=v) for tag, v in scalars.items()]
+    event = _Event(wall_time=row.get("time", 0.0), step=row["step"], summary=_Summary(value=values))
+    writer.write(event.SerializeToString())
   writer.flush()

@@ -132,7 +132,7 @@ def of_workdir(
     batch_size=config["batch_size"],
     certificate=certificate["verdict"] if certificate else "",
     broken_by=(certificate["reason"] or "") if certificate else "",
-    seconds=_seconds(every, config["batch_size"]),
+    seconds=round(training_seconds(every, config["batch_size"]), 1),
     hardware=description.get("hardware", ""),
     versions="; ".join(f"{name} {version}" for name, version in description["versions"].items()),
     source_train_accuracy=source[0],
@@ -171,14 +171,14 @@ def _rounded(value: float) -> float:
   return float(f"{value:.6g}")
 
 
-def _seconds(every: list[dict[str, Any]], batch_size: int) -> float:
+def training_seconds(every: list[dict[str, Any]], batch_size: int) -> float:
   """From each row's rate, since a run that was stopped and resumed has no other clock."""
   total, before = 0.0, 0
   for row in every:
     if row["kind"] == "train":
       total += (row["step"] - before) * batch_size / row["images_per_second"]
       before = row["step"]
-  return round(total, 1)
+  return total
 
 
 def write(results: Results, folder: str) -> None:

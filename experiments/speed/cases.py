@@ -17,6 +17,7 @@ class Case:
   batch: int
   px: int
   convolutional: bool = False  # Then torch is also timed with channels last.
+  dtype: str = "float32"  # Of the computation; parameters are float32.
 
 
 def _mixer(size, px, batch):
@@ -57,12 +58,33 @@ CASES = {
   ),
 }
 
+# Each at the batch it is trained with (at 224 px a part of it), and at a larger one. Six programs
+# of a network share the device's memory.
+ON_ACCELERATORS = {
+  f"{name}, bfloat16, batch {batch}": dataclasses.replace(
+    CASES[name], batch=batch, dtype="bfloat16"
+  )
+  for name, batches in {
+    "Mixer seed, 512": (512, 4096),
+    "MLP 3x800": (64, 8192),
+    "All-CNN-C": (64, 1024),
+    "CycleMLP-B1, 32 px": (128, 1024),
+    "DenseNet-121": (64, 128),
+    "DenseNet-BC(100,12)": (64, 512),
+    "Mixer-B/16": (64, 128),
+    "CycleMLP-B1, 224 px": (64, 128),
+  }.items()
+  for batch in batches
+}
+EVERY = CASES | ON_ACCELERATORS
+
 
 def config_of(case: Case, parts: str) -> ConfigDict:
   """Our config of a case: Adam at 1e-3, no augmentation, one step per call, as in PyTorch."""
   config = importlib.import_module(f"configs.{case.config}").get_config()
   config.model.update({**case.model, "parts": parts})
   config.batch_size, config.data.image_size = case.batch, case.px
+  config.dtype = case.dtype
   config.data.flip, config.data.crop_padding = False, 0
   config.label_smoothing = config.ema_decay = config.optimizer.weight_decay = 0.0
   config.optimizer.name, config.optimizer.schedule = "adam", "constant"

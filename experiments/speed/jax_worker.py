@@ -19,7 +19,7 @@ from convex_jax.models import catalog, variables
 from convex_jax.models.parts import make_parts
 from convex_jax.training import program, runtime, step
 from experiments.speed import worker
-from experiments.speed.cases import CASES, Case, config_of
+from experiments.speed.cases import EVERY, Case, config_of
 
 
 def with_norm(norm: str):
@@ -91,13 +91,18 @@ class Ours:
       "flops_an_image": model_flops(self.case, self.parts),
       "parameters": parameters,
       "version": f"jax {jax.__version__}",
-      "peak_flops": matmul_rate(),
+      "peak_flops": matmul_rate(self.case.dtype),
+      "device": jax.devices()[0].device_kind,
     }
 
+  def device_bytes(self):
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
-def matmul_rate(n: int = 3072) -> float:
-  """FLOP/s of the fastest of several float32 products of square matrices."""
-  x = jnp.ones((n, n)) / n
+
+def matmul_rate(dtype: str = "float32") -> float:
+  """FLOP/s of the fastest of several products of square matrices, large for the device."""
+  n = 3072 if jax.default_backend() == "cpu" else 8192
+  x = jax.random.normal(jax.random.key(0), (n, n), dtype)
   product = jax.jit(lambda x: x @ x)
   product(x).block_until_ready()
   best = float("inf")
@@ -113,4 +118,4 @@ if __name__ == "__main__":
   if norm:
     catalog.make_parts = with_norm(*norm)
   runtime.tune_cpu()
-  worker.serve(lambda: Ours(CASES[case], parts))
+  worker.serve(lambda: Ours(EVERY[case], parts))

@@ -22,6 +22,7 @@ class Net(Protocol):
   def train(self, steps: int) -> None: ...
   def infer(self, steps: int) -> None: ...
   def facts(self) -> dict: ...
+  def device_bytes(self) -> int | None: ...  # Peak of its memory; None on a CPU.
 
 
 def peak_memory() -> int:
@@ -64,6 +65,6 @@ def serve(make_net) -> None:
     elif what == "memory":
       alone = forget_peak()
       net.train(int(count))
-      answer(bytes=peak_memory(), while_training=alone)
+      answer(bytes=peak_memory(), while_training=alone, device_bytes=net.device_bytes())
     else:
       answer(seconds=timed(getattr(net, what), int(count)))

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tensorboardX.proto import event_pb2
+from tensorboard.compat.proto import event_pb2
 
 import convex_jax
 from convex_jax.errors import UserError
