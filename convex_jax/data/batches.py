@@ -47,6 +47,31 @@ def batches_of(examples: Examples, mesh: Mesh, config: Any) -> Batches:
   return Stream(examples, mesh, workers, config.max_unreadable, config.repeats)
 
 
+def shapes_of(
+  examples: Examples, mesh: Mesh, resident: bool, rows: tuple[int, ...]
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+  """The shapes, types and shardings of a split's `arrays` and of a plan, without any data.
+
+  `rows` is (steps, B) for a plan of training, (B,) for one of evaluation.
+  """
+
+  def column(dtype, rows, *tail):
+    sharding = meshes.sharded(mesh, len(rows) - 1)
+    return jax.ShapeDtypeStruct((*rows, *tail), dtype, sharding=sharding)
+
+  def both(rows):
+    return {
+      "image": column(jnp.uint8, rows, *examples.image_shape),
+      "label": column(jnp.int32, rows),
+    }
+
+  plan = {"position": column(jnp.uint32, rows)} if len(rows) > 1 else {"mask": column(bool, rows)}
+  if not resident:
+    return None, plan | both(rows)
+  padded = -(-len(examples) // mesh.size) * mesh.size
+  return both((padded,)), plan | {"index": column(jnp.int32, rows)}
+
+
 def batch_of(
   arrays: dict[str, jax.Array] | None, plan: dict[str, jax.Array], mesh: Mesh
 ) -> dict[str, jax.Array]:
