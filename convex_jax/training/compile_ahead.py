@@ -44,8 +44,8 @@ gpu_device_info {
   device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
   cuda_compute_capability { major: 9 minor: 0 }
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  runtime_version: 13
 }
+runtime_version { major: 13 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 12 }
 device_description_str: "NVIDIA H100 80GB HBM3"
