@@ -7,9 +7,10 @@ device holds the whole state. The same program runs on one CPU, one GPU or a who
 """
 
 import collections
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +36,28 @@ def make_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1) -> Mesh:
   shape = (len(devices) // fsdp, fsdp)
   placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def traced_on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+  """`function`, which while it is traced knows that its program is for this mesh: `target`."""
+
+  @functools.wraps(function)
+  def traced(*args):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args)
+
+  return traced
+
+
+def target() -> tuple[str, int]:
+  """The platform and the number of the devices that a program is traced for.
+
+  Those of the mesh of `traced_on`, which may be elsewhere; without one JAX's default devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.abstract_device is None:
+    return jax.default_backend(), jax.device_count()
+  return mesh.abstract_device.platform, mesh.size
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -103,9 +103,12 @@ class Computation:
 
     layout = meshes.layout(self.mesh, jax.eval_shape(init))
     self.init = jax.jit(init, out_shardings=layout)
-    self._train_call = jax.jit(train_call, donate_argnums=0, out_shardings=(layout, everywhere))
+    on_mesh = functools.partial(meshes.traced_on, self.mesh)
+    self._train_call = jax.jit(
+      on_mesh(train_call), donate_argnums=0, out_shardings=(layout, everywhere)
+    )
     self._gather = jax.jit(lambda weights: weights, out_shardings=everywhere)
-    self._eval_call = jax.jit(eval_call, out_shardings=everywhere)
+    self._eval_call = jax.jit(on_mesh(eval_call), out_shardings=everywhere)
     self._nothing = jax.jit(metrics.Evaluation.empty, out_shardings=everywhere)
     self._is_finite = jax.jit(is_finite, out_shardings=everywhere)
     self._mean = jax.jit(metrics.Evaluation.compute, out_shardings=everywhere)
