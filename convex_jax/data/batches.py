@@ -1,5 +1,7 @@
 """The batches of a split on a mesh: the interface, and the choice between its two kinds."""
 
+import functools
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -86,6 +88,22 @@ def batch_of(
   return pick(arrays, plan["index"]) | rest
 
 
+def _sum_apart(found: jax.Array) -> jax.Array:
+  """The sum over the devices, of which each gets its rows; one term at most is not 0.
+
+  Pixels four to a word, which cannot carry then: of bytes a TPU would make a sum of words, four
+  times as much, and give each device the whole of it.
+  """
+  shape, add = (
+    found.shape,
+    functools.partial(jax.lax.psum_scatter, axis_name=meshes.AXES, tiled=True),
+  )
+  if found.dtype != jnp.uint8 or math.prod(shape[1:]) % 4:
+    return add(found)
+  words = jax.lax.bitcast_convert_type(found.reshape(len(found), -1, 4), jnp.uint32)
+  return jax.lax.bitcast_convert_type(add(words), jnp.uint8).reshape(-1, *shape[1:])
+
+
 def _pick(arrays: dict[str, jax.Array], index_B: jax.Array) -> dict[str, jax.Array]:
   """Each device's rows of the batch: every device adds the rows it holds, zeros for the rest."""
 
@@ -94,6 +112,6 @@ def _pick(arrays: dict[str, jax.Array], index_B: jax.Array) -> dict[str, jax.Arr
     here_B = (row_B >= 0) & (row_B < len(array))
     found = array[jnp.clip(row_B, 0, len(array) - 1)]
     here = here_B.reshape(-1, *[1] * (array.ndim - 1))
-    return jax.lax.psum_scatter(jnp.where(here, found, 0), meshes.AXES, tiled=True)
+    return _sum_apart(jnp.where(here, found, 0))
 
   return jax.tree.map(one, arrays)
