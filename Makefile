@@ -13,7 +13,7 @@ LOCKED := 3.11 3.13
 SMOKE := $(BIN)/python -m convex_jax.main --config=configs/mixer_ioc.py:digits \
   --workdir=runs/smoke --config.steps=20
 
-.PHONY: train test smoke test-slow parity lint docs wheel lock
+.PHONY: train test smoke test-slow test-aot parity lint docs wheel lock
 
 train: $(INSTALLED)  ## A convex Mixer on real digits, under a minute on two cores.
 	$(BIN)/python -m convex_jax.main --config=configs/mixer_ioc.py:digits
@@ -29,6 +29,11 @@ smoke: $(INSTALLED)  ## Trains for a moment, resumes, certifies.
 
 test-slow: $(INSTALLED)  ## The tests that the default leaves out; the wheel's are among them.
 	$(BIN)/python -m pytest -m slow --ignore=tests/models/test_parity.py
+
+# In a folder of its own: JAX would look for the devices of what is in the environment.
+test-aot: $(INSTALLED)  ## Programs compile for TPUs and GPUs; installs their compilers, 1.5 GB.
+	$(PIP) install --no-deps --upgrade --target .aot $$($(BIN)/python -m tests.support.compilers)
+	PYTHONPATH=.aot $(BIN)/python -m pytest -m slow -n 1 tests/training/test_compile_ahead.py
 
 parity: $(INSTALLED)  ## Against timm, torchvision and OTT-JAX; installs them, gigabytes.
 	$(PIP) install --editable '.[parity]'

@@ -35,6 +35,19 @@ def _parser() -> argparse.ArgumentParser:
     type=command_line.path,
     help="folder of the run (default: runs/<config>_<data set>)",
   )
+  ahead = parser.add_argument_group("nothing is trained: what the run would take elsewhere")
+  ahead.add_argument(
+    "--compile_for",
+    help="compile for a machine that need not be here, such as v5e-256 or h100-8; exit code 2 if"
+    " the run does not fit in its memory",
+    metavar="MACHINE",
+  )
+  ahead.add_argument(
+    "--make_fit", action="store_true", help="if it does not fit, try what takes less memory"
+  )
+  ahead.add_argument(
+    "--largest_batch", action="store_true", help="look for the largest batch that fits"
+  )
   several = parser.add_argument_group("several processes (Slurm, Open MPI and TPU pods are found)")
   several.add_argument("--distributed", default="auto", choices=["auto", "on", "off"])
   several.add_argument("--coordinator", help="address of process 0", metavar="HOST:PORT")
@@ -76,8 +89,19 @@ def configure(file: str | None, overrides: list[str]) -> Any:
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+  if args.compile_for is not None:
+    from convex_jax.training import machines
+
+    machines.check(args.compile_for)
+    machines.prepare_process(args.compile_for)
+  elif args.make_fit or args.largest_batch:
+    raise UserError("--make_fit and --largest_batch need --compile_for=MACHINE")
   # Checked before the others are waited for; `loop.run` checks its own callers'.
   config = configure(args.config, overrides)
+  if args.compile_for is not None:
+    from convex_jax.training import compile_ahead
+
+    return compile_ahead.command(config, args.compile_for, args.largest_batch, args.make_fit)
   from convex_jax import cluster
   from convex_jax.runs import checkpoints
   from convex_jax.training import loop

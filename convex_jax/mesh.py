@@ -7,13 +7,15 @@ device holds the whole state. The same program runs on one CPU, one GPU or a who
 """
 
 import collections
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,13 +28,36 @@ LEAST = 2**14  # Smaller arrays (in elements) are not worth splitting.
 def make_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1) -> Mesh:
   """A mesh of `devices`, by default all devices of all processes.
 
-  The parts of a weight are on neighbouring devices. Axes are Auto, so that the compiler places
-  the collectives: `jax.make_mesh` has defaulted to Explicit axes since jax 0.9, under which
-  ordinary model code does not trace.
+  The parts of a weight are on neighbouring devices, where need be along a part of an axis of the
+  slice: some have no axis, or product of axes, of that length. Axes of the mesh are Auto, so that
+  the compiler places the collectives: under Explicit ones ordinary model code does not trace.
   """
-  count = jax.device_count() if devices is None else len(devices)
-  kinds = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh((count // fsdp, fsdp), AXES, axis_types=kinds, devices=devices)
+  devices = jax.devices() if devices is None else devices
+  shape = (len(devices) // fsdp, fsdp)
+  placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def traced_on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+  """`function`, which while it is traced knows that its program is for this mesh: `target`."""
+
+  @functools.wraps(function)
+  def traced(*args):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args)
+
+  return traced
+
+
+def target() -> tuple[str, int]:
+  """The platform and the number of the devices that a program is traced for.
+
+  Those of the mesh of `traced_on`, which may be elsewhere; without one JAX's default devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.abstract_device is None:
+    return jax.default_backend(), jax.device_count()
+  return mesh.abstract_device.platform, mesh.size
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

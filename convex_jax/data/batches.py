@@ -1,5 +1,7 @@
 """The batches of a split on a mesh: the interface, and the choice between its two kinds."""
 
+import functools
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -47,6 +49,31 @@ def batches_of(examples: Examples, mesh: Mesh, config: Any) -> Batches:
   return Stream(examples, mesh, workers, config.max_unreadable, config.repeats)
 
 
+def shapes_of(
+  examples: Examples, mesh: Mesh, resident: bool, rows: tuple[int, ...]
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+  """The shapes, types and shardings of a split's `arrays` and of a plan, without any data.
+
+  `rows` is (steps, B) for a plan of training, (B,) for one of evaluation.
+  """
+
+  def column(dtype, rows, *tail):
+    sharding = meshes.sharded(mesh, len(rows) - 1)
+    return jax.ShapeDtypeStruct((*rows, *tail), dtype, sharding=sharding)
+
+  def both(rows):
+    return {
+      "image": column(jnp.uint8, rows, *examples.image_shape),
+      "label": column(jnp.int32, rows),
+    }
+
+  plan = {"position": column(jnp.uint32, rows)} if len(rows) > 1 else {"mask": column(bool, rows)}
+  if not resident:
+    return None, plan | both(rows)
+  padded = -(-len(examples) // mesh.size) * mesh.size
+  return both((padded,)), plan | {"index": column(jnp.int32, rows)}
+
+
 def batch_of(
   arrays: dict[str, jax.Array] | None, plan: dict[str, jax.Array], mesh: Mesh
 ) -> dict[str, jax.Array]:
@@ -61,6 +88,22 @@ def batch_of(
   return pick(arrays, plan["index"]) | rest
 
 
+def _sum_apart(found: jax.Array) -> jax.Array:
+  """The sum over the devices, of which each gets its rows; one term at most is not 0.
+
+  Pixels four to a word, which cannot carry then: of bytes a TPU would make a sum of words, four
+  times as much, and give each device the whole of it.
+  """
+  shape, add = (
+    found.shape,
+    functools.partial(jax.lax.psum_scatter, axis_name=meshes.AXES, tiled=True),
+  )
+  if found.dtype != jnp.uint8 or math.prod(shape[1:]) % 4:
+    return add(found)
+  words = jax.lax.bitcast_convert_type(found.reshape(len(found), -1, 4), jnp.uint32)
+  return jax.lax.bitcast_convert_type(add(words), jnp.uint8).reshape(-1, *shape[1:])
+
+
 def _pick(arrays: dict[str, jax.Array], index_B: jax.Array) -> dict[str, jax.Array]:
   """Each device's rows of the batch: every device adds the rows it holds, zeros for the rest."""
 
@@ -69,6 +112,6 @@ def _pick(arrays: dict[str, jax.Array], index_B: jax.Array) -> dict[str, jax.Arr
     here_B = (row_B >= 0) & (row_B < len(array))
     found = array[jnp.clip(row_B, 0, len(array) - 1)]
     here = here_B.reshape(-1, *[1] * (array.ndim - 1))
-    return jax.lax.psum_scatter(jnp.where(here, found, 0), meshes.AXES, tiled=True)
+    return _sum_apart(jnp.where(here, found, 0))
 
   return jax.tree.map(one, arrays)

@@ -180,17 +180,7 @@ def load(config: Any, seed: int, progress: bool = True) -> Data:
     names, train, test = tuple(config.classes), train.of_classes(kept), test.of_classes(kept)
   rng = np.random.default_rng([seed, 0])
   order = rng.permutation(len(train))
-  num_valid = round(config.validation_fraction * len(train))
-  num_train = round(config.train_fraction * (len(train) - num_valid))
-  for key, fraction, count in (
-    ("validation_fraction", config.validation_fraction, num_valid),
-    ("train_fraction", config.train_fraction, num_train),
-  ):
-    if fraction and not count:
-      raise UserError(
-        f"config.data.{key} is {fraction:g}, which selects none of the {len(train):,} examples of"
-        f" {config.name!r}; expected more"
-      )
+  num_train, num_valid = _counts(config, len(train))
   valid = train.subset(np.sort(order[:num_valid])) if num_valid else None
   if num_valid or config.train_fraction < 1:
     train = train.subset(np.sort(order[num_valid : num_valid + num_train]))
@@ -198,6 +188,48 @@ def load(config: Any, seed: int, progress: bool = True) -> Data:
     noisy = add_label_noise(train.labels, len(names), config.label_noise, seed)
     train = dataclasses.replace(train, labels=noisy)
   return Data(train, valid, test, names, entry.statistics)
+
+
+def outline(config: Any) -> Data:
+  """The splits that `load` would give, of the right sizes and shapes, without any content.
+
+  Nothing is read. Where `config.classes` chooses some classes, each counts as its equal share;
+  where the statistics would be measured, they are made up.
+  """
+  entry = DATASETS[config.name]
+  names = tuple(config.classes) or tuple(map(str, range(entry.classes)))
+  side, channels = config.cache_size or config.image_size, entry.image_shape[2]
+  shape = entry.image_shape if entry.image_shape[0] else (side, side, channels)
+
+  def one(count: int) -> Examples:
+    if entry.is_natural and config.loader == "stream":
+      area = tuple(config.crop_area)
+      return Records("", "", np.arange(count), config.image_size, area, config.eval_share)
+    return Split(np.broadcast_to(np.uint8(0), (count, *shape)), np.zeros(count, np.int32))
+
+  train, test = (
+    n * len(names) // entry.classes for n in (entry.train_examples, entry.test_examples)
+  )
+  num_train, num_valid = _counts(config, train)
+  statistics = entry.statistics or ((0.5,) * channels, (0.25,) * channels)
+  valid = one(num_valid) if num_valid else None
+  return Data(one(num_train), valid, one(test), names, statistics)
+
+
+def _counts(config: Any, n: int) -> tuple[int, int]:
+  """How many of n training examples are for training, and how many are held out."""
+  num_valid = round(config.validation_fraction * n)
+  num_train = round(config.train_fraction * (n - num_valid))
+  for key, fraction, count in (
+    ("validation_fraction", config.validation_fraction, num_valid),
+    ("train_fraction", config.train_fraction, num_train),
+  ):
+    if fraction and not count:
+      raise UserError(
+        f"config.data.{key} is {fraction:g}, which selects none of the {n:,} examples of"
+        f" {config.name!r}; expected more"
+      )
+  return num_train, num_valid
 
 
 def _examples(config: Any, builder: Any, split: str, progress: bool) -> Any:

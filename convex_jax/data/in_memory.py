@@ -74,16 +74,20 @@ class InMemory:
     """Does nothing: no process works for it."""
 
 
-def is_resident(loader: str, split: Split) -> bool:
+def is_resident(loader: str, split: Split, memory: float | None = None) -> bool:
   """Whether to keep a split on the devices: as `loader` says, or for "auto" where it fits.
 
-  It fits where each device's part takes at most a quarter of the device's memory.
+  It fits where it takes at most a quarter of `memory`, the bytes of all devices together; by
+  default those of this process's devices, or of the hosts where a device does not tell.
   """
   if loader != "auto":
     return loader == "resident"
+  return split.nbytes <= (_memory() if memory is None else memory) / 4
+
+
+def _memory() -> float:
   stats = jax.local_devices()[0].memory_stats()
   if stats and "bytes_limit" in stats:
-    return split.nbytes / jax.device_count() <= stats["bytes_limit"] / 4
+    return stats["bytes_limit"] * jax.device_count()
   host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  here = jax.local_device_count() / jax.device_count()
-  return split.nbytes * here <= host_bytes / 4
+  return host_bytes * jax.device_count() / jax.local_device_count()

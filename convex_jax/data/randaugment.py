@@ -5,6 +5,10 @@ image. Fifteen results would be expensive; but each operation is a warp (an affi
 coordinates), a table (256 levels to 256, per channel) or a blend (of the image with a grey or
 a smoothed one), and each kind is computed once, as the identity where another was drawn.
 
+A TPU has no instruction that reads at computed places: it takes a tile of 4 kB for each number
+that is gathered, 2.6 GB for an image of 224 px. There, sums over all places take the part of each
+gather and scatter, with a weight of 0 but for those that are meant: arithmetic, but no memory.
+
 Images are (H, W, C) with pixels in 0..255, magnitudes are in 0..10. Parameters and conventions
 are those of Pillow, which timm calls: pixels are read at their centres, grey from outside.
 """
@@ -13,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.scipy.ndimage import map_coordinates
 
 WARPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
@@ -32,21 +37,21 @@ def randaugment(key: jax.Array, image_HxWxC: jax.Array, count: int, magnitude: f
 
   Count 2 and magnitude 9 are DeiT's `rand-m9-mstd0.5-inc1` (Touvron et al. 2021, table 9).
   """
-  x = image_HxWxC.astype(jnp.float32)
+  x = image_HxWxC
   for one in jax.random.split(key, count):
     which, applied, strength, sign = jax.random.split(one, 4)
     number = jax.random.randint(which, (), 0, len(OPERATIONS))
     number = jnp.where(jax.random.bernoulli(applied, PROBABILITY), number, NOTHING)
     level = jnp.clip(magnitude + SPREAD * jax.random.normal(strength), 0, 10)
     x = operate(x, number, level, jnp.where(jax.random.bernoulli(sign), 1, -1))
-  return x
+  return x.astype(jnp.float32)
 
 
 def operate(x_HxWxC: jax.Array, number: Any, magnitude: Any, sign: Any) -> jax.Array:
   """Applies operation `number` of `OPERATIONS`, or `NOTHING`; `sign` (1, -1) is its direction."""
   m = magnitude / 10
   height, width, channels = x_HxWxC.shape
-  x_HxWxC = _warp(x_HxWxC, _matrices(sign * m, height, width), number)
+  x_HxWxC = _warp(x_HxWxC.astype(jnp.float32), _matrices(sign * m, height, width), number)
   levels_HxWxC = jnp.round(x_HxWxC).astype(jnp.uint8)
   factor = jnp.maximum(0.1, 1 + 0.9 * sign * m)
   mean = jnp.floor(_grey(levels_HxWxC).mean() + 0.5)
@@ -54,7 +59,7 @@ def operate(x_HxWxC: jax.Array, number: Any, magnitude: Any, sign: Any) -> jax.A
   for c in range(channels):
     all_tables = _tables(levels_HxWxC[..., c], m, factor, mean)
     table = _chosen(number, TABLES, all_tables, all_tables["nothing"])
-    rows.append(table[levels_HxWxC[..., c]])
+    rows.append(_look_up(table, levels_HxWxC[..., c]))
   x_HxWxC = jnp.stack(rows, -1)
   grey_HxWxC = jnp.broadcast_to(_grey(x_HxWxC), x_HxWxC.shape)
   others = {"colour": grey_HxWxC, "sharpness": _smooth(x_HxWxC)}
@@ -92,8 +97,70 @@ def _warp(x_HxWxC: jax.Array, matrices: dict[str, jax.Array], number: Any) -> ja
   x, y = a * j + b * i + c, d * j + e * i + f
   inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
   at = [y - 0.5, x - 0.5]
-  read = jax.vmap(lambda plane: map_coordinates(plane, at, 1, mode="nearest"), -1, -1)
-  return jnp.where(inside[..., None], read(x_HxWxC), FILL)
+
+  def read(x_HxWxC, _):
+    return jax.vmap(lambda plane: map_coordinates(plane, at, 1, mode="nearest"), -1, -1)(x_HxWxC)
+
+  row = jnp.stack([a, b, c, d, e, f])
+  found_HxWxC = lax.platform_dependent(x_HxWxC, row, tpu=_read_by_sums, default=read)
+  return jnp.where(inside[..., None], found_HxWxC, FILL)
+
+
+def _read_by_sums(x_HxWxC: jax.Array, row: jax.Array) -> jax.Array:
+  """`map_coordinates` at the places of an affine map, without a gather; for e > 2/3 alone.
+
+  Bilinear interpolation is sum_i h(Y - i) sum_j h(X - j) x_ij with h(t) = max(0, 1 - |t|), where
+  the output pixel (y, x) reads at row Y and column X. The inner sum depends on i, x and y; but for
+  each i and x, Y is within 1 of i for at most three y, that follow each other.
+  """
+  height, width, _ = x_HxWxC.shape
+  a, b, c, d, e, f = row
+  i, j = jnp.arange(height, dtype=jnp.float32)[:, None], jnp.arange(width, dtype=jnp.float32)
+  planes = [x_HxWxC[:, None, :, channel] for channel in range(x_HxWxC.shape[-1])]
+  start_W = d * (j + 0.5) + 0.5 * e + f - 0.5  # Y at y = 0.
+  first_HxW = jnp.floor((i - 1 - start_W) / e) + 1  # The first y with Y > i - 1.
+  total = [0.0] * len(planes)
+  for y_HxW in (first_HxW, first_HxW + 1, first_HxW + 2):
+    at = jnp.clip(a * (j + 0.5) + b * (y_HxW + 0.5) + c - 0.5, 0, width - 1)
+    inner = _sums([_hat(at[..., None] - j) * plane for plane in planes], 2)  # (H, W) each.
+    outer_HxW = _hat(jnp.clip(start_W + e * y_HxW, 0, height - 1) - i)
+    here = _hat(i[..., None] - y_HxW)  # 1 at the row y, 0 elsewhere: (H, H, W).
+    total = [t + here * (outer_HxW * s) for t, s in zip(total, inner, strict=True)]
+  return jnp.stack(_sums(total, 1), -1)
+
+
+def _hat(t: jax.Array) -> jax.Array:
+  return jnp.maximum(0, 1 - jnp.abs(t))
+
+
+def _sums(arrays: list[jax.Array], axis: int) -> list[jax.Array]:
+  """The sums of several arrays, in one loop: what they share is computed once, and not stored."""
+  zeros = [jnp.zeros((), x.dtype) for x in arrays]
+  return lax.reduce(arrays, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (axis,))
+
+
+def _look_up(table: jax.Array, levels_HxW: jax.Array) -> jax.Array:
+  """table[levels], for levels 0..255."""
+
+  def by_sum(table, levels_HxW):
+    return jnp.where(levels_HxW[..., None] == jnp.arange(256), table, 0).sum(-1)
+
+  def read(table, levels_HxW):
+    return table[levels_HxW]
+
+  return lax.platform_dependent(table, levels_HxW, tpu=by_sum, default=read)
+
+
+def _histogram(levels_HxW: jax.Array) -> jax.Array:
+  """How many pixels have each of the levels 0..255."""
+
+  def by_sums(levels_HxW):
+    return (levels_HxW[..., None] == jnp.arange(256)).sum((0, 1), jnp.int32)
+
+  def count(levels_HxW):
+    return jnp.bincount(levels_HxW.ravel(), length=256)
+
+  return lax.platform_dependent(levels_HxW, tpu=by_sums, default=count)
 
 
 def _tables(levels_HxW: jax.Array, m: Any, factor: Any, mean: Any) -> dict[str, jax.Array]:
@@ -119,8 +186,8 @@ def _tables(levels_HxW: jax.Array, m: Any, factor: Any, mean: Any) -> dict[str, 
 
 def _equalized(levels_HxW: jax.Array) -> jax.Array:
   """The table that flattens the histogram (Pillow's `ImageOps.equalize`, in integers)."""
-  count = jnp.bincount(levels_HxW.ravel(), length=256)
-  last = count[255 - jnp.argmax(count[::-1] > 0)]  # Count of the highest level present.
+  count = _histogram(levels_HxW)
+  last = jnp.where(jnp.arange(256) == levels_HxW.max(), count, 0).sum()  # Of the highest level.
   step = (levels_HxW.size - last) // 255
   before = jnp.cumsum(count) - count
   return jnp.where(step > 0, (step // 2 + before) // jnp.maximum(step, 1), jnp.arange(256))
@@ -129,7 +196,8 @@ def _equalized(levels_HxW: jax.Array) -> jax.Array:
 def _grey(x_HxWxC: jax.Array) -> jax.Array:
   if x_HxWxC.shape[-1] != 3:
     return x_HxWxC.astype(jnp.float32)
-  return jnp.round(x_HxWxC.astype(jnp.float32) @ jnp.array(_LUMA))[..., None]
+  luma = jnp.array(_LUMA)  # "highest": a TPU would round it to bfloat16.
+  return jnp.round(jnp.matmul(x_HxWxC.astype(jnp.float32), luma, precision="highest"))[..., None]
 
 
 def _smooth(x_HxWxC: jax.Array) -> jax.Array:

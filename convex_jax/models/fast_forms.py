@@ -1,8 +1,11 @@
-"""Convolutions and products in forms that XLA compiles well on the CPU as well as elsewhere.
+"""Convolutions and products in forms that XLA compiles well on the CPU, and its own elsewhere.
 
 They compute the same numbers as `lax.conv_general_dilated` and `lax.dot_general` up to the order
-of summation. Speed-ups were measured on 2 cores with jax 0.10.2 over XLA's own forms, forward and
-gradients together:
+of summation. Which one it is depends on the devices that the program is traced for
+(`mesh.target`): a choice inside the program would be a branch that a certificate has to walk.
+By the TPU compiler's figures for v5e the CPU's forms would move 2 to 14 times the bytes of the
+TPU's own convolutions. Speed-ups were measured on 2 cores with jax 0.10.2 over XLA's own forms,
+forward and gradients together:
 
 - a kernel not much larger than its stride (1x1, 3x3 at stride 2, a patch embedding) is a matrix
   product of patches, which take kernel / stride^2 times the memory of the map: 5 times faster for
@@ -10,8 +13,8 @@ gradients together:
 - a depthwise kernel is a sum of shifted products, 2.7 to 12 times faster; its gradient at stride 1
   is another such sum, and that of its weights, one output row at a time, is twice as fast again;
 - for any other kernel only the gradient of the weights is slow (XLA makes it a convolution
-  whose kernel is as large as the image). On the CPU it is a sum of matrix products, one output row
-  at a time so that they stay in the cache: 3 times faster;
+  whose kernel is as large as the image). Here it is a sum of matrix products, one output row at a
+  time so that they stay in the cache: 3 times faster;
 - products of maps are products of matrices, up to three times faster: otherwise the gradients
   need transposed copies.
 
@@ -24,6 +27,8 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from convex_jax import mesh as meshes
 
 _COPIES = 3  # Patches may take this many times the memory of the map.
 _NHWC = ("NHWC", "HWIO", "NHWC")
@@ -57,6 +62,8 @@ def conv_general_dilated(
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(x_BxHxWxC.shape[1:3], side, strides, padding)
   pads = tuple((low, high) for low, high in padding)
+  if not _on_cpu():
+    return _native(x_BxHxWxC, kernel, strides, pads, groups)
   if groups == 1 and math.prod(side) <= _COPIES * math.prod(strides):
     patches = _patches(_pad(x_BxHxWxC, pads), side, strides)
     return along_last(patches, kernel.reshape(-1, kernel.shape[-1]))
@@ -65,6 +72,10 @@ def conv_general_dilated(
   if groups > 1:
     return _native(x_BxHxWxC, kernel, strides, pads, groups)
   return _convolve(x_BxHxWxC, kernel, strides, pads)
+
+
+def _on_cpu() -> bool:
+  return meshes.target()[0] == "cpu"
 
 
 def _patches(x_BxHxWxC: jax.Array, side: Pair, strides: Pair) -> jax.Array:
@@ -96,19 +107,14 @@ def _depthwise_backward(strides, residuals, g_BxIxJxC):
   else:
     (x_grad,) = jax.vjp(lambda x: _shifted_products(x, kernel, strides), x_BxHxWxC)[1](g_BxIxJxC)
 
-  def sums(x, g):
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    taps = _taps(x, side, strides)
+  def row(i):
+    below = lax.dynamic_slice_in_dim(x_BxHxWxC, i * strides[0], side[0], axis=1)
+    g = lax.dynamic_slice_in_dim(g_BxIxJxC, i, 1, axis=1)
+    dtype = jnp.promote_types(below.dtype, jnp.float32)
+    taps = _taps(below, side, strides)
     return jnp.stack([jnp.sum(tap * g, axis=(0, 1, 2), dtype=dtype) for tap in taps])
 
-  def by_rows(x, g):
-    def row(i):
-      below = lax.dynamic_slice_in_dim(x, i * strides[0], side[0], axis=1)
-      return sums(below, lax.dynamic_slice_in_dim(g, i, 1, axis=1))
-
-    return _sum_rows(row, g.shape[1])
-
-  total = lax.platform_dependent(x_BxHxWxC, g_BxIxJxC, cpu=by_rows, default=sums)
+  total = _sum_rows(row, g_BxIxJxC.shape[1])
   return x_grad, total.reshape(kernel.shape).astype(kernel.dtype)
 
 
@@ -146,7 +152,7 @@ def _taps(x_BxHxWxC: jax.Array, side: Pair, strides: Pair) -> list[jax.Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x_BxHxWxC, kernel, strides, pads):
-  """A convolution with another form of its kernel's gradient on the CPU."""
+  """A convolution with another form of its kernel's gradient."""
   return _native(x_BxHxWxC, kernel, strides, pads)
 
 
@@ -154,16 +160,12 @@ def _backward(strides, pads, residuals, g_BxIxJxD):
   x_BxHxWxC, kernel = residuals
   _, pull_x = jax.vjp(lambda x: _native(x, kernel, strides, pads), x_BxHxWxC)
 
-  def own(x, g):
-    return jax.vjp(lambda k: _native(x, k, strides, pads), kernel)[1](g)[0]
-
-  def by_rows(x, g):
-    side = kernel.shape[:2]
-    if g.shape[-1] < x.shape[-1] and strides == (1, 1):
-      return _from_shifted_outputs(x, g, side, pads).astype(kernel.dtype)
-    return _from_shifted_inputs(x, g, side, strides, pads).astype(kernel.dtype)
-
-  return *pull_x(g_BxIxJxD), lax.platform_dependent(x_BxHxWxC, g_BxIxJxD, cpu=by_rows, default=own)
+  side, x, g = kernel.shape[:2], x_BxHxWxC, g_BxIxJxD
+  if g.shape[-1] < x.shape[-1] and strides == (1, 1):
+    kernel_grad = _from_shifted_outputs(x, g, side, pads)
+  else:
+    kernel_grad = _from_shifted_inputs(x, g, side, strides, pads)
+  return *pull_x(g), kernel_grad.astype(kernel.dtype)
 
 
 _convolve.defvjp(lambda x, k, *static: (_native(x, k, *static), (x, k)), _backward)
@@ -228,7 +230,8 @@ def along_last(x: jax.Array, kernel_CxD: jax.Array) -> jax.Array:
   compiler copies its operands to transpose them (15 to 25 % of a Mixer's step). Tokens on several
   devices are an exception: the batch is split over them, which merging it with S would prevent.
   """
-  if x.ndim == 3 and jax.device_count() > 1:
+  _, devices = meshes.target()
+  if x.ndim == 3 and devices > 1:
     return x @ kernel_CxD
   y_NxD = x.reshape(-1, x.shape[-1]) @ kernel_CxD
   return y_NxD.reshape(*x.shape[:-1], kernel_CxD.shape[-1])
@@ -246,8 +249,11 @@ def materialize(g: jax.Array) -> jax.Array:
 
   XLA's CPU backend would fuse a cheap sum of many terms into each operation that reads it, and
   compute it as often. It fuses nothing into a conditional. This one always takes the first branch,
-  unless g begins with NaN: then the gradient is lost anyway.
+  unless g begins with NaN: then the gradient is lost anyway. Elsewhere it would only be in the way
+  of fusion, and of sums over devices that could be one.
   """
+  if not _on_cpu():
+    return g
   first = g[(0,) * g.ndim]
   return jax.lax.cond(first == first, lambda g: g, lambda g: jnp.full_like(g, jnp.nan), g)
 

@@ -39,10 +39,10 @@ def evaluate(config: Any, public: Public, examples: Data) -> dict[str, float]:
     step.eval_step, model=model, prepare=prepare, evaluation=metrics.WithTopFive
   )
 
-  @jax.jit
   def add(weights, arrays, plan, total):
     return total.merge(measure(weights, batch_of(arrays, plan, mesh)))
 
+  add = jax.jit(meshes.traced_on(mesh, add))
   weights, everywhere = public.weights, meshes.replicated(mesh)
   weights, total = jax.device_put((weights, metrics.WithTopFive.empty()), everywhere)
   split = batches_of(examples.test, mesh, config.data)

@@ -22,8 +22,12 @@ from convex_jax.training import metrics, optimizer, pretrained, step
 MAX_IN_FLIGHT = 16  # Calls dispatched ahead; with more, CPU collectives deadlock (jax 0.10).
 
 
-class Program:
-  """What a config and its data make on a mesh: sizes, and the compiled programs."""
+class Computation:
+  """What the devices of a mesh compute in a run: sizes, and the programs, not yet compiled.
+
+  Of the data only sizes, shapes and statistics matter, and no device is used: the mesh may be of
+  devices that are elsewhere (`compile_ahead`).
+  """
 
   def __init__(self, config: Any, examples: Data, mesh: jax.sharding.Mesh):
     self.config, self.examples, self.mesh = config, examples, mesh
@@ -41,11 +45,7 @@ class Program:
     self.parameters = optax.tree.size(boxed["params"])
     self.constraints = constraints.constraints_of(boxed["params"])
     self.tx = optimizer.make_optimizer(config.optimizer, self.total_steps, self.constraints)
-    self.splits = {
-      name: batches.batches_of(split, mesh, config.data)
-      for name, split in examples.splits().items()
-    }
-    self._compile()
+    self._define()
 
   def _whole_calls(self, epochs: float) -> int:
     """Steps of so many epochs, rounded up to whole calls: a shorter call compiles anew."""
@@ -53,7 +53,7 @@ class Program:
     steps = epochs * len(self.examples.train) / self.config.batch_size
     return math.ceil(steps / per_call) * per_call
 
-  def _compile(self) -> None:
+  def _define(self) -> None:
     config, everywhere = self.config, meshes.replicated(self.mesh)
     prepare = preprocess.preparation(config.data, *self.examples.statistics)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
@@ -103,9 +103,12 @@ class Program:
 
     layout = meshes.layout(self.mesh, jax.eval_shape(init))
     self.init = jax.jit(init, out_shardings=layout)
-    self._train_call = jax.jit(train_call, donate_argnums=0, out_shardings=(layout, everywhere))
+    on_mesh = functools.partial(meshes.traced_on, self.mesh)
+    self._train_call = jax.jit(
+      on_mesh(train_call), donate_argnums=0, out_shardings=(layout, everywhere)
+    )
     self._gather = jax.jit(lambda weights: weights, out_shardings=everywhere)
-    self._eval_call = jax.jit(eval_call, out_shardings=everywhere)
+    self._eval_call = jax.jit(on_mesh(eval_call), out_shardings=everywhere)
     self._nothing = jax.jit(metrics.Evaluation.empty, out_shardings=everywhere)
     self._is_finite = jax.jit(is_finite, out_shardings=everywhere)
     self._mean = jax.jit(metrics.Evaluation.compute, out_shardings=everywhere)
@@ -117,6 +120,36 @@ class Program:
     """On what makes the term that all logits of a convexified network share."""
     shares = constraints.negative_shares(params, self.constraints)
     return self.config.model.common_penalty * shares
+
+  def state_shapes(self) -> step.State:
+    """The shapes, types and shardings of a state."""
+    shapes = jax.eval_shape(self.init)
+    return jax.tree.map(_laid_out, shapes, meshes.layout(self.mesh, shapes))
+
+  def lower_train(self, arrays: Any, plan: Any) -> jax.stages.Lowered:
+    """The program of a training call, for arrays and a plan given as shapes."""
+    return self._train_call.lower(self.state_shapes(), arrays, plan)
+
+  def lower_eval(self, arrays: Any, plan: Any) -> jax.stages.Lowered:
+    """The program that evaluates a batch, for arrays and a plan given as shapes."""
+    everywhere = functools.partial(_laid_out, sharding=meshes.replicated(self.mesh))
+    total = jax.tree.map(everywhere, jax.eval_shape(self._nothing))
+    return self._eval_call.lower(self.state_shapes().weights(), arrays, plan, total)
+
+
+def _laid_out(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+class Program(Computation):
+  """A computation with its data, on devices that are here."""
+
+  def __init__(self, config: Any, examples: Data, mesh: jax.sharding.Mesh):
+    super().__init__(config, examples, mesh)
+    self.splits = {
+      name: batches.batches_of(split, mesh, config.data)
+      for name, split in examples.splits().items()
+    }
 
   def calls(self, start: int) -> Iterator[range]:
     """The steps of each call to come.
