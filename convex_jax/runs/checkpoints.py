@@ -7,6 +7,7 @@ by which a checkpoint is verified before it is used.
 """
 
 import contextlib
+import errno
 import glob
 import logging
 import operator
@@ -23,6 +24,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from convex_jax import buckets, files
 from convex_jax.errors import Unsaved, UserError
 from convex_jax.runs import manifest
 
@@ -79,7 +81,9 @@ class Checkpoints:
   """The checkpoints of a run: the latest `keep` and the best are kept.
 
   A checkpoint that cannot be written, or not within `patience` seconds, makes `check` raise
-  `Unsaved`; with `go_on`, in a run of one process, it is only reported, by `report`.
+  `Unsaved`; with `go_on`, in a run of one process, it is only reported, by `report`. The first
+  process calls `before_seal` once the files of a checkpoint are written; where it raises, they are
+  no checkpoint.
   """
 
   def __init__(
@@ -90,15 +94,16 @@ class Checkpoints:
     report: Callable[[str], None] = print,
     go_on: bool = False,
     patience: float = 600.0,
+    before_seal: Callable[[], None] = lambda: None,
   ):
     best = _policies.BestN(
       get_metric_fn=operator.itemgetter("accuracy"), n=1, keep_checkpoints_without_metrics=False
     )
     self._policy = _policies.AnyPreservationPolicy([_policies.LatestN(keep), best])
-    self._folder = os.path.abspath(folder)
+    self._folder = files.absolute(folder)
     self._checkpointer = self._open()
     self._go_on = go_on and jax.process_count() == 1  # Others would wait for the one that failed.
-    self._report, self._patience = report, patience
+    self._report, self._patience, self._before_seal = report, patience, before_seal
     self._newest = self.latest_step()  # The last step saved or attempted.
     self._save: _Save | None = None
     self._failure: str | None = None  # Why the newest is missing.
@@ -146,6 +151,7 @@ class Checkpoints:
       try:
         response.result()
         if jax.process_index() == 0:
+          self._before_seal()
           manifest.seal(os.path.join(self._folder, str(step)), step, accuracy)
       except Exception:
         self._clear(step)
@@ -162,8 +168,11 @@ class Checkpoints:
       self._report(self._failure)
 
   def _clear(self, step: int) -> None:
-    """Removes what there is of a failed checkpoint, so that the disk is as full as before."""
-    if jax.process_index():
+    """Removes what there is of a failed checkpoint, so that the disk is as full as before.
+
+    In a bucket it is left to the next start: another run may have taken this one's place there.
+    """
+    if jax.process_index() or buckets.holds(self._folder):
       return
     whole = os.path.join(self._folder, str(step))
     if not manifest.is_sealed(whole):
@@ -236,7 +245,7 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
     raise UserError(
       f"There is no checkpoint {step!r} in {folder}; expected one of {names}, 'latest', 'best'"
     )
-  path = os.path.join(os.path.abspath(folder), str(chosen))
+  path = os.path.join(files.absolute(folder), str(chosen))
   if reason := manifest.fault(path, int(chosen)):
     intact = [s for s, fault in manifest.faults(folder).items() if fault is None]
     raise UserError(f"checkpoint {chosen} in {folder}: {reason}; intact ones: {intact or 'none'}")
@@ -259,7 +268,7 @@ def read_training(folder: str, step: int, like: dict[str, Any]) -> dict[str, Any
 
   Raises `UserError` where it has another structure: it is another optimizer's.
   """
-  path = os.path.join(os.path.abspath(folder), str(step))
+  path = os.path.join(files.absolute(folder), str(step))
   target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
   try:
     return ocp.load(path, target, checkpointable_name="training")
