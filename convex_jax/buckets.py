@@ -4,9 +4,8 @@ The one module that knows about buckets; of what a run stores, only the arrays o
 another way, which is Orbax's own. An object appears as a whole or not at all, once its upload is
 complete. There are no folders, and nothing is renamed, appended to or locked.
 
-Requests go through Google's client, which the extra `gcs` brings with gcsfs. What gcsfs and
-etils.epath say of a path is not enough here: where the network fails, they find nothing, and a run
-would begin anew.
+Requests go through Google's client, which the extra `gcs` brings with gcsfs: it verifies checksums,
+and writes on the condition that nobody else has, which etils.epath and gcsfs do not.
 
 Errors are those of files: FileNotFoundError, FileExistsError (another process wrote it), OSError
 (the service cannot be reached); `UserError` where there is no such bucket, or no permission.
@@ -15,7 +14,6 @@ Errors are those of files: FileNotFoundError, FileExistsError (another process w
 import contextlib
 import errno
 import functools
-import hashlib
 import json
 import os
 import posixpath
@@ -149,11 +147,12 @@ def exists(path: str) -> bool:
   return is_file(path) or any(_blobs(path, name + "/", max_results=1))
 
 
-def listing(folder: str) -> dict[str, int]:
-  """The sizes in bytes of all objects below an address, by their names from there."""
+def described(folder: str) -> dict[str, tuple[int, str]]:
+  """(size in bytes, CRC32C in base64) of all objects below an address, by names from there."""
   prefix = _bucket(folder)[1] + "/"
-  found = {blob.name.removeprefix(prefix): blob.size for blob in _blobs(folder, prefix)}
-  return {name: size for name, size in found.items() if name and not name.endswith("/")}
+  blobs = {blob.name.removeprefix(prefix): blob for blob in _blobs(folder, prefix)}
+  # What is named like a folder is what consoles make to show one.
+  return {n: (blob.size, blob.crc32c) for n, blob in blobs.items() if n and not n.endswith("/")}
 
 
 def folders(folder: str) -> list[str]:
@@ -175,11 +174,12 @@ def read(path: str) -> bytes:
     return bucket.blob(name).download_as_bytes(retry=_retry())
 
 
-def sha256(path: str) -> str:
-  """The SHA-256 of an object, which is read piece by piece."""
+def pieces(path: str) -> Iterator[bytes]:
+  """The content of an object, piece by piece; no checksum is verified."""
   bucket, name = _bucket(path)
   with _errors_of(path), bucket.blob(name).open("rb", chunk_size=CHUNK, retry=_retry()) as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    while piece := file.read(CHUNK):
+      yield piece
 
 
 def write(path: str, content: bytes, generation: int | None = None) -> int:
@@ -231,7 +231,7 @@ def _remove(path: str, generation: int | None = None) -> None:
 def move_tree(source: str, target: str) -> None:
   """Moves all objects: first all are copied, within the bucket, then the old ones deleted."""
   bucket, start = _bucket(source)
-  names = list(listing(source))
+  names = list(described(source))
   for name in names:
     with _errors_of(source):
       new = f"{_bucket(target)[1]}/{name}"

@@ -74,9 +74,7 @@ def try_to_write(write: Callable[..., None], *args: Any) -> None:
 
 def refuse_unwritable(flag: str, path: str) -> None:
   """Raises `UserError` where no file can be written into a folder, or it cannot be made."""
-  if buckets.holds(path):
-    exists(path)  # That there is a bucket; whether it may be written, only writing tells.
-    return
+  refuse_url(flag, path)
   there = os.path.abspath(path)
   while not os.path.exists(there):
     there = os.path.dirname(there)
@@ -163,7 +161,7 @@ def listing(folder: str) -> dict[str, int | None]:
   None for what is no regular file: links are not followed.
   """
   if buckets.holds(folder):
-    return {**buckets.listing(folder)}
+    return {name: size for name, (size, _) in buckets.described(folder).items()}
   found = {}
   for root, folders_, names in os.walk(folder):
     links = [name for name in folders_ if os.path.islink(os.path.join(root, name))]
@@ -193,7 +191,10 @@ def read(path: str) -> bytes:
 def sha256(path: str) -> str:
   """The SHA-256 of a file, in hexadecimal digits."""
   if buckets.holds(path):
-    return buckets.sha256(path)
+    digest = hashlib.sha256()
+    for piece in buckets.pieces(path):
+      digest.update(piece)
+    return digest.hexdigest()
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -239,6 +240,12 @@ class Spool:
     if buckets.holds(self._path):
       with self._uploading:
         buckets.upload_tree(self.folder, self._path, replacing, self._known)
+
+
+def cache_folder() -> str:
+  """Where this user's machine keeps what can be made again."""
+  home = expand(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"))
+  return os.path.join(home, "convex_jax")
 
 
 def absolute(path: str) -> str:

@@ -74,7 +74,7 @@ class _Save:
     if self._thread.is_alive():
       late = time.monotonic() > self._deadline
       return f"not finished after {self._patience:g} s" if late else None
-    return str(self.error) if self.error is not None else None
+    return _words(self.error) if self.error is not None else None
 
 
 class Checkpoints:
@@ -144,7 +144,7 @@ class Checkpoints:
       )
     except Exception as error:
       self._clear(step)
-      self._fail(step, str(error))
+      self._fail(step, _words(error))
       return
 
     def write():
@@ -161,7 +161,7 @@ class Checkpoints:
 
   def _fail(self, step: int, reason: str) -> None:
     self._failure = (
-      f"The checkpoint of step {step} could not be written: {(reason.splitlines() or ['?'])[0]}\n"
+      f"The checkpoint of step {step} could not be written: {reason}\n"
       f"  The older ones in {self._folder} are unchanged."
     )
     if self._go_on:
@@ -225,6 +225,21 @@ class Checkpoints:
       raise Unsaved(self._failure)
     if on_time:
       self._checkpointer.close()
+
+
+def _words(error: BaseException) -> str:
+  """The first line of an error; of a mount that renames no folders, also what to do."""
+  line, cause = (str(error).splitlines() or [repr(error)])[0], error
+  while cause is not None:
+    # No other system refuses a rename, which has a second name, by "Too many open files".
+    if isinstance(cause, OSError) and cause.errno == errno.EMFILE and cause.filename2 is not None:
+      return (
+        f"{line}\n  The folder is a bucket mounted by gcsfuse, which renames no folders unless told"
+        " to. Pass its address,\n  --workdir=gs://BUCKET/FOLDER, or mount it with"
+        " --rename-dir-limit=200000."
+      )
+    cause = cause.__cause__ or cause.__context__
+  return line
 
 
 def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[str, Any]]:

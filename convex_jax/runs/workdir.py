@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from convex_jax import config_files, files
+from convex_jax import buckets, config_files, files
 from convex_jax.config_files import flatten
 from convex_jax.data.datasets import Data
 from convex_jax.errors import Unsaved, UserError
@@ -180,7 +180,8 @@ class Workdir:
 
     Raises `UserError` where it holds another run, cannot be written, or is in use.
     """
-    files.refuse_unwritable("--workdir", self.path)
+    if not buckets.holds(self.path):  # There the lock, an object, tells.
+      files.refuse_unwritable("--workdir", self.path)
     if self.exists():
       self._check_same_run(config)
     is_new, lead = not os.path.exists(self.path), jax.process_index() == 0
