@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ _policies = ocp.training.preservation_policies
 def quieten_orbax() -> None:
   """Makes a failed save be reported once, without a traceback of each Orbax thread."""
   logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
   show = sys.unraisablehook
 
   def unraisablehook(unraisable):
@@ -110,11 +111,12 @@ class Checkpoints:
     self._abandoned = False
 
   def _open(self) -> ocp.training.Checkpointer:
-    return ocp.training.Checkpointer(
-      self._folder,
-      preservation_policy=self._policy,  # pyright: ignore[reportArgumentType]
-      cleanup_tmp_directories=True,
-    )
+    with _reached(self._folder):
+      return ocp.training.Checkpointer(
+        self._folder,
+        preservation_policy=self._policy,  # pyright: ignore[reportArgumentType]
+        cleanup_tmp_directories=True,
+      )
 
   def latest_step(self) -> int | None:
     """The step of the newest complete checkpoint."""
@@ -206,7 +208,8 @@ class Checkpoints:
     abstract = jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like
     )
-    return self._checkpointer.load_checkpointables(self.latest_step(), abstract)
+    with _reached(self._folder):
+      return self._checkpointer.load_checkpointables(self.latest_step(), abstract)
 
   def abandon(self) -> None:
     """Makes `close` wait for nothing: other processes, which would take part, are gone."""
@@ -225,6 +228,17 @@ class Checkpoints:
       raise Unsaved(self._failure)
     if on_time:
       self._checkpointer.close()
+
+
+@contextlib.contextmanager
+def _reached(folder: str) -> Iterator[None]:
+  """While active, whatever the clients of a bucket raise is an OSError, which says so."""
+  try:
+    yield
+  except Exception as error:
+    if not buckets.holds(folder):
+      raise
+    raise OSError(errno.EIO, f"the bucket cannot be read: {_words(error)}", folder) from error
 
 
 def _words(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import http.client
 import http.server
 import importlib.util
@@ -9,13 +10,18 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import socket
 import struct
 import subprocess
 import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
+from typing import Any
+
+from tests.support import injections
 
 NAME = "bucket"
 IS_INSTALLED = all(
@@ -68,8 +74,9 @@ def server(folder: pathlib.Path) -> Iterator[str]:
 class Network:
   """A proxy before a server, which does to each request what `fault(method, path)` says.
 
-  That is: "" nothing; "503" an answer; "reset" no answer; "slow" one that takes a second; "cut" the
-  server receives half of the body. `done` counts what was done.
+  That is: "" nothing; "503", or another status, an answer; "reset" no answer; "lost" none either,
+  though the server has done it; "slow" an answer that takes a second; "cut" the server receives
+  half of the body. `done` counts what was done.
   """
 
   def __init__(self, url: str, fault: Callable[[str, str], str]):
@@ -87,8 +94,8 @@ class Network:
           time.sleep(1)
         if what == "reset":
           return ours.reset()
-        if what == "503":
-          return ours.answer(503, [], b"")
+        if what.isdigit():
+          return ours.answer(int(what), [], b"")
         upstream = http.client.HTTPConnection(host)
         with contextlib.closing(upstream):
           upstream.putrequest(ours.command, ours.path, True, True)
@@ -98,6 +105,8 @@ class Network:
           if what == "cut":
             return ours.reset()
           response = upstream.getresponse()
+          if what == "lost":
+            return ours.reset()
           return ours.answer(response.status, response.getheaders(), response.read())
 
       do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_one
@@ -144,12 +153,42 @@ def at_random(faults: tuple[str, ...], share: float, seed: int = 0) -> Callable[
   return lambda method, path: rng.choice(faults) if rng.random() < share else ""
 
 
-def fetch(root: pathlib.Path, folder: str, target: pathlib.Path) -> pathlib.Path:
-  """A copy of a folder of the bucket, below `root` of the server, on this machine's disk."""
-  source = root / NAME / folder
-  for path in source.rglob("*"):  # Where objects were deleted, the server leaves empty folders.
-    if path.is_file():
-      copy = target / path.relative_to(source)
-      copy.parent.mkdir(parents=True, exist_ok=True)
-      copy.write_bytes(path.read_bytes())
-  return target
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+  """A server's bucket, and the folder in which its objects are files."""
+
+  url: str
+  root: pathlib.Path
+
+  def address(self, folder: str) -> str:
+    return f"gs://{NAME}/{folder}"
+
+  def file(self, address: str) -> pathlib.Path:
+    """What the server keeps an object in; to be damaged."""
+    return self.root / address.removeprefix("gs://")
+
+  def fetch(self, address: str, target: pathlib.Path) -> pathlib.Path:
+    """Copies a folder to this machine's disk."""
+    source = self.file(address)
+    for path in source.rglob("*"):  # Where objects were deleted, the server leaves empty folders.
+      if path.is_file():
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    return target
+
+
+class BucketRun(injections.Run):
+  """A run in a bucket, of which `settle` makes a copy on the disk; `url`: by way of a network."""
+
+  def __init__(self, bucket: Bucket, *args: Any, url: str = ""):
+    super().__init__(*args)
+    self.bucket, self._url = bucket, url or bucket.url
+    self.address = bucket.address(f"{uuid.uuid4().hex[:8]}/{self.workdir.name}")
+
+  def start(self, faults=None, **env):
+    return super().start({"renew": 0.5, **(faults or {})}, **environment(self._url), **env)
+
+  def settle(self):
+    shutil.rmtree(self.workdir, ignore_errors=True)
+    self.bucket.fetch(self.address, self.workdir)
