@@ -33,10 +33,26 @@ def test_an_address_has_one_form(given, used):
 
 @pytest.mark.parametrize(
   "given",
-  "gs:/ gs:// gs://b gs://bucket gs://bucket/ gs:/bucket/x gs:///x GS://bucket/x gs://Bucket/x"
-  " gs://-bucket/x gs://bucket/../x gs://bucket/a/../../x gs://bucket/x#1 gs://bucket/*"
-  " gs://bucket/x?y gs://bucket/x[0]".split()
-  + ["gs://my bucket/x", "gs://bucket/x\ny"],
+  [
+    "gs:/",
+    "gs://",
+    "gs://b",
+    "gs://bucket",
+    "gs://bucket/",
+    "gs:/bucket/x",
+    "gs:///x",
+    "GS://bucket/x",
+    "gs://Bucket/x",
+    "gs://-bucket/x",
+    "gs://bucket/../x",
+    "gs://bucket/a/../../x",
+    "gs://bucket/x#1",
+    "gs://bucket/*",
+    "gs://bucket/x?y",
+    "gs://bucket/x[0]",
+    "gs://my bucket/x",
+    "gs://bucket/x\ny",
+  ],
 )
 def test_what_looks_like_an_address_is_refused(given):
   with pytest.raises(UserError, match="expected gs://BUCKET/FOLDER"):
@@ -92,7 +108,9 @@ def test_a_write_that_fails_leaves_what_was_there(folder):
 
   with pytest.raises(RuntimeError):
     fails()
-  assert files.read_json(f"{folder}/a.json") == {"a": 1} and list(files.listing(folder)) == ["a.json"]
+  assert files.read_json(f"{folder}/a.json") == {"a": 1} and list(files.listing(folder)) == [
+    "a.json"
+  ]
 
 
 def test_of_two_writers_one_wins(folder):
@@ -249,7 +267,9 @@ def test_a_claim_outlives_a_network_that_fails(network, folder, hasty, monkeypat
 def test_a_spool_brings_what_has_changed(bucket, folder, monkeypatch):
   spool = files.Spool(folder)
   (wrote, write) = ([], buckets.write)
-  monkeypatch.setattr(buckets, "write", lambda path, content: wrote.append(path) or write(path, content))
+  monkeypatch.setattr(
+    buckets, "write", lambda path, content: wrote.append(path) or write(path, content)
+  )
   buckets.write(f"{folder}/events.1", b"of an earlier start")
   buckets.write(f"{folder}/notes", b"of somebody else")
   for name in ("rows", "events.2", "profile/x"):

@@ -202,8 +202,8 @@ class Workdir:
 
     Nothing is to be done for a folder of this machine. Raises `Unsaved`.
     """
-    self._renew_claim()
     with saving():
+      self._renew_claim()
       self.spool.upload(replacing="events.out.tfevents.")
 
   def _check_same_run(self, config: Any) -> None:

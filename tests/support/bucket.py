@@ -17,11 +17,7 @@ import subprocess
 import threading
 import time
 import urllib.request
-import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
-
-from tests.support import injections
 
 NAME = "bucket"
 IS_INSTALLED = all(
@@ -176,19 +172,3 @@ class Bucket:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
     return target
-
-
-class BucketRun(injections.Run):
-  """A run in a bucket, of which `settle` makes a copy on the disk; `url`: by way of a network."""
-
-  def __init__(self, bucket: Bucket, *args: Any, url: str = ""):
-    super().__init__(*args)
-    self.bucket, self._url = bucket, url or bucket.url
-    self.address = bucket.address(f"{uuid.uuid4().hex[:8]}/{self.workdir.name}")
-
-  def start(self, faults=None, **env):
-    return super().start({"renew": 0.5, **(faults or {})}, **environment(self._url), **env)
-
-  def settle(self):
-    shutil.rmtree(self.workdir, ignore_errors=True)
-    self.bucket.fetch(self.address, self.workdir)

@@ -12,6 +12,7 @@ FAULTS, a JSON object in the environment, says which:
 | full | (first, last) step of a disk that takes no file above 1,000 bytes; a save that was begun before is completed first, one that was begun within fails |
 | ballast | a file that fills its disk during those steps instead |
 | renew | seconds between two renewals of a claim in a bucket |
+| requests | seconds for which a request to a bucket is repeated |
 | log | a file to which the examples of each step are written |
 """
 
@@ -133,6 +134,7 @@ if __name__ == "__main__":
   checkpoints.Checkpoints.__init__ = kept(checkpoints.Checkpoints.__init__)
   checkpointer = checkpoints.ocp.training.Checkpointer
   checkpointer.save_checkpointables_async = counted(checkpointer.save_checkpointables_async)
+  buckets.PATIENCE = FAULTS.get("requests", buckets.PATIENCE)
   buckets.RENEW = FAULTS.get("renew", buckets.RENEW)
   program.Program.train_call = stepping(program.Program.train_call)
   sys.exit(main.main())
