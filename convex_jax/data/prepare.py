@@ -74,6 +74,7 @@ with registered.skip_registration():  # Found by `builder_of`, not by `tfds.load
 def builder_of(name: str, data_dir: str, config: str = "") -> Any:
   """TFDS's builder of a data set and its variant in `data_dir` ("": TFDS's own folder)."""
   folder = files.expand(data_dir) or None
+  files.refuse_url("--data_dir", folder or "")
   if name == "digits":
     return Digits(data_dir=folder, file_format="array_record")
   return tfds.builder(f"{name}/{config}" if config else name, data_dir=folder)

@@ -7,6 +7,7 @@ by which a checkpoint is verified before it is used.
 """
 
 import contextlib
+import errno
 import glob
 import logging
 import operator
@@ -16,13 +17,14 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from convex_jax import buckets, files
 from convex_jax.errors import Unsaved, UserError
 from convex_jax.runs import manifest
 
@@ -32,6 +34,7 @@ _policies = ocp.training.preservation_policies
 def quieten_orbax() -> None:
   """Makes a failed save be reported once, without a traceback of each Orbax thread."""
   logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
   show = sys.unraisablehook
 
   def unraisablehook(unraisable):
@@ -72,14 +75,16 @@ class _Save:
     if self._thread.is_alive():
       late = time.monotonic() > self._deadline
       return f"not finished after {self._patience:g} s" if late else None
-    return str(self.error) if self.error is not None else None
+    return _words(self.error) if self.error is not None else None
 
 
 class Checkpoints:
   """The checkpoints of a run: the latest `keep` and the best are kept.
 
   A checkpoint that cannot be written, or not within `patience` seconds, makes `check` raise
-  `Unsaved`; with `go_on`, in a run of one process, it is only reported, by `report`.
+  `Unsaved`; with `go_on`, in a run of one process, it is only reported, by `report`. The first
+  process calls `before_seal` once the files of a checkpoint are written; where it raises, they are
+  no checkpoint.
   """
 
   def __init__(
@@ -90,26 +95,28 @@ class Checkpoints:
     report: Callable[[str], None] = print,
     go_on: bool = False,
     patience: float = 600.0,
+    before_seal: Callable[[], None] = lambda: None,
   ):
     best = _policies.BestN(
       get_metric_fn=operator.itemgetter("accuracy"), n=1, keep_checkpoints_without_metrics=False
     )
     self._policy = _policies.AnyPreservationPolicy([_policies.LatestN(keep), best])
-    self._folder = os.path.abspath(folder)
+    self._folder = files.absolute(folder)
     self._checkpointer = self._open()
     self._go_on = go_on and jax.process_count() == 1  # Others would wait for the one that failed.
-    self._report, self._patience = report, patience
+    self._report, self._patience, self._before_seal = report, patience, before_seal
     self._newest = self.latest_step()  # The last step saved or attempted.
     self._save: _Save | None = None
     self._failure: str | None = None  # Why the newest is missing.
     self._abandoned = False
 
   def _open(self) -> ocp.training.Checkpointer:
-    return ocp.training.Checkpointer(
-      self._folder,
-      preservation_policy=self._policy,  # pyright: ignore[reportArgumentType]
-      cleanup_tmp_directories=True,
-    )
+    with _reached(self._folder):
+      return ocp.training.Checkpointer(
+        self._folder,
+        preservation_policy=self._policy,  # pyright: ignore[reportArgumentType]
+        cleanup_tmp_directories=True,
+      )
 
   def latest_step(self) -> int | None:
     """The step of the newest complete checkpoint."""
@@ -139,13 +146,14 @@ class Checkpoints:
       )
     except Exception as error:
       self._clear(step)
-      self._fail(step, str(error))
+      self._fail(step, _words(error))
       return
 
     def write():
       try:
         response.result()
         if jax.process_index() == 0:
+          self._before_seal()
           manifest.seal(os.path.join(self._folder, str(step)), step, accuracy)
       except Exception:
         self._clear(step)
@@ -155,15 +163,18 @@ class Checkpoints:
 
   def _fail(self, step: int, reason: str) -> None:
     self._failure = (
-      f"The checkpoint of step {step} could not be written: {(reason.splitlines() or ['?'])[0]}\n"
+      f"The checkpoint of step {step} could not be written: {reason}\n"
       f"  The older ones in {self._folder} are unchanged."
     )
     if self._go_on:
       self._report(self._failure)
 
   def _clear(self, step: int) -> None:
-    """Removes what there is of a failed checkpoint, so that the disk is as full as before."""
-    if jax.process_index():
+    """Removes what there is of a failed checkpoint, so that the disk is as full as before.
+
+    In a bucket it is left to the next start: another run may have taken this one's place there.
+    """
+    if jax.process_index() or buckets.holds(self._folder):
       return
     whole = os.path.join(self._folder, str(step))
     if not manifest.is_sealed(whole):
@@ -197,7 +208,8 @@ class Checkpoints:
     abstract = jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like
     )
-    return self._checkpointer.load_checkpointables(self.latest_step(), abstract)
+    with _reached(self._folder):
+      return self._checkpointer.load_checkpointables(self.latest_step(), abstract)
 
   def abandon(self) -> None:
     """Makes `close` wait for nothing: other processes, which would take part, are gone."""
@@ -218,6 +230,32 @@ class Checkpoints:
       self._checkpointer.close()
 
 
+@contextlib.contextmanager
+def _reached(folder: str) -> Iterator[None]:
+  """While active, whatever the clients of a bucket raise is an OSError, which says so."""
+  try:
+    yield
+  except Exception as error:
+    if not buckets.holds(folder):
+      raise
+    raise OSError(errno.EIO, f"the bucket cannot be read: {_words(error)}", folder) from error
+
+
+def _words(error: BaseException) -> str:
+  """The first line of an error; of a mount that renames no folders, also what to do."""
+  line, cause = (str(error).splitlines() or [repr(error)])[0], error
+  while cause is not None:
+    # No other system refuses a rename, which has a second name, by "Too many open files".
+    if isinstance(cause, OSError) and cause.errno == errno.EMFILE and cause.filename2 is not None:
+      return (
+        f"{line}\n  The folder is a bucket mounted by gcsfuse, which renames no folders unless told"
+        " to. Pass its address,\n  --workdir=gs://BUCKET/FOLDER, or mount it with"
+        " --rename-dir-limit=200000."
+      )
+    cause = cause.__cause__ or cause.__context__
+  return line
+
+
 def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[str, Any]]:
   """(step, {"params", "stats"}) as numpy arrays, on any machine.
 
@@ -236,7 +274,7 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
     raise UserError(
       f"There is no checkpoint {step!r} in {folder}; expected one of {names}, 'latest', 'best'"
     )
-  path = os.path.join(os.path.abspath(folder), str(chosen))
+  path = os.path.join(files.absolute(folder), str(chosen))
   if reason := manifest.fault(path, int(chosen)):
     intact = [s for s, fault in manifest.faults(folder).items() if fault is None]
     raise UserError(f"checkpoint {chosen} in {folder}: {reason}; intact ones: {intact or 'none'}")
@@ -259,7 +297,7 @@ def read_training(folder: str, step: int, like: dict[str, Any]) -> dict[str, Any
 
   Raises `UserError` where it has another structure: it is another optimizer's.
   """
-  path = os.path.join(os.path.abspath(folder), str(step))
+  path = os.path.join(files.absolute(folder), str(step))
   target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
   try:
     return ocp.load(path, target, checkpointable_name="training")

@@ -7,12 +7,11 @@ own files are compared with it. Files that it does not list are left alone: desk
 and editors put theirs anywhere.
 """
 
+import concurrent.futures
 import fnmatch
-import hashlib
 import itertools
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 
@@ -20,11 +19,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from convex_jax import files
+from convex_jax import buckets, files
 from convex_jax.errors import UserError
 
 FORMAT = 1  # Of a checkpoint; incremented when older versions cannot read it.
 NAME = "manifest.json"
+COMMITTED = "commit_success.txt"  # Orbax's, in a folder that it has finished.
+READERS = 4  # Files whose digests are computed at a time.
 LIBRARIES = ("convex_jax", "jax", "flax", "optax", "orbax-checkpoint")
 # Names, in lower case, that desktops, file servers and editors give to files which come and go:
 # no manifest lists them. Orbax uses none.
@@ -36,16 +37,16 @@ STRAYS = (
 
 def seal(folder: str, step: int, accuracy: float | None) -> None:
   """Writes the manifest of a checkpoint whose files are all there."""
-  own = {name: path for name, path in _files(folder) if not _is_stray(name)}
-  found = {name: [os.path.getsize(path), _sha256(path)] for name, path in own.items()}
+  sizes = {name: size for name, size in _files(folder).items() if not _is_stray(name)}
+  found = {name: [sizes[name], digest] for name, digest in _digests(folder, sizes)}
   versions = {name: metadata.version(name) for name in LIBRARIES}
   content = {"format": FORMAT, "step": step, "accuracy": accuracy, "versions": versions}
-  files.write_json(os.path.join(folder, NAME), content | {"files": found})
+  files.write_json(os.path.join(folder, NAME), content | {"files": found}, new=True)
 
 
 def is_sealed(folder: str) -> bool:
   """Whether there is a manifest."""
-  return os.path.isfile(os.path.join(folder, NAME))
+  return files.is_file(os.path.join(folder, NAME))
 
 
 def accuracy(folder: str) -> float | None:
@@ -79,16 +80,17 @@ def fault(folder: str, step: int) -> str | None:
     return f"{NAME} is damaged: it does not list files"
   if sealed_step != step:
     return f"it is the checkpoint of step {sealed_step}"
-  there = dict(_files(folder))
-  for name in sorted(name for name in wanted if not _is_stray(name)):
+  there = _files(folder)
+  names = sorted(name for name in wanted if not _is_stray(name))
+  for name in names:
     if name not in there:
       return f"{name} is missing"
-    if not stat.S_ISREG(os.lstat(there[name]).st_mode):
+    if there[name] is None:
       return f"{name} is not a regular file"
-    size, digest = wanted[name]
-    if os.path.getsize(there[name]) != size:
-      return f"{name} has {os.path.getsize(there[name]):,} bytes instead of {size:,}"
-    if _sha256(there[name]) != digest:
+    if there[name] != (size := wanted[name][0]):
+      return f"{name} has {there[name]:,} bytes instead of {size:,}"
+  for name, digest in _digests(folder, names):
+    if digest != wanted[name][1]:
       return f"{name} is damaged: its SHA-256 differs"
   return None
 
@@ -106,7 +108,7 @@ def left_alone(folder: str, steps: Iterable[int]) -> str:
   names = []
   for step in steps:
     own = set(listed(path := os.path.join(folder, str(step))))
-    names += [f"{step}/{name}" for name, _ in _files(path) if own and name not in own]
+    names += [f"{step}/{name}" for name in _files(path) if own and name not in own]
   if not names:
     return ""
   more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -121,15 +123,20 @@ def steps_in(folder: str) -> list[int]:
 
 
 def _numbered(folder: str) -> list[int]:
-  """The numbers that are names of folders in this one."""
-  names = os.listdir(folder) if os.path.isdir(folder) else []
-  steps = [int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)]
-  return sorted(step for step in steps if os.path.isdir(os.path.join(folder, str(step))))
+  """The numbers that are names of folders in this one, but for what Orbax is still writing.
+
+  On a disk that has another name. In a bucket nothing is renamed, and `COMMITTED` comes last.
+  """
+  steps = [int(name) for name in files.folders(folder) if re.fullmatch("0|[1-9][0-9]*", name)]
+  if buckets.holds(folder):
+    paths = {step: os.path.join(folder, str(step)) for step in steps}
+    steps = [s for s, path in paths.items() if {NAME, COMMITTED} & files.listing(path).keys()]
+  return sorted(steps)
 
 
 def _holds_strays_alone(folder: str) -> bool:
   """Whether a desktop's file is what is left of a checkpoint that was deleted."""
-  names = [name for name, _ in _files(folder)]
+  names = _files(folder)
   return bool(names) and all(map(_is_stray, names))
 
 
@@ -167,7 +174,7 @@ def _set_aside(folder: str, aside: str) -> list[str]:
     lines += [f"  step {step}: {reason}" for step, reason in wrong.items()]
     lines += ["  To start a new run, pass another --workdir."]
     if unfinished:
-      command = f"python -m convex_jax checkpoint seal {os.path.dirname(os.path.abspath(folder))}"
+      command = f"python -m convex_jax checkpoint seal {os.path.dirname(files.absolute(folder))}"
       lines += [f"  To trust those without a manifest: {command}"]
     raise UserError("\n".join(lines))
   for step in _numbered(folder):
@@ -177,9 +184,8 @@ def _set_aside(folder: str, aside: str) -> list[str]:
   for step, reason in wrong.items():
     names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(1)))
     paths = (os.path.join(aside, name) for name in names)
-    target = next(path for path in paths if not os.path.lexists(path))
-    os.makedirs(aside, exist_ok=True)
-    os.rename(os.path.join(folder, str(step)), target)
+    target = next(path for path in paths if not files.exists(path))
+    files.move_tree(os.path.join(folder, str(step)), target)
     lines.append(f"Checkpoint {step}: {reason}. Moved to {target}")
   return lines + list(filter(None, [left_alone(folder, steps_in(folder))]))
 
@@ -190,15 +196,10 @@ def saved_steps(folder: str) -> dict[int, float | None]:
   return {s: accuracy(path) for s, path in paths.items() if is_sealed(path)}
 
 
-def _files(folder: str) -> Iterator[tuple[str, str]]:
-  """(name, path) of each file in a folder, at any depth, without the manifest; follows no link."""
-  for root, folders, names in os.walk(folder):
-    links = [name for name in folders if os.path.islink(os.path.join(root, name))]
-    for name in names + links:
-      path = os.path.join(root, name)
-      relative = os.path.relpath(path, folder).replace(os.sep, "/")
-      if relative not in (NAME, NAME + ".tmp"):
-        yield relative, path
+def _files(folder: str) -> dict[str, int | None]:
+  """`files.listing` of a checkpoint, without the manifest."""
+  found = files.listing(folder)
+  return {name: size for name, size in found.items() if name not in (NAME, NAME + ".tmp")}
 
 
 def _is_stray(name: str) -> bool:
@@ -207,6 +208,8 @@ def _is_stray(name: str) -> bool:
   return any(fnmatch.fnmatchcase(part, stray) for part in parts for stray in STRAYS)
 
 
-def _sha256(path: str) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def _digests(folder: str, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+  """(name, SHA-256) of files; several are read at a time, since each of a bucket's takes a while."""
+  with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+    paths = [os.path.join(folder, name) for name in names]
+    yield from zip(names, pool.map(files.sha256, paths), strict=True)

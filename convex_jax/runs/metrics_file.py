@@ -17,6 +17,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from convex_jax import files
+from convex_jax.errors import Unsaved
 from convex_jax.runs.workdir import Workdir, read_rows, saving
 
 # Made when they are imported: no type checker sees them.
@@ -34,11 +35,13 @@ class MetricsFile:
 
   def __init__(self, workdir: Workdir, start: int):
     self.path = workdir.metrics_file
-    self._folder, self._waiting, self._events = workdir.path, [], None
-    rows, self.damaged = read_rows(self.path) if os.path.exists(self.path) else ([], 0)
+    self._workdir, self._folder = workdir, workdir.spool.folder
+    self._file = os.path.join(self._folder, os.path.basename(self.path))
+    self._waiting, self._events = [], None
+    rows, self.damaged = read_rows(self.path) if files.exists(self.path) else ([], 0)
     kept = [row for row in rows if row["step"] <= start and row["kind"] != "final"]
     with saving():
-      with files.atomic_write(self.path) as file:
+      with files.atomic_write(self._file) as file:
         file.writelines(json.dumps(row) + "\n" for row in kept)
       self._renew_events()
 
@@ -52,7 +55,7 @@ class MetricsFile:
     if not self._waiting and self._events is not None:
       return None
     try:
-      with open(self.path, "ab", buffering=0) as file:
+      with open(self._file, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         text = "".join(json.dumps(row) + "\n" for row in self._waiting).encode()
         if file.write(text) < len(text):  # The disk took a part.
@@ -70,7 +73,7 @@ class MetricsFile:
 
   def sync(self) -> None:
     """Flushes the rows to disk, so that no checkpoint is newer than its rows."""
-    with saving(), open(self.path, "ab") as file:
+    with saving(), open(self._file, "ab") as file:
       os.fsync(file.fileno())
 
   def _renew_events(self) -> None:
@@ -81,7 +84,7 @@ class MetricsFile:
     writer = RecordWriter(open(os.path.join(self._folder, name), "wb"))  # noqa: SIM115
     first = _Event(wall_time=time.time(), file_version="brain.Event:2")
     writer.write(first.SerializeToString())
-    _write_events(writer, read_rows(self.path)[0])
+    _write_events(writer, read_rows(self._file)[0])
     self._events = writer
 
   def close(self) -> str | None:
@@ -89,6 +92,10 @@ class MetricsFile:
     failure = self.write()
     if self._events is not None:
       self._events.close()
+    try:
+      self._workdir.publish()
+    except Unsaved as error:
+      return str(error)
     return failure
 
 

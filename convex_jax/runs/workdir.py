@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from convex_jax import config_files, files
+from convex_jax import buckets, config_files, files
 from convex_jax.config_files import flatten
 from convex_jax.data.datasets import Data
 from convex_jax.errors import Unsaved, UserError
@@ -91,6 +92,9 @@ class Workdir:
 
   def __init__(self, path: str | os.PathLike[str]):
     self.path = files.expand(path)
+    files.refuse_url("workdir", self.path, bucket=True)
+    self.spool = files.Spool(self.path)
+    self._renew_claim = lambda: None
     of = functools.partial(os.path.join, self.path)
     self.config_file = of("config.json")
     self.metrics_file = of("metrics.jsonl")
@@ -107,7 +111,7 @@ class Workdir:
 
   def exists(self) -> bool:
     """Whether the folder holds a run."""
-    return os.path.exists(self.config_file)
+    return files.exists(self.config_file)
 
   def describe(self, config: Any, data: Data, parameters: int) -> None:
     """Writes config.json; raises `Unsaved` where the storage does not take it."""
@@ -153,14 +157,14 @@ class Workdir:
 
     A line that was cut short, by a kill, is left out.
     """
-    if not os.path.exists(self.metrics_file):
+    if not files.exists(self.metrics_file):
       return []
     found, _ = read_rows(self.metrics_file)
     return [row for row in found if kind in (None, row["kind"])]
 
   def certificate(self) -> dict[str, Any] | None:
     """The content of certificate.json, None where there is none; `UserError` where damaged."""
-    if not os.path.exists(self.certificate_file):
+    if not files.exists(self.certificate_file):
       return None
     try:
       return files.read_json(self.certificate_file)
@@ -176,20 +180,31 @@ class Workdir:
 
     Raises `UserError` where it holds another run, cannot be written, or is in use.
     """
-    files.refuse_url("--workdir", self.path)
-    files.refuse_unwritable("--workdir", self.path)
+    if not buckets.holds(self.path):  # There the lock, an object, tells.
+      files.refuse_unwritable("--workdir", self.path)
     if self.exists():
       self._check_same_run(config)
     is_new, lead = not os.path.exists(self.path), jax.process_index() == 0
     with saving():
-      os.makedirs(self.path, exist_ok=True)
+      files.make_folder(self.path)
     words = f"{self.path} is in use by another run"
-    with files.exclusive_lock(self._lock, words) if lead else contextlib.nullcontext():
+    lock = files.exclusive_lock(self._lock, words) if lead else contextlib.nullcontext(lambda: None)
+    with lock as self._renew_claim:
       try:
         yield
       finally:
-        if lead and is_new and os.listdir(self.path) == [os.path.basename(self._lock)]:
+        there = os.listdir(self.path) if lead and is_new and os.path.isdir(self.path) else []
+        if there == [os.path.basename(self._lock)]:
           shutil.rmtree(self.path)  # Refused before it began.
+
+  def publish(self) -> None:
+    """Brings what was appended (`spool`) to where others see it, if this run still holds the claim.
+
+    Nothing is to be done for a folder of this machine. Raises `Unsaved`.
+    """
+    with saving():
+      self._renew_claim()
+      self.spool.upload(replacing="events.out.tfevents.")
 
   def _check_same_run(self, config: Any) -> None:
     saved = self.description()["config"]
@@ -222,7 +237,7 @@ def saving() -> Iterator[None]:
 def read_rows(path: str) -> tuple[list[dict[str, Any]], int]:
   """The rows of a metrics.jsonl, and how many of its lines, but for the last, are damaged."""
   rows, damaged = [], 0
-  with open(path, encoding="utf-8", errors="replace") as file:
+  with io.TextIOWrapper(io.BytesIO(files.read(path)), encoding="utf-8", errors="replace") as file:
     for line in file:
       try:
         row = json.loads(line)

@@ -209,7 +209,7 @@ def read(folder: str) -> Results:
 
 def _read_csv(path: str, kind: type) -> list[Any]:
   """The items of a table; columns that are newer than the table are unknown."""
-  if not os.path.exists(path):
+  if not os.path.exists(path):  # Nor in a bucket, where only runs are.
     return []
   types, items, number = typing.get_type_hints(kind), [], 1
   try:

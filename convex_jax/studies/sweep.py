@@ -313,6 +313,7 @@ def _sweep(args: argparse.Namespace) -> int:
   jax.config.update("jax_platforms", "cpu")  # Leave the accelerator to the runs.
   workdir = args.workdir or os.path.join("runs", os.path.basename(os.path.abspath(args.folder)))
   out = args.out or workdir
+  files.refuse_url("--workdir", workdir)  # Logs of its runs are appended to.
   module = jobs.read_sweep(args.folder)
   every = jobs.tasks_of(module, args.schedule or next(iter(module.SCHEDULES)), workdir)
   tasks = [task for task in every if args.only in f"{task.job.panel}, {task.job.variant}"]

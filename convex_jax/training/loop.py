@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -89,6 +88,7 @@ def _run(
       report=console.print,
       go_on=not config.checkpoint.must_save,
       patience=config.checkpoint.patience,
+      before_seal=workdir.publish,  # No checkpoint is newer than its rows.
     )
     stack.callback(checkpoints.close)
     state = _first_state(program, checkpoints, start)
@@ -109,7 +109,7 @@ def _run(
     else:
       console.print(f"Resumed {workdir.path} at step {int(state.step)} of {program.total_steps}")
     profile = config.log.profile_steps if lead else (0, 0)
-    profiler = Profiler(workdir.profile, profile, console.print)
+    profiler = Profiler(workdir, profile, console.print)
     stack.callback(profiler.close)
     with _collectives(checkpoints):
       state = train(program, state, checkpoints, recorder, profiler, stopping, workdir)
@@ -125,7 +125,7 @@ def _scaled(config: Any, workdir: Workdir, examples: Data) -> tuple[Public | Non
   if not source:
     return None, examples.scaled("own" if normalise == "auto" else normalise)
   begun = manifest.steps_in(workdir.checkpoints) and workdir.exists()
-  if not begun and not os.path.isdir(source):
+  if not begun and not files.is_folder(source):
     return pretrained.start(config, examples)
   if not begun and normalise != "auto":
     return None, examples.scaled(normalise)

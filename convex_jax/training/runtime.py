@@ -66,9 +66,8 @@ def keep_compiled_programs() -> str:
   Sets environment variables, so that JAX need not be imported; `JAX_ENABLE_COMPILATION_CACHE=0`
   turns it off.
   """
-  home = files.expand(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"))
   kind = f"{platform.machine()} {_instructions()} jaxlib {importlib.metadata.version('jaxlib')}"
-  folder = os.path.join(home, "convex_jax", hashlib.sha256(kind.encode()).hexdigest()[:16])
+  folder = os.path.join(files.cache_folder(), hashlib.sha256(kind.encode()).hexdigest()[:16])
   chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR", folder)
   os.environ["JAX_COMPILATION_CACHE_DIR"] = files.expand(chosen)
   # Seconds; JAX's own threshold of 1 leaves out most of a small run's programs.

@@ -1,7 +1,6 @@
 """What a run begins with, by `config.init_from`: a file of public weights, or another run."""
 
 import dataclasses
-import os
 from typing import Any
 
 import jax
@@ -42,7 +41,7 @@ def start_of(config: Any, program: Program, public: Public | None = None) -> Sta
   Raises `UserError` where it does not fit the network.
   """
   path = files.expand(config.init_from)
-  if os.path.isdir(path):
+  if files.is_folder(path):
     return _of_run(config, program, Workdir(path))
   if public is None:
     public, _ = pretrained.start(config, program.examples)

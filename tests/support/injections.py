@@ -79,7 +79,7 @@ class Run:
   """A run's command, with faults, and what it leaves."""
 
   def __init__(self, data_dir: str, workdir: pathlib.Path, steps: int, *more: str):
-    self.workdir, self.steps = workdir, steps
+    self.workdir, self.steps, self.address = workdir, steps, str(workdir)
     self.log = workdir.parent / f"{workdir.name}.log"
     self.arguments = [*SETTINGS, f"--config.data.dir={data_dir}", f"--config.steps={steps}", *more]
 
@@ -87,7 +87,7 @@ class Run:
     """The process; `faults` are `victim`'s."""
     faults = {"log": str(self.log), **(faults or {})}
     return subprocess.Popen(
-      [sys.executable, "-m", "tests.support.victim", *self.arguments, f"--workdir={self.workdir}"],
+      [sys.executable, "-m", "tests.support.victim", *self.arguments, f"--workdir={self.address}"],
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -100,6 +100,9 @@ class Run:
     process = self.start(faults, **env)
     out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err
+
+  def settle(self) -> None:
+    """Puts what the run has written into the folder `workdir`, where it is looked at."""
 
   def logged(self) -> list[tuple[int, list[int]]]:
     """(step, examples) of each step that was done, in order, those done again twice."""
@@ -187,17 +190,18 @@ def chain(
   code: int,
   steps: int,
   whole: Run | None = None,
+  kind: Callable[..., Run] = Run,
 ) -> tuple[Result, Run, Run]:
   """Interrupts a run `n` times at random moments; (result, the run, an undisturbed one).
 
   Survived: each leg ended by the exit code that was due, and the end has the same bits, and
   rows: no step twice, none missing. (A stop divides a row of training means in two.)
-  With `whole`, a finished run, its steps are those.
+  With `whole`, a finished run, its steps are those; `kind` makes the run that is interrupted.
   """
   rng, result = random.Random(0), Result()
   if whole is None:
     whole = undisturbed(data_dir, folder / "undisturbed", steps)
-  run = Run(data_dir, folder / "interrupted", whole.steps)
+  run = kind(data_dir, folder / "interrupted", whole.steps)
   fine, seconds = [], []
   for _ in range(n):
     before, began = len(run.logged()), time.monotonic()
@@ -210,6 +214,7 @@ def chain(
       process.wait(timeout=PATIENCE)
       fine.append(process.returncode == code)
   ended, _, err = run.finish()
+  run.settle()
   same = ended == 0 and last_bits(run.workdir) == last_bits(whole.workdir)
   same &= rows_are_of(run, whole, exactly=code == -9)
   for survived, spent in zip(fine, seconds, strict=True):

@@ -6,10 +6,13 @@ FAULTS, a JSON object in the environment, says which:
 |---|---|
 | sleep | seconds before each call of the compiled step |
 | die, at | SIGKILL of itself at the n-th save: `begun`, `before_commit`, `after_commit`, `in_seal`, `after_seal` |
+| later | seconds after which it dies instead |
 | linger | seconds that the commit of a checkpoint takes |
 | hang | the commit of the checkpoint of this step never ends |
 | full | (first, last) step of a disk that takes no file above 1,000 bytes; a save that was begun before is completed first, one that was begun within fails |
 | ballast | a file that fills its disk during those steps instead |
+| renew | seconds between two renewals of a claim in a bucket |
+| requests | seconds for which a request to a bucket is repeated |
 | log | a file to which the examples of each step are written |
 """
 
@@ -24,7 +27,7 @@ import time
 
 import numpy as np
 
-from convex_jax import files, main
+from convex_jax import buckets, files, main
 from convex_jax.runs import checkpoints, manifest
 from convex_jax.training import program
 
@@ -35,6 +38,9 @@ opened = []  # Checkpoints.
 
 def die(at: str) -> None:
   if FAULTS.get("die") == at and saves == FAULTS["at"]:
+    if "later" in FAULTS:
+      threading.Timer(FAULTS["later"], os.kill, (os.getpid(), signal.SIGKILL)).start()
+      return
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 
@@ -128,5 +134,7 @@ if __name__ == "__main__":
   checkpoints.Checkpoints.__init__ = kept(checkpoints.Checkpoints.__init__)
   checkpointer = checkpoints.ocp.training.Checkpointer
   checkpointer.save_checkpointables_async = counted(checkpointer.save_checkpointables_async)
+  buckets.PATIENCE = FAULTS.get("requests", buckets.PATIENCE)
+  buckets.RENEW = FAULTS.get("renew", buckets.RENEW)
   program.Program.train_call = stepping(program.Program.train_call)
   sys.exit(main.main())
