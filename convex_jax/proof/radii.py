@@ -38,6 +38,7 @@ BALLS = 8  # Each half as large as the one before it, over which rounding errors
 KEPT = 0.9  # Of a radius, with which one bound for all norms is good enough.
 EXACT = 1 / 4096  # Of an l1 radius, to which it is found.
 STEPS = 100  # Of the search for it, at most.
+EVERY = slice(None)
 ROUNDING = 1e-9  # Relative to the logits; more than the error of their float64 evaluation.
 
 
@@ -106,6 +107,7 @@ class Certifier:
       y, pull = jax.vjp(one, x)
       return y, jax.vmap(pull)(jnp.eye(len(y)))[0].reshape(len(y), -1)
 
+    self._slopes = int(apart.shape[-1] * np.prod(shape))  # How many an input has.
     with jax.enable_x64(True):
       front, rest, self._columns = affine_front.split(one, shape)
     self._with_slopes = jax.jit(jax.vmap(with_slopes))
@@ -141,7 +143,7 @@ class Certifier:
     return self._radii(images, tuple(norms))
 
   def _radii(self, images, norms: tuple[str, ...]) -> Iterator[Radius]:
-    together = int(np.clip(SLOPES // self._alone[:, :1].size // np.size(images[0]), 1, IMAGES))
+    together = int(np.clip(SLOPES // self._slopes, 1, IMAGES))
     for start in range(0, len(images), together):
       part = np.asarray(images[start : start + together], np.float64)
       padded = np.pad(part, [(0, together - len(part)), *[(0, 0)] * (part.ndim - 1)], "edge")
@@ -287,50 +289,52 @@ class _Rays:
     self._around.look(rays, steps)
     self._hear()
 
-  @property
-  def reach(self) -> np.ndarray:
+  def reach(self, rays: Any = EVERY) -> np.ndarray:
     """Steps (rays, rivals) up to which the slack is surely positive."""
+    low, above = self._low[rays], self._above[rays]
+    high, below = self._high[rays], self._below[rays]
     with np.errstate(invalid="ignore"):
-      part = self._above / (self._above - self._below) * (self._high - self._low)
-    return self._low + np.where(np.isfinite(self._high), part, 0.0)
+      part = above / (above - below) * (high - low)
+    return low + np.where(np.isfinite(high), part, 0.0)
 
   @property
   def both_ways(self) -> np.ndarray:
     """The reach (D, rivals) along each axis, the less of both directions, as a number > 0."""
-    return np.maximum(self.reach.reshape(2, -1, len(self._margins_R)).min(0), 1e-300)
+    return np.maximum(self.reach().reshape(2, -1, len(self._margins_R)).min(0), 1e-300)
 
-  @property
-  def _limit(self) -> np.ndarray:
+  def _limit(self, rays: Any = EVERY) -> np.ndarray:
     """Steps (rays, rivals) beyond which it is surely not."""
     with np.errstate(divide="ignore", invalid="ignore"):
-      drop = self._margins_R - self._above
-      chord = np.where(drop > 0, self._low * self._margins_R / drop, np.inf)
-    return np.minimum(np.minimum(self._tangent, self._high), chord)
+      drop = self._margins_R - self._above[rays]
+      chord = np.where(drop > 0, self._low[rays] * self._margins_R / drop, np.inf)
+    return np.minimum(np.minimum(self._tangent[rays], self._high[rays]), chord)
 
-  def _guess(self) -> np.ndarray:
+  def _guess(self, rays: Any = EVERY) -> np.ndarray:
     """Where the slack may be 0: for the parabola with its value and slope at 0, and one more value."""
-    fall, margin = self._around.falls_NxR, self._margins_R
-    failed = np.isfinite(self._below)
-    at = np.where(failed, self._high, self._low)
-    value = np.where(failed, self._below, self._above)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    fall, margin = self._around.falls_NxR[rays], self._margins_R
+    failed = np.isfinite(self._below[rays])
+    at = np.where(failed, self._high[rays], self._low[rays])
+    value = np.where(failed, self._below[rays], self._above[rays])
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
       bend = np.where(at > 0, np.maximum(margin - fall * at - value, 0.0) / at**2, 0.0)
       zero = 2 * margin / (fall + np.sqrt(fall**2 + 4 * bend * margin))
     zero = np.where(zero > 0, zero, np.inf)  # No slope and no bend.
-    return np.clip(zero, self.reach, self._limit)
+    return np.clip(zero, self.reach(rays), self._limit(rays))
 
   def find_least(self, furthest: float) -> None:
     """Finds the least reach of all rays, to `EXACT`: the l1 radius.
 
     First among the rays that are the steepest at 0. At the result all others are evaluated, of
-    which those that fail are searched further.
+    which those that fail are searched further. No ray is followed beyond where all would have
+    failed, or `furthest` where none has a slope.
     """
     tangent = self._tangent.min(-1)
     order = np.argsort(tangent, kind="stable")
     looked, waiting = order[:BATCH], order[BATCH:]
     for step in range(STEPS):
-      reach, limit = self.reach[looked].min(-1), self._limit[looked].min(-1)
-      best, least = reach.min(), min(limit.min(), furthest)
+      reach, limit = self.reach(looked).min(-1), self._limit(looked).min(-1)
+      best = reach.min()
+      least = limit.min() if np.isfinite(limit.min()) else furthest
       if best >= (1 - EXACT) * least or step == STEPS - 1:
         waiting = waiting[self._low[waiting].min(-1) < best]
         if not len(waiting) or not best > 0:
@@ -342,13 +346,13 @@ class _Rays:
         self._look(some, np.full(len(some), least))
       else:
         some = looked[np.argsort(reach, kind="stable")[:FEW]]
-        at = self._guess()[some].min(-1)
+        at = self._guess(some).min(-1)
         if step % 3 == 0:  # Where parabolas mislead.
-          at = (self.reach[some].min(-1) + np.minimum(self._limit[some].min(-1), least)) / 2
+          at = (self.reach(some).min(-1) + np.minimum(self._limit(some).min(-1), least)) / 2
         self._look(some, np.minimum(at, least))
 
   def find_all(self, furthest: float) -> None:
-    """Finds about how far each ray reaches, for the rival that is worst over all rays."""
+    """Finds about how far each ray reaches, up to `furthest`, for the rival that is worst overall."""
     for _ in range(SWEEPS):
       worst = np.linalg.norm(1 / self.both_ways, axis=0).argmax()
       self._look(np.arange(len(self._low)), np.minimum(self._guess()[:, worst], furthest))
