@@ -16,7 +16,7 @@ import itertools
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from convex_jax import config_files, files
 from convex_jax.data import datasets
 from convex_jax.data.datasets import Data
 from convex_jax.data.splits import Split
-from convex_jax.proof.radii import DUAL, NORMS, one_sided_radius
+from convex_jax.proof.radii import DUAL, NORMS
 from convex_jax.runs import certified
 from convex_jax.runs.run import Run, load
 from convex_jax.runs.workdir import Workdir
@@ -154,34 +154,34 @@ def measure(run: Run, test: Split, is_mapped: bool) -> Measured:
       return run.apply(run.weights, z_HxWxC[None], dtype=jnp.float64)[0, 0]
 
     z = jnp.asarray(test.images, jnp.float64)
-    y = np.asarray(jax.jit(jax.vmap(logit))(z))
-    b = balance(y, is_sensitive)
-    above = jax.jit(lambda z: logit(z) - b)
-    radii = {norm: radii_of(above, z[is_sensitive], norm, is_mapped) for norm in NORMS}
-    sharper = {norm: by_pixel(above, z[is_sensitive], norm) for norm in NORMS if is_mapped}
+    y, gradient = map(np.asarray, jax.jit(jax.vmap(jax.value_and_grad(logit)))(z))
+  b = balance(y, is_sensitive)
+  above = (y - b)[is_sensitive], gradient[is_sensitive]
+  radii = {norm: radii_of(*above, norm, is_mapped) for norm in NORMS}
+  sharper = {norm: by_pixel(*above, norm) for norm in NORMS if is_mapped}
   accuracy = float(np.mean((y > b) == is_sensitive))
   return Measured(verdict_of(run), accuracy, b, radii, sharper)
 
 
-def radii_of(
-  logit: Callable[[jax.Array], jax.Array], z: jax.Array, norm: str, is_mapped: bool
-) -> np.ndarray:
-  """Radii in p, pixels in 0..1, of a batch of inputs z of a convex logit, pixels in 0..255."""
+def radii_of(y_N, gradient_NxHxWxC, norm: str, is_mapped: bool) -> np.ndarray:
+  """Radii in p, pixels in 0..1, from logits and their gradients for pixels in 0..255.
+
+  `proof.radii.one_sided_radius` for a batch, over L.
+  """
+  size_N = np.linalg.norm(gradient_NxHxWxC.reshape(len(y_N), -1), DUAL[norm], axis=-1)
   unit = certified.PIXEL * (LIPSCHITZ[norm] if is_mapped else 1.0)
-  return np.array([one_sided_radius(logit, x, norm)[1] for x in z]) / unit
+  return np.maximum(y_N, 0) / size_N / unit
 
 
-def by_pixel(logit: Callable[[jax.Array], jax.Array], z: jax.Array, norm: str) -> np.ndarray:
+def by_pixel(y_N, gradient_NxHxWxC, norm: str) -> np.ndarray:
   """Radii y / | |u| + |v| |_dual with (u, v) the gradient of y in (p, |p - c|); as `radii_of`.
 
   Sharper than L and as sound: a step d in p changes the features by d and by an e with
   |e_i| <= |d_i| at each pixel i, so y by at least -sum_i (|u_i| + |v_i|) |d_i|. In linf it is
   the same.
   """
-  y_N, gradient = jax.jit(jax.vmap(jax.value_and_grad(logit)))(z)
-  u, v = np.split(np.abs(np.asarray(gradient)).reshape(*z.shape[:-1], 2, -1), 2, axis=-2)
-  size_N = np.linalg.norm((u + v).reshape(len(z), -1), DUAL[norm], axis=-1)
-  return np.maximum(np.asarray(y_N), 0) / size_N / certified.PIXEL
+  u, v = np.split(np.abs(gradient_NxHxWxC), 2, axis=-1)
+  return radii_of(y_N, u + v, norm, is_mapped=False)
 
 
 def prepared(task: Task, is_mapped: bool, data_dir: str) -> Data:
