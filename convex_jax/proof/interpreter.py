@@ -213,11 +213,11 @@ class Walk:
   def _equation(self, eqn, inputs, place: Place) -> list[Value | Known]:
     name = eqn.primitive.name
     known = all(isinstance(x, Known) for x in inputs)
-    called, collective = layouts.called(eqn, inputs), on_one_device(eqn)
+    called, other = layouts.called(eqn, inputs), on_one_device(eqn) or layouts.composed(eqn)
     if called is not None:
       return self._inner(*called, place)
-    if collective is not None:
-      return self._compute(collective, eqn.invars, inputs, place)
+    if other is not None:
+      return self._compute(other, eqn.invars, inputs, place)
     if name in ("scan", "while"):
       unrolled = (self._scan if name == "scan" else self._while)(eqn, inputs, place)
       if unrolled is not None:

@@ -1,13 +1,15 @@
 """Where each version of jax keeps the bodies and the operands of primitives that have a body.
 
-The layouts known are those of jax 0.10 to 0.12; one that is not raises `ValueError`.
+The layouts known are those of jax 0.10 to 0.12; one that is not raises `ValueError`. Also what
+only a later version uses, in operations of the earlier.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
+from jax import lax
 
 CALLS = {  # Primitives that run the body under this parameter, once.
   "jit": "jaxpr",
@@ -65,6 +67,21 @@ def called(eqn: Any, operands: list[Any]) -> tuple[Any, list[Any]] | None:
   sizes = params["const_lengths"]
   start, end = sizes.matvec + sizes.vecmat, sum(sizes)
   return params["jaxprs"].solve, operands[start : start + sizes.solve] + operands[end:]
+
+
+def composed(eqn: Any) -> Callable[..., Any] | None:
+  """What an equation computes, in operations that have rules; None of any that has its own.
+
+  In jax 0.12 iterating over an array is an `unstack`, as `lax.unstack` is in all versions.
+  """
+  if eqn.primitive.name != "unstack":
+    return None
+  axis = Parameters(eqn)["axis"]
+
+  def rows(x):
+    return [lax.squeeze(part, (axis,)) for part in lax.split(x, (1,) * x.shape[axis], axis)]
+
+  return rows
 
 
 def scan_of(eqn: Any) -> Scan:

@@ -12,9 +12,11 @@ from convex_jax.proof.values import Operation
 USED = "used by whoever looks through"
 LAYOUT = "says on which devices the numbers are"
 
-_PLAIN = "abs add add_any and cosh div eq erf erfc ge gt is_finite le lt max min ne neg not or select_n sign"
+_PLAIN = (
+  "abs add add_any and cosh div eq erf ge gt is_finite le lt max min ne neg not or select_n sign"
+)
 _PLAIN += " square sub"
-_ACCURATE = "exp exp2 expm1 log log1p log2 logistic sqrt tanh"
+_ACCURATE = "erfc exp exp2 expm1 log log1p log2 logistic sqrt tanh"
 
 PARAMETERS: dict[str, dict[str, Any]] = {  # Of each primitive: USED, LAYOUT or the plain value.
   **{name: {} for name in _PLAIN.split()},

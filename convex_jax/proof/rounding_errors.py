@@ -408,11 +408,11 @@ class _Walk(interpreter.Walk):
   def _equation(self, eqn, inputs, place: Place) -> list[Any]:
     self._order += 1
     name = eqn.primitive.name
-    called, collective = layouts.called(eqn, inputs), on_one_device(eqn)
+    called, other = layouts.called(eqn, inputs), on_one_device(eqn) or layouts.composed(eqn)
     if called is not None:
       return self._inner(*called, place)
-    if collective is not None:
-      return self._compute(collective, eqn.invars, inputs, place)
+    if other is not None:
+      return self._compute(other, eqn.invars, inputs, place)
     if name in SAME or keeps_precision(eqn):
       return list(inputs)
     try:

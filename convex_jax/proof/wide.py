@@ -58,11 +58,11 @@ def equation(eqn, inputs) -> Sequence[Any]:
   """The outputs of an equation in wide arithmetic; raises `Impure` of one with side effects."""
   name, params = eqn.primitive.name, eqn.params
   has_body = any(True for _ in jex.jaxprs_in_params(params))
-  called, collective = layouts.called(eqn, inputs), on_one_device(eqn)
+  called, other = layouts.called(eqn, inputs), on_one_device(eqn) or layouts.composed(eqn)
   if called is not None:
     return widened(called[0])(*called[1])
-  if collective is not None:
-    return collective(*inputs)
+  if other is not None:
+    return other(*inputs)
   if (eqn.effects and not has_body) or "callback" in name or "ffi_call" in name:
     raise Impure(f"{name} has side effects or reads what may change")
   if is_rounding(eqn):

@@ -27,6 +27,7 @@ from convex_jax.studies import jobs, results, tables
 from experiments.accelerator import rates
 
 FOLDER = pathlib.Path(__file__).parent
+TESTS = FOLDER.parents[1] / "tests" / "training" / "test_accelerator.py"  # Others need more.
 GRACE = 20.0  # Seconds that a step may take to save and end.
 START = 45.0  # Seconds to the first training step of a sweep's runs, which compile side by side.
 IMAGES = 50_000  # CIFAR-10's, per epoch.
@@ -88,7 +89,7 @@ def run_tests(context: Context) -> tuple[str, str]:
     "-W",
     "default",
   ]
-  words += ["-p", "no:cacheprovider", str(FOLDER.parents[1] / "tests" / "training")]
+  words += ["-p", "no:cacheprovider", str(TESTS)]
   environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
   if context.tiny:  # The tests themselves, with a CPU in the accelerator's place.
     words += ["-k", "mlp or memory"]

@@ -138,6 +138,10 @@ CURVATURES = [  # (name, function, curvature)
   ("NaN weight", lambda x: nn.relu(x) @ np.full((3, 1), np.nan, np.float32), "unknown"),
   ("NaN bias", lambda x: nn.relu(x) + np.float32(np.nan), "unknown"),
   ("infinite branch", lambda x: jnp.where(x > 1, np.inf * x, np.inf), "unknown"),
+  ("rows of an array", lambda x: jax.lax.unstack(nn.relu(x))[0], "convex"),
+  ("columns, one negative", lambda x: -jax.lax.unstack(nn.relu(x), 1)[1], "concave"),
+  ("rows of weights", lambda x: sum(nn.relu(x) * w for w in jax.lax.unstack(POSITIVE)), "convex"),
+  ("rows of weights of both signs", lambda x: nn.relu(x) * jax.lax.unstack(MIXED)[0], "unknown"),
   ("halves of a split", lambda x: jnp.split(nn.relu(x), 2, 0)[1], "convex"),
   ("a point of its own", lambda x: jnp.where(x >= 0, jnp.where(x > 0, 0.0, 3.0), 0.0), "unknown"),
   (

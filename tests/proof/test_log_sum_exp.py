@@ -299,11 +299,14 @@ def equation(name):
 
 
 def test_the_table_names_every_parameter():
-  """A new parameter of a primitive fails here; at run time it makes the patterns not apply."""
+  """A new parameter of a primitive fails here; at run time it makes the patterns not apply.
+
+  Of those that the table names, an older jax lacks some.
+  """
   version = ".".join(jax.__version__.split(".")[:2])
   for name, parameters in PARAMETERS.items():
     if name not in ABSENT.get(version, ()):
-      assert set(equation(name).params) == set(parameters), name
+      assert set(equation(name).params) <= set(parameters), name
 
 
 def made(name, **changed):
