@@ -1,7 +1,7 @@
 """Writes the tables of experiments/ into Markdown files: `python -m experiments.readme [FILES]`.
 
 Each table goes between two comments, `<!-- NAME -->` and `<!-- /NAME -->`, of any of the files;
-by default README.md and those of docs/.
+by default README.md, those of docs/ and of scale/.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import statistics
 
 from convex_jax.studies import results, tables
 from experiments.price import run as price_run
+from experiments.scale import run as scale_run
 
 FOLDER = pathlib.Path(__file__).parent
 ROOT = FOLDER.parent
@@ -120,7 +121,12 @@ def price(_: str) -> str:
   return price_run.table(read("price/price.csv"))
 
 
-TABLES = {"faults": faults, "speed": speed, "claims": claims, "price": price}
+def pods(_: str) -> str:
+  """What each published recipe takes on a pod, by the TPU's compiler."""
+  return scale_run.table(read("scale/compiled.csv"))
+
+
+TABLES = {"faults": faults, "speed": speed, "claims": claims, "price": price, "pods": pods}
 
 
 def fill(path: pathlib.Path) -> list[str]:
@@ -141,6 +147,7 @@ def fill(path: pathlib.Path) -> list[str]:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] + ".")
   default = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+  default.append(FOLDER / "scale" / "README.md")
   parser.add_argument("files", nargs="*", type=pathlib.Path, default=default)
   paths = parser.parse_args().files
   for path in paths:
