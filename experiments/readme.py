@@ -1,7 +1,7 @@
 """Writes the tables of experiments/ into Markdown files: `python -m experiments.readme [FILES]`.
 
 Each table goes between two comments, `<!-- NAME -->` and `<!-- /NAME -->`, of any of the files;
-by default README.md and those of docs/.
+by default README.md, those of docs/ and of scale/.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import statistics
 from convex_jax.studies import results, tables
 from experiments.cats_dogs import run as cats_dogs_run
 from experiments.price import run as price_run
+from experiments.scale import run as scale_run
 
 FOLDER = pathlib.Path(__file__).parent
 ROOT = FOLDER.parent
@@ -131,7 +132,12 @@ def memorised(_: str) -> str:
   return cats_dogs_run.memorised_table(read("cats_dogs/memorised.csv"))
 
 
-TABLES = {"faults": faults, "speed": speed, "claims": claims, "price": price}
+def pods(_: str) -> str:
+  """What each published recipe takes on a pod, by the TPU's compiler."""
+  return scale_run.table(read("scale/compiled.csv"))
+
+
+TABLES = {"faults": faults, "speed": speed, "claims": claims, "price": price, "pods": pods}
 TABLES |= {"cats_dogs": cats_dogs, "memorised": memorised}
 
 
@@ -153,6 +159,7 @@ def fill(path: pathlib.Path) -> list[str]:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] + ".")
   default = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+  default.append(FOLDER / "scale" / "README.md")
   parser.add_argument("files", nargs="*", type=pathlib.Path, default=default)
   paths = parser.parse_args().files
   for path in paths:

@@ -122,10 +122,11 @@ def _read_by_sums(x_HxWxC: jax.Array, row: jax.Array) -> jax.Array:
   total = [0.0] * len(planes)
   for y_HxW in (first_HxW, first_HxW + 1, first_HxW + 2):
     at = jnp.clip(a * (j + 0.5) + b * (y_HxW + 0.5) + c - 0.5, 0, width - 1)
-    inner = _sums([_hat(at[..., None] - j) * plane for plane in planes], 2)  # (H, W) each.
     outer_HxW = _hat(jnp.clip(start_W + e * y_HxW, 0, height - 1) - i)
+    weight = outer_HxW[..., None] * _hat(at[..., None] - j)
+    inner = _sums([weight * plane for plane in planes], 2)  # (H, W) each.
     here = _hat(i[..., None] - y_HxW)  # 1 at the row y, 0 elsewhere: (H, H, W).
-    total = [t + here * (outer_HxW * s) for t, s in zip(total, inner, strict=True)]
+    total = [t + here * s for t, s in zip(total, inner, strict=True)]
   return jnp.stack(_sums(total, 1), -1)
 
 

@@ -104,7 +104,7 @@ _FEW_WORDS = re.compile(r"RESOURCE_EXHAUSTED: (.*?)(?:\. |\n|$)")
 def compiled(lowered: jax.stages.Lowered, chip: str) -> Compiled:
   """Compiles a program for the devices of its shardings, which are of this kind of chip."""
   began = time.monotonic()
-  options = None if chip == "h100" else {"exec_time_optimization_effort": -1.0}
+  options: Any = None if chip == "h100" else {"exec_time_optimization_effort": -1.0}
   try:
     done = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as error:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from convex_jax import mesh
 from convex_jax.models import fast_forms
 from convex_jax.models.fast_forms import conv_general_dilated
 
@@ -58,6 +59,40 @@ def test_values_and_gradients_are_those_of_xla(kernel, features):
     actual, expected = (jax.jit(all_forms, static_argnums=0)(f, x, w) for f in (ours, native))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize(
+  "side,strides,groups", [(1, (1, 1), 1), (4, (4, 4), 1), (3, (2, 2), 1), (3, (1, 1), 8)]
+)
+def test_other_devices_get_xlas_own_convolutions(platform, side, strides, groups, monkeypatch):
+  x = drawn((2, 8, 8, 8), dtype=np.float32)
+  w = drawn((side, side, 8 // groups, 8), 1, np.float32)
+
+  def f(x, w):  # Anew: what JAX has traced it does not trace again.
+    return (conv_general_dilated(x, w, strides, "SAME", feature_group_count=groups) ** 2).sum()
+
+  want, programs = jax.grad(f, (0, 1))(x, w), [str(jax.make_jaxpr(jax.grad(f, (0, 1)))(x, w))]
+  monkeypatch.setattr(fast_forms.meshes, "target", lambda: (platform, 4))
+  programs.append(str(jax.make_jaxpr(jax.grad(lambda *xs: f(*xs), (0, 1)))(x, w)))
+  assert [program.count(" conv_general_dilated[") for program in programs] == [0, 3]
+  for a, b in zip(jax.grad(lambda *xs: f(*xs), (0, 1))(x, w), want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+  once = jax.make_jaxpr(jax.grad(lambda x: (fast_forms.gradient_once(x) ** 2).sum()))(x)
+  assert "cond[" not in str(once)
+
+
+def test_the_forms_ask_the_mesh_that_the_program_is_for():
+  few = mesh.make_mesh(jax.devices()[:1])
+
+  def kinds(x):
+    seen.append(mesh.target())
+    return x
+
+  seen = []
+  jax.jit(kinds)(1.0)
+  jax.jit(mesh.traced_on(few, kinds))(1.0)
+  assert seen == [("cpu", jax.device_count()), ("cpu", 1)] and jax.device_count() > 1
 
 
 def test_bfloat16_sums_gradients_in_float32():

@@ -16,6 +16,7 @@ from convex_jax import main, mesh
 from convex_jax.data import batches, datasets
 from convex_jax.data.in_memory import InMemory, is_resident
 from convex_jax.data.photos.records import Records
+from convex_jax.data.photos.stream import Stream
 from convex_jax.errors import UserError
 from convex_jax.training import compile_ahead, machines
 from convex_jax.training.compile_ahead import Compiled, Verdict
@@ -97,6 +98,20 @@ def test_shapes_of_data_are_those_of_data(few_digits, devices, resident):
   assert shapes_like(plan) == shapes_like(real.train_plan(range(2), 16, 0))
   _, plan = batches.shapes_of(few_digits.train, over, resident, (16,))
   assert shapes_like(plan) == shapes_like(next(iter(real.eval_plans(16, 0))))
+
+
+def test_shapes_of_streamed_photographs_are_those_of_a_stream(photo_dir):
+  config = mixer_ioc.get_config("imagenet2012").data
+  config.dir, over = photo_dir, mesh.make_mesh(jax.devices()[:2])
+  photos = datasets.load(config, 0, progress=False).train
+  fed = Stream(photos, over, workers=0, max_unreadable=0.0)
+  for real, rows in (
+    (fed.train_plan(range(1), 4, 0), (1, 4)),
+    (next(iter(fed.eval_plans(4, 4))), (4,)),
+  ):
+    arrays, plan = batches.shapes_of(photos, over, False, rows)
+    assert (arrays, shapes_like(plan)) == (None, shapes_like(real))
+  fed.close()
 
 
 def test_the_outline_of_a_data_set_has_its_sizes(data_dir):
@@ -243,7 +258,7 @@ def test_a_run_compiles_for_a_machine_that_is_not_here(config, machine, tmp_path
 @needs("libtpu")
 def test_what_does_not_fit_is_made_to_fit():
   code, out, err = command(
-    DIGITS, "--config.batch_size=1048576", "--compile_for=v5e-1", "--make_fit"
+    DIGITS, "--config.batch_size=262144", "--compile_for=v5e-1", "--make_fit"
   )
   assert code == UserError.code, err
   first, *tried = [line for line in out.splitlines() if "fit" in line]
