@@ -133,4 +133,4 @@ def test_a_large_one_is_not(source, tiny_config, monkeypatch, fetched):
 @pytest.mark.parametrize("command_line", ["list", "prepare digits", "convert digits --to=x"])
 def test_commands_that_need_a_disk_say_so(command_line, capsys):
   assert command.main([*command_line.split(), "--data_dir=gs://bucket/data"]) == 2
-  assert "--data_dir=gs://bucket/data is a URL; expected a folder" in capsys.readouterr().err
+  assert "--data_dir=gs://bucket/data is a URL; expected a path" in capsys.readouterr().err
