@@ -144,15 +144,13 @@ def is_file(path: str) -> bool:
 
 
 def exists(path: str) -> bool:
-  """Whether a path is that of a file or a folder, or of a link that may lead nowhere."""
-  return buckets.exists(path) if buckets.holds(path) else os.path.lexists(path)
+  """Whether a path is that of a file or a folder."""
+  return buckets.exists(path) if buckets.holds(path) else os.path.exists(path)
 
 
 def is_folder(path: str) -> bool:
-  """Whether a path is that of a folder; in a bucket, of one that holds anything."""
-  if buckets.holds(path):
-    return buckets.exists(path) and not buckets.is_file(path)
-  return os.path.isdir(path)
+  """Whether a path is that of a folder, as any address in a bucket may be."""
+  return buckets.holds(path) or os.path.isdir(path)
 
 
 def listing(folder: str) -> dict[str, int | None]:
@@ -276,5 +274,5 @@ def expand(path: str | os.PathLike[str]) -> str:
 def refuse_url(flag: str, path: str, bucket: bool = False) -> None:
   """Raises `UserError` for a URL; with `bucket`, for one that is not of Google Cloud Storage."""
   if "://" in path and not (bucket and buckets.holds(path)):
-    expected = f"a folder of this machine{', or gs://BUCKET/FOLDER' if bucket else ''}"
+    expected = f"a path of this machine{', or gs://BUCKET/FOLDER' if bucket else ''}"
     raise UserError(f"{flag}={path} is a URL; expected {expected}")

@@ -61,7 +61,7 @@ def test_what_looks_like_an_address_is_refused(given):
 
 @pytest.mark.parametrize("url", ["s3://b/x", "https://host/x", "gcs://bucket/x", "file:///x"])
 def test_other_storage_is_refused(url):
-  with pytest.raises(UserError, match="is a URL; expected a folder of this machine, or gs://"):
+  with pytest.raises(UserError, match="is a URL; expected a path of this machine, or gs://"):
     load(url)
 
 
@@ -90,7 +90,6 @@ def test_files_and_folders_of_a_bucket(folder):
     file.write("ü\n")
   assert files.listing(folder) == {"a/b/c.bin": 3, "ab": 3}
   assert files.folders(folder) == ["a"]
-  assert files.is_folder(f"{folder}/a") and not files.is_folder(f"{folder}/ab")
   assert files.is_file(f"{folder}/ab") and not files.is_file(f"{folder}/a")
   assert not files.exists(f"{folder}/a/b/c") and files.exists(f"{folder}/a/b")
   assert files.read(f"{folder}/ab") == "ü\n".encode()
@@ -172,7 +171,7 @@ def test_a_bucket_that_cannot_be_reached_is_never_taken_for_an_empty_one(
 ):
   monkeypatch.setattr(buckets, "PATIENCE", 0.1)
   network.fault = lambda *_: fault
-  for question in (files.exists, files.is_file, files.is_folder, files.listing, files.folders):
+  for question in (files.exists, files.is_file, files.listing, files.folders):
     with pytest.raises(OSError, match="the bucket cannot be reached"):
       question(folder)
   assert checkpoint_command.main(["verify", folder]) == 2

@@ -186,7 +186,7 @@ def test_damaged_lines_are_counted(tmp_path):
 def test_rows_that_cannot_be_written_wait(tmp_path, monkeypatch):
   ours = metrics_file.MetricsFile(Workdir(str(tmp_path)), 0)
   ours.append(row(1))
-  monkeypatch.setattr(ours, "path", str(tmp_path / "no" / "such"))
+  monkeypatch.setattr(ours, "_file", str(tmp_path / "no" / "such"))
   assert "No such file" in ours.append(row(2)) and ours.append(row(3))
   monkeypatch.undo()
   assert ours.append(row(4)) is None and ours.close() is None

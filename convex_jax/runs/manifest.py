@@ -25,7 +25,7 @@ from convex_jax.errors import UserError
 FORMAT = 1  # Of a checkpoint; incremented when older versions cannot read it.
 NAME = "manifest.json"
 COMMITTED = "commit_success.txt"  # Orbax's, in a folder that it has finished.
-READERS = 4  # Files whose digests are computed at a time.
+READERS = 16  # Files of a bucket whose digests are computed at a time: each takes a while to come.
 LIBRARIES = ("convex_jax", "jax", "flax", "optax", "orbax-checkpoint")
 # Names, in lower case, that desktops, file servers and editors give to files which come and go:
 # no manifest lists them. Orbax uses none.
@@ -184,7 +184,7 @@ def _set_aside(folder: str, aside: str) -> list[str]:
   for step, reason in wrong.items():
     names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(1)))
     paths = (os.path.join(aside, name) for name in names)
-    target = next(path for path in paths if not files.exists(path))
+    target = next(path for path in paths if not (files.exists(path) or os.path.islink(path)))
     files.move_tree(os.path.join(folder, str(step)), target)
     lines.append(f"Checkpoint {step}: {reason}. Moved to {target}")
   return lines + list(filter(None, [left_alone(folder, steps_in(folder))]))
@@ -209,7 +209,7 @@ def _is_stray(name: str) -> bool:
 
 
 def _digests(folder: str, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-  """(name, SHA-256) of files; several are read at a time, since each of a bucket's takes a while."""
-  with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-    paths = [os.path.join(folder, name) for name in names]
+  """(name, SHA-256) of files."""
+  paths = [os.path.join(folder, name) for name in names]
+  with concurrent.futures.ThreadPoolExecutor(READERS if buckets.holds(folder) else 1) as pool:
     yield from zip(names, pool.map(files.sha256, paths), strict=True)

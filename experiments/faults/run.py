@@ -33,7 +33,7 @@ from rich.progress import Progress
 from convex_jax.data import prepare
 from convex_jax.studies import tables
 from convex_jax.training import runtime
-from tests.support import bad_input, injections
+from tests.support import bad_input, bucket, bucket_faults, injections
 from tests.support.injections import Result
 
 FOLDER = pathlib.Path(__file__).parent
@@ -159,6 +159,19 @@ def rows_after(data_dir, folder, n):
   )
 
 
+def in_bucket(fault: Callable[..., Result]) -> Callable[[str, pathlib.Path, int], Result]:
+  """Injects a fault into runs in a bucket, on a server of this machine."""
+
+  def inject(data_dir, folder, n):
+    root = folder / "bucket"
+    root.mkdir()
+    with bucket.server(root) as url:
+      os.environ.update(bucket.environment(url))
+      return fault(bucket.Bucket(url, root), data_dir, folder, n)
+
+  return inject
+
+
 ROWS = {
   1: Row("SIGKILL at a random step", 50, "same bits and rows at the end", killed),
   2: Row("SIGKILL inside a save", 50, "the old or the new checkpoint, never a mixture", injections.killed_while_saving),
@@ -196,6 +209,12 @@ ROWS = {
   22: Row("networks that are not convex", 60, "never PROVED", lambda d, f, n: bad_input.broken_twins(n)),
   23: Row("every optimizer, dtype, accumulation", 36, "no constrained weight below 0", lambda d, f, n: bad_input.constrained_updates(n)),
   24: Row("a save that hangs", 5, "reported in bounded time, exit 74, same bits afterwards", injections.hung_save),
+  25: Row("in a bucket: SIGKILL inside a save", 20, "the old or the new checkpoint, same bits and rows at the end", in_bucket(bucket_faults.killed_while_saving)),
+  26: Row("in a bucket: one bit of the newest checkpoint flipped", 10, "file and step reported, an older one used, same bits at the end", in_bucket(bucket_faults.flipped)),
+  27: Row("in a bucket: a tenth of all requests refused, reset, unanswered, late, cut", 10, "same bits and rows", in_bucket(bucket_faults.bad_network)),
+  28: Row("in a bucket: the network gone", 4, "reported in bounded time, exit 74, same bits and rows afterwards", in_bucket(bucket_faults.no_network)),
+  29: Row("in a bucket: one of two processes killed", 4, "the other exits 75; started again, same bits and rows", in_bucket(bucket_faults.two_processes)),
+  30: Row("in a bucket: a second run at the same address", 4, "exit 2, the first undisturbed", in_bucket(bucket_faults.two_writers)),
 }  # fmt: skip
 
 

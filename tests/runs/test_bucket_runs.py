@@ -203,7 +203,7 @@ def test_folders_that_a_mount_does_not_rename_are_told(settings, few_digits, tmp
     ("gs://nobody/x", "there is no bucket gs://nobody"),
     ("gs://bucket", "is a whole bucket"),
     ("gs:/bucket/x", "is no address in a bucket"),
-    ("s3://bucket/x", "is a URL; expected a folder of this machine, or gs://BUCKET/FOLDER"),
+    ("s3://bucket/x", "is a URL; expected a path of this machine, or gs://BUCKET/FOLDER"),
   ],
 )
 def test_an_address_that_is_none_is_refused_at_once(bucket, settings, place, words):
@@ -213,7 +213,7 @@ def test_an_address_that_is_none_is_refused_at_once(bucket, settings, place, wor
 
 def test_a_report_and_a_sweep_are_written_to_a_disk(bucket, whole, capsys):
   assert report.main([whole, f"--out={bucket.address('report')}"]) == 2
-  assert "is a URL; expected a folder of this machine" in capsys.readouterr().err
+  assert "is a URL; expected a path of this machine" in capsys.readouterr().err
 
 
 # In processes of their own.

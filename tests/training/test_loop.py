@@ -15,7 +15,6 @@ import pytest
 
 import convex_jax
 from convex_jax import config_files, files
-from convex_jax.data import datasets
 from convex_jax.errors import UserError
 from convex_jax.runs.workdir import FIRST_KEYS, FORMAT, FREE_KEYS
 from convex_jax.training import loop, program, recorder
@@ -204,13 +203,6 @@ def test_a_workdir_that_cannot_be_made_is_told(tiny_config, tmp_path):
   (tmp_path / "file").write_text("in the way")
   with pytest.raises(UserError, match="not writable"):
     loop.run(tiny_config, str(tmp_path / "file" / "run"))
-
-
-def test_a_buckets_address_is_refused_with_how_to_mount_it(tiny_config):
-  with pytest.raises(UserError, match=r"gcsfuse b /mnt/b\), then pass --workdir=/mnt/b/runs/x"):
-    loop.run(tiny_config, "gs://b/runs/x")
-  with pytest.raises(UserError, match=r"--config\.data\.dir=gs://b/data is a URL"):
-    datasets.load(of(tiny_config, data__dir="gs://b/data").data, 0)
 
 
 def test_an_uneven_batch_is_refused(tiny_config, data_dir, tmp_path):

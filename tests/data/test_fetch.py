@@ -1,0 +1,136 @@
+"""Data sets in a bucket, on a server of this machine, copied to a disk."""
+
+import os
+import pathlib
+import shutil
+
+import pytest
+
+from convex_jax import buckets, files
+from convex_jax.data import command, datasets, fetch
+from convex_jax.errors import UserError
+from tests.support import of
+
+SPLITS = ("digits-train.array_record-00000-of-00001", "digits-test.array_record-00000-of-00001")
+
+
+@pytest.fixture
+def source(bucket, data_dir, tmp_path):
+  """The address of a folder of data sets: of digits."""
+  address = bucket.address(f"data/{tmp_path.name}")
+  folder = pathlib.Path(data_dir, "digits", "1.0.0")
+  for path in folder.iterdir():
+    buckets.write(f"{address}/digits/1.0.0/{path.name}", path.read_bytes())
+  return address
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+  """The files that are fetched, in order."""
+  done, pieces = [], buckets.pieces
+  monkeypatch.setattr(buckets, "pieces", lambda path: done.append(path) or pieces(path))
+  return done
+
+
+def prepare(source, folder):
+  return command.main(["prepare", "digits", f"--from={source}", f"--data_dir={folder}"])
+
+
+def test_it_is_copied_once_and_read(source, tmp_path, fetched, capsys):
+  folder = tmp_path / "data"
+  assert prepare(source, folder) == 0
+  out, err = capsys.readouterr()
+  assert out == f"copied digits to {folder}/digits/1.0.0\n"
+  assert f"Copying {source}/digits/1.0.0 (0.6 MB) to {folder}/digits/1.0.0" in err
+  assert command.main(["check", "digits", f"--data_dir={folder}"]) == 0
+  count = len(fetched)
+  assert count == 4 and prepare(source, folder) == 0 and len(fetched) == count
+  assert "Copying" not in capsys.readouterr().err
+
+
+def test_a_copy_that_was_interrupted_goes_on(source, tmp_path, fetched, monkeypatch, capsys):
+  folder, pieces = tmp_path / "data", buckets.pieces
+
+  def failing(path):
+    yield from [] if path.endswith(SPLITS[0]) else pieces(path)
+    if path.endswith(SPLITS[0]):
+      yield b"half"
+      raise OSError(5, "the bucket cannot be reached", path)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(buckets, "pieces", failing)
+    patch.setattr(fetch, "AT_ONCE", 1)
+    assert prepare(source, folder) == 2
+  assert "the bucket cannot be reached\n  The same command goes on" in capsys.readouterr().err
+  assert not (folder / "digits" / "1.0.0").exists()  # Nothing reads half a data set.
+  before = set(fetched)
+  fetched.clear()
+  assert prepare(source, folder) == 0
+  assert f"{source}/digits/1.0.0/{SPLITS[0]}" in fetched and not before & {*fetched} - {
+    f"{source}/digits/1.0.0/{SPLITS[0]}"
+  }
+
+
+def test_what_is_damaged_on_the_way_is_no_copy(source, tmp_path, monkeypatch, capsys):
+  pieces = buckets.pieces
+  monkeypatch.setattr(buckets, "pieces", lambda path: (p[:-1] + b"?" for p in pieces(path)))
+  assert prepare(source, tmp_path / "data") == 2
+  assert "it was damaged on the way" in capsys.readouterr().err
+  assert not (tmp_path / "data" / "digits" / "1.0.0").exists()
+
+
+def test_another_data_set_of_that_name_is_left_alone(source, tmp_path, data_dir, capsys):
+  folder = tmp_path / "data"
+  shutil.copytree(data_dir, folder)
+  path = folder / "digits" / "1.0.0" / SPLITS[1]
+  path.write_bytes(path.read_bytes()[:-1])
+  assert prepare(source, folder) == 2
+  assert f"{path} is not as in {source}/digits/1.0.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("place", "words"),
+  [
+    ("gs://bucket/nothing/here", "Data set 'digits' is not in gs://bucket/nothing/here"),
+    ("gs://nobody/data", "there is no bucket gs://nobody"),
+    ("/tmp", "--from=/tmp; expected gs://BUCKET/FOLDER"),
+  ],
+)
+def test_where_there_is_none_it_is_told(bucket, tmp_path, place, words, capsys):
+  assert prepare(place, tmp_path) == 2
+  assert words in capsys.readouterr().err
+
+
+def test_no_room_is_told_before_anything_is_copied(source, tmp_path, monkeypatch, capsys):
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+  assert prepare(source, tmp_path) == 2
+  assert "0.0 GB free, and" in capsys.readouterr().err
+
+
+def test_a_small_one_is_copied_at_the_start_of_a_run(
+  source, tiny_config, tmp_path, monkeypatch, digits, capsys
+):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  config = of(tiny_config, data__dir=source).data
+  for _ in range(2):
+    found = datasets.load(config, seed=0, progress=False)
+    assert (found.train.images == digits.train.images).all()
+  where = pathlib.Path(files.cache_folder(), "data", source.removeprefix("gs://"))
+  err = capsys.readouterr().err
+  assert err.count(f"Copying {source}/digits/1.0.0 (0.6 MB) to {where}/digits/1.0.0\n") == 1
+  assert os.path.isdir(where / "digits" / "1.0.0")
+
+
+def test_a_large_one_is_not(source, tiny_config, monkeypatch, fetched):
+  monkeypatch.setattr(fetch, "SMALL", 10**5)
+  words = rf"has 0\.0 GB, and a run copies .* data prepare digits --from={source} --data_dir=FOLDER"
+  with pytest.raises(UserError, match=rf"(?s){words}"):
+    datasets.load(of(tiny_config, data__dir=source).data, seed=0)
+  assert not fetched
+
+
+@pytest.mark.parametrize("command_line", ["list", "prepare digits", "convert digits --to=x"])
+def test_commands_that_need_a_disk_say_so(command_line, capsys):
+  assert command.main([*command_line.split(), "--data_dir=gs://bucket/data"]) == 2
+  assert "--data_dir=gs://bucket/data is a URL; expected a path" in capsys.readouterr().err
