@@ -123,7 +123,7 @@ def test_wrong_types_unknown_and_missing_keys():
 def test_a_common_penalty_needs_weights_of_any_sign():
   config = mlp.get_config()
   config.model.update({"parts": "ioc", "common_penalty": 0.1})
-  with pytest.raises(UserError, match="model.constraint='penalised'"):
+  with pytest.raises(UserError, match=r"model\.constraint='penalised'"):
     schema.check(config)
   config.model.constraint = "penalised"
   schema.check(config)
