@@ -29,6 +29,9 @@ from convex_jax.proof.wide import in_float64
 NORMS = ("l1", "l2", "linf")
 DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
 BATCH = 512  # Vertices evaluated together.
+LARGE = (
+  64  # Or as many of a network whose front, so whose features, are many: they stay in the cache.
+)
 FEW = 32  # Of them, where the search for a radius has come down to a few.
 IMAGES = 16  # Whose slopes are computed together.
 SLOPES = 2**22  # Or fewer images, so that there are at most as many of these.
@@ -213,12 +216,13 @@ class Certifier:
     """A function of (rays, steps): the logits at x + step e_ray for each of them."""
     with jax.enable_x64(True):
       front = self._front(x)
+    batch = LARGE if self._columns is None else BATCH
 
     def evaluate(rays, steps):
       out, start = [], 0
       with jax.enable_x64(True):
         while start < len(rays):
-          size = BATCH if len(rays) - start > FEW else FEW
+          size = batch if len(rays) - start > FEW else FEW
           part = slice(start, start + size)
           missing = size - len(rays[part])
           at = np.pad(rays[part], (0, missing)), np.pad(steps[part], (0, missing))

@@ -113,7 +113,7 @@ def draw(path: pathlib.Path, panel: str, rows: list[dict[str, str]]) -> None:
   axes.plot(*zip(*means, strict=True), color="black", linewidth=0.5) if means else None
   if panel.endswith("CIFAR-10"):
     axes.axhline(DSSN, color="tab:blue", linestyle="--", linewidth=0.8, label="DSSN, best noise")
-    axes.legend(fontsize="xx-small")
+    axes.legend(fontsize="xx-small", loc="center right")
   axes.set(xlabel="Accuracy (%)", ylabel="Certified accuracy at l1 = 1 (%)", title=panel)
   axes.grid(alpha=0.3)
   figure.savefig(path, dpi=120)
