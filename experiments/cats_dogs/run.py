@@ -1,6 +1,6 @@
 """Certified radii of three binary tasks, as Pfrommer et al. 2023 measure them; errors by the image.
 
-    python -m experiments.cats_dogs.run --workdir=runs/cats_dogs [--data_dir=FOLDER] [--only=TASK]
+    python -m experiments.cats_dogs.run --workdir=runs/cats_dogs [--data_dir=FOLDER] [--trained_only]
 
 "Asymmetric Certified Robustness via Feature-Convex Neural Networks" (NeurIPS 2023): one logit y,
 convex, is positive on the sensitive class, and only images of that class are certified. Trains what
@@ -192,14 +192,23 @@ def prepared(task: Task, is_mapped: bool, data_dir: str) -> Data:
   return mapped(data) if is_mapped else data
 
 
-def train(task: Task, job: Job, data: Data, data_dir: str, folder: str) -> Run:
-  """The trained run of a job below `folder`; one that was interrupted goes on."""
-  workdir = os.path.join(folder, jobs.file_name(task.name), jobs.file_name(job.variant))
-  if not (Workdir(workdir).exists() and Workdir(workdir).rows("final")):
+def workdir_of(task: Task, job: Job, folder: str) -> Workdir:
+  """The workdir of a job below `folder`."""
+  words = (task.name, job.variant)
+  return Workdir(os.path.join(folder, "protocol", *map(jobs.file_name, words)))
+
+
+def is_trained(workdir: Workdir) -> bool:
+  """Whether the run in a workdir has ended."""
+  return workdir.exists() and bool(workdir.rows("final"))
+
+
+def train(job: Job, data: Data, data_dir: str, workdir: Workdir) -> None:
+  """Trains a job; one that was interrupted goes on, one that has ended is left alone."""
+  if not is_trained(workdir):
     config = config_files.load(job.arguments())
     config.data.dir = data_dir
-    loop.run(config, workdir, data)
-  return load(workdir)
+    loop.run(config, workdir.path, data)
 
 
 def rows_of(task: Task, is_mapped: bool, is_smooth: bool, found: Measured) -> Iterator[dict]:
@@ -264,9 +273,9 @@ def memorised(workdir: str, data_dir: str) -> list[dict[str, str]]:
   """
   rows = []
   for task in jobs.tasks_of(jobs.read_sweep(str(FOLDER)), "memorise", workdir):
-    final = Workdir(task.workdir).rows("final") if Workdir(task.workdir).exists() else ()
-    if not final:
+    if not is_trained(Workdir(task.workdir)):
       continue
+    final = Workdir(task.workdir).rows("final")[-1]
     run = load(task.workdir)
     config = ConfigDict(run.config.data.to_dict())
     config.dir = data_dir
@@ -274,7 +283,7 @@ def memorised(workdir: str, data_dir: str) -> list[dict[str, str]]:
     margins = run.logits(train.images)[:, 0] * np.where(train.labels == 0, 1, -1)
     row = {"variant": task.job.variant, "seed": task.job.seed, "convex": verdict_of(run)}
     row |= {"images": len(margins), "errors": int(np.sum(margins <= 0))}
-    row |= {"least margin": f"{margins.min():.4g}", "test": f"{final[-1]['test_accuracy']:.4f}"}
+    row |= {"least margin": f"{margins.min():.4g}", "test": f"{final['test_accuracy']:.4f}"}
     rows.append({key: str(value) for key, value in row.items()})
   return rows
 
@@ -309,7 +318,7 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--workdir", default="runs/cats_dogs")
   parser.add_argument("--data_dir", default="")
-  parser.add_argument("--only", default="", help="only tasks whose name contains this")
+  parser.add_argument("--trained_only", action="store_true", help="measure what there is")
   parser.add_argument("--out", type=pathlib.Path, default=FOLDER)
   args = parser.parse_args()
   runtime.tune_cpu()
@@ -318,20 +327,21 @@ def main() -> None:
     print(memorised_table(rows))
   found: dict[Task, dict[tuple[bool, bool], Measured]] = {}
   for task in TASKS:
-    if args.only not in task.name:
-      continue
     for is_mapped in (True, False):
       data = prepared(task, is_mapped, args.data_dir)
       for is_smooth in (False, True):
         job = task.job(is_mapped, is_smooth)
-        run = train(task, job, data, args.data_dir, os.path.join(args.workdir, "protocol"))
-        measured = measure(run, data.test.first(EXAMPLES), is_mapped)
-        found.setdefault(task, {})[is_mapped, is_smooth] = measured
+        workdir = workdir_of(task, job, args.workdir)
+        if not args.trained_only:
+          train(job, data, args.data_dir, workdir)
+        if is_trained(workdir):
+          measured = measure(load(workdir.path), data.test.first(EXAMPLES), is_mapped)
+          found.setdefault(task, {})[is_mapped, is_smooth] = measured
     every = [[(t, *how, m) for how, m in runs.items()] for t, runs in found.items()]
-    rows = [row for one in itertools.chain(*every) for row in rows_of(*one)]
-    write(args.out / "protocol.csv", rows)
-    draw(args.out / "protocol.png", found)
-  print(table(rows))
+    if rows := [row for one in itertools.chain(*every) for row in rows_of(*one)]:
+      write(args.out / "protocol.csv", rows)
+      draw(args.out / "protocol.png", found)
+      print(table(rows))
 
 
 if __name__ == "__main__":
