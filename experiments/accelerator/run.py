@@ -136,7 +136,7 @@ def run_epoch(context: Context) -> tuple[str, str]:
     return outcome, ""
   seconds = results.training_seconds(rows, keys["batch_size"])
   images = rows[-1]["step"] * keys["batch_size"]
-  return outcome, f"{images:,} images in {seconds:.1f} s, {images / seconds:,.0f}/s"
+  return outcome, f"{images:,} images in {seconds:.3g} s, {images / seconds:,.0f}/s"
 
 
 def sweep(name: str, folder: str, network: str, runs: int, epochs: tuple[int, ...]) -> "Step":
