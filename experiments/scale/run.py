@@ -22,6 +22,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
 from convex_jax import main as command  # noqa: E402
+from convex_jax.errors import UserError  # noqa: E402
 from convex_jax.studies import tables  # noqa: E402
 from convex_jax.training import compile_ahead  # noqa: E402
 
@@ -48,9 +49,12 @@ def row_of(name: str, machine: str, decode: dict[int, float]) -> dict[str, str]:
   """What a machine's compiler says of a program; times are milliseconds by each resource alone."""
   config = command.load_config(PROGRAMS[name], ["--config.dtype=bfloat16"])
   row = {"program": name, "machine": machine, "batch": str(config.batch_size)}
-  found = compile_ahead.verdict(config, machine, evaluation=False)
+  try:
+    found = compile_ahead.verdict(config, machine, evaluation=False)
+  except UserError as error:  # A published batch that does not divide.
+    return row | {"fits": "uneven", "why": str(error)}
   train = found.train
-  row |= {"fits": "yes" if found.fits else "no", "gib": "", "seconds": f"{train.seconds:.0f}"}
+  row |= {"fits": "yes" if found.fits else "no", "seconds": f"{train.seconds:.0f}"}
   if train.refused:
     return row | {"why": train.refused}
   number, size = train.collectives.get("all-reduce", (0, 0.0))
@@ -108,6 +112,8 @@ def table(rows: list[dict[str, str]]) -> str:
     cells = [row[name] for name in COLUMNS]
     if row["fits"] == "no":
       cells[0] = f"does not fit{row['gib'] and ': '}{row['gib']}"
+    elif row["fits"] == "uneven":
+      cells[0] = "batch not divisible"
     lines.append([f"{row['program']}, {int(row['batch']):,}", row["machine"], *cells])
   return tables.markdown(["program, batch", "machine", *COLUMNS.values()], lines)
 
