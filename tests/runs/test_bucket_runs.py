@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 
+import numpy as np
 import pytest
 
 import convex_jax
@@ -195,6 +196,24 @@ def test_folders_that_a_mount_does_not_rename_are_told(settings, few_digits, tmp
   words = r"(?s)Too many open files.*mounted by gcsfuse.*--workdir=gs://.*--rename-dir-limit"
   with pytest.raises(Unsaved, match=words):
     loop.run(settings, str(tmp_path / "run"), few_digits)
+
+
+def test_a_bucket_that_stays_out_of_reach_is_told_at_each_save(tmp_path, monkeypatch):
+  said, items = [], {"weights": {"a": np.zeros(2)}}
+  ours = Checkpoints(str(tmp_path), 1, go_on=True, report=said.append)
+
+  def fails(*_, **__):
+    raise OSError(5, "the bucket cannot be read")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(ours, "_open", fails)
+    patch.setattr(ours._checkpointer, "save_checkpointables_async", fails)
+    for step in (1, 2):
+      ours.save(step, items, None)
+  ours.save(3, items, None)
+  ours.close()
+  assert len(said) == 2 and all("could not be written: [Errno 5]" in line for line in said)
+  assert list(manifest.saved_steps(str(tmp_path))) == [3]
 
 
 @pytest.mark.parametrize(
