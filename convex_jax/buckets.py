@@ -249,12 +249,17 @@ def upload_tree(folder: str, target: str, replacing: str, known: dict[str, Any])
   for root, _, names in os.walk(folder):
     for name in names:
       path = os.path.join(root, name)
-      about = os.stat(path)
-      state = about.st_size, about.st_mtime_ns
-      if known.get(path) != state:
+      try:
+        about = os.stat(path)
+        state = about.st_size, about.st_mtime_ns
+        if known.get(path) == state:
+          continue
         with open(path, "rb") as file:
-          write(f"{target}/{os.path.relpath(path, folder).replace(os.sep, '/')}", file.read())
-        known[path] = state
+          content = file.read()
+      except FileNotFoundError:  # Replaced meanwhile.
+        continue
+      write(f"{target}/{os.path.relpath(path, folder).replace(os.sep, '/')}", content)
+      known[path] = state
   prefix = _bucket(target)[1] + "/"
   for blob in list(_blobs(target, prefix + replacing)):
     name = blob.name.removeprefix(prefix)

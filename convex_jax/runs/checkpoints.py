@@ -139,7 +139,11 @@ class Checkpoints:
     if self._failure is not None:  # Orbax would raise that failure again, at each save.
       with contextlib.suppress(Exception):
         self._checkpointer.close()
-      self._checkpointer, self._failure = self._open(), None
+      try:
+        self._checkpointer, self._failure = self._open(), None
+      except OSError as error:  # A bucket that is still out of reach.
+        self._fail(step, _words(error))
+        return
     try:
       response: Any = self._checkpointer.save_checkpointables_async(
         step, items, force=True, metrics=None if accuracy is None else {"accuracy": accuracy}
