@@ -178,6 +178,7 @@ def test_a_run_that_was_taken_over_writes_no_checkpoint_any_more(
   assert b'"other' in files.read(f"{address}/.lock")
 
 
+@pytest.mark.slow
 def test_weights_start_from_a_run_in_a_bucket(whole, settings, few_digits, tmp_path, capsys):
   loop.run(of(settings, init_from=whole, steps=2), str(tmp_path / "run"), few_digits)
   assert f"Weights from {whole}: step 12" in capsys.readouterr().out
