@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
 from convex_jax import config_files, files
@@ -259,9 +260,10 @@ def draw(path: pathlib.Path, found: dict[Task, dict[tuple[bool, bool], Measured]
         style = "-" if is_smooth else "--"
         axes.plot(radii, shares, style, color="grey" if is_mapped else "black", label=label)
       axes.set(xlabel=f"Radius in {norm} (pixels in 0..1)", ylim=(0, 100), xlim=(0, radii[-1]))
+      axes.xaxis.set_major_locator(MaxNLocator(5))
       axes.grid(alpha=0.3)
     row[0].set_ylabel(f"{task.name}\nCertified (%)")
-  grid[0, -1].legend(fontsize="x-small")
+  figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
   figure.savefig(path, dpi=110)
 
 
