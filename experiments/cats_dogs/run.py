@@ -244,7 +244,7 @@ def table(rows: list[dict[str, str]]) -> str:
 def curve(rows: list[dict[str, str]], column: str) -> str:
   """Certified accuracies in %, and the radii of the first and the last of them."""
   shares = " / ".join(f"{100 * float(row[column]):.0f}" for row in rows)
-  return f"{shares} ({float(rows[0]['radius']):g} ... {float(rows[-1]['radius']):g})"
+  return f"{shares} ({float(rows[0]['radius']):.3g} ... {float(rows[-1]['radius']):.3g})"
 
 
 def draw(path: pathlib.Path, found: dict[Task, dict[tuple[bool, bool], Measured]]) -> None:
