@@ -26,7 +26,7 @@ def split(
 ) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array], jax.Array | None]:
   """(front, rest, columns): f(x) = rest(front(x)), front(x + t e_i) = front(x) + t columns[i].
 
-  Both parts are f's own operations, in float64; to be called under `enable_x64`. Where A would be
+  Both parts are f's own operations, in float64; to be called under `float64`. Where A would be
   too large, `front` only makes x flat, and `columns` is None: those of the identity.
   """
   flat = jax.make_jaxpr(f)(jnp.zeros(shape, jnp.float64))

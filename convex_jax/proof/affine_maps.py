@@ -16,6 +16,7 @@ import scipy.sparse
 from jax import lax
 
 from convex_jax.proof.exponents import exponents
+from convex_jax.proof.float64 import float64
 from convex_jax.proof.values import Known, Operation, Value
 
 BATCH = 256  # Rows of a matrix that are computed together.
@@ -120,7 +121,7 @@ def matrices_of(
     out, pull = jax.vjp(f, *arrays)
     return out, jax.vmap(pull)(units)
 
-  with jax.enable_x64(True):
+  with float64():
     zeros = [jnp.zeros(shape, jnp.float64) for shape in shapes]
     count, rows = jax.eval_shape(f, *zeros).size, jax.jit(pulled)
     offset, blocks = np.zeros(0), []

@@ -21,6 +21,7 @@ from jax import lax
 
 from convex_jax.proof import enclosures
 from convex_jax.proof.enclosures import ULPS, Ends
+from convex_jax.proof.float64 import float64
 from convex_jax.proof.values import Known
 
 # Over the reals, these return their input.
@@ -282,7 +283,7 @@ def bind(eqn, *arrays: Any) -> list[Any]:
   for key in ("preferred_element_type", "dtype", "out_dtype"):
     if params.get(key) is not None and is_float(params[key]):
       params[key] = np.dtype(np.float64)
-  with jax.enable_x64(True):
+  with float64():
     out = eqn.primitive.bind(*map(jnp.asarray, arrays), **params)
     outputs = out if eqn.primitive.multiple_results else [out]
     return [np.asarray(o) for o in outputs]
@@ -448,7 +449,7 @@ def _scattering(eqn, indices: Known) -> Callable[..., np.ndarray]:
 
   def scatter(update: Callable, old: np.ndarray, new: np.ndarray) -> np.ndarray:
     given = {key: eqn.params[key] for key in ("dimension_numbers", "mode")}
-    with jax.enable_x64(True):
+    with float64():
       return np.asarray(update(jnp.asarray(old), indices.low, jnp.asarray(new), **given))
 
   return scatter

@@ -17,6 +17,7 @@ import numpy as np
 
 from convex_jax.proof import interpreter
 from convex_jax.proof.constants import Unknown, is_float, number
+from convex_jax.proof.float64 import float64
 from convex_jax.proof.values import Known
 from convex_jax.proof.wide import Impure, widened
 
@@ -262,7 +263,7 @@ class _Program:
 
   def values(self, x: np.ndarray) -> np.ndarray:
     """The open outputs at x."""
-    with jax.enable_x64(True):
+    with float64():
       return self._flat(self._values(x, self._consts, self._inputs))
 
   def slope(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -272,7 +273,7 @@ class _Program:
     weights = [np.zeros(self._jaxpr.out_avals[i].shape) for i in self._arrays]
     which, outputs = self.together_with(k)
     weights[which].flat[self._open[which][k - outputs[0]]] = 1.0
-    with jax.enable_x64(True):
+    with float64():
       try:
         flat, gradient = self._slope(x, weights, self._consts, self._inputs)
       except Exception:  # Of a `while` loop, say.

@@ -32,6 +32,7 @@ from convex_jax.proof import affine_maps, jets
 from convex_jax.proof.affine_maps import Input, Matrix, is_affine
 from convex_jax.proof.certificate import proved
 from convex_jax.proof.exponents import exponents
+from convex_jax.proof.float64 import float64
 from convex_jax.proof.values import Known, Operation, ScalarFunction, Value
 
 LARGEST = 10**8  # Entries of the second derivatives of a product of two affine values.
@@ -317,7 +318,7 @@ class _Export:
       parts = flat[:cut].reshape(left.shape), flat[cut:].reshape(right.shape)
       return jnp.ravel(affine_maps.apply(op, list(parts)))
 
-    with jax.enable_x64(True):
+    with float64():
       origin = jnp.zeros(x.size)
       at, slope = (np.asarray(g(origin)) for g in (product, jax.jacrev(product)))
       curvature, axes = np.linalg.eigh(np.asarray(jax.hessian(product)(origin)) / 2)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
+from convex_jax.proof.float64 import float64
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Minimum:
@@ -48,7 +50,7 @@ def minimise(
     steps: most iterations.
   """
   low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
-  with jax.enable_x64(True):
+  with float64():
     slope = jax.jit(jax.value_and_grad(lambda x: jnp.squeeze(function(x))))
     best = -np.inf
 

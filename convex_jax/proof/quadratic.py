@@ -18,6 +18,7 @@ import jax.extend.core as jex
 import numpy as np
 
 from convex_jax.proof.constants import Unknown, fold, number
+from convex_jax.proof.float64 import float64
 from convex_jax.proof.linear import LINEAR, WEIGHTED
 from convex_jax.proof.values import Known, Masks, Operation, Value, uniform
 
@@ -185,7 +186,7 @@ _SQUARES = {"square", "integer_pow"}
 
 def _enclosed(function: Callable[..., Any], inputs: Sequence[Known]) -> tuple[Any, Any]:
   """The enclosure of a function's one output."""
-  with jax.enable_x64(True):
+  with float64():
     closed = jax.make_jaxpr(function)(*(x.low for x in inputs))
   jaxpr, known = closed.jaxpr, dict(zip(closed.jaxpr.invars, inputs, strict=True))
   known |= zip(jaxpr.constvars, (_exactly(x) for x in closed.consts), strict=True)

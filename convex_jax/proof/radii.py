@@ -22,6 +22,7 @@ import numpy as np
 from convex_jax.proof import affine_front, interpreter, slopes
 from convex_jax.proof.certificate import NotProved, proved
 from convex_jax.proof.convexified import convexify
+from convex_jax.proof.float64 import float64
 from convex_jax.proof.rounding_errors import Arithmetic, Ball, Program
 from convex_jax.proof.values import Value
 from convex_jax.proof.wide import in_float64
@@ -94,7 +95,7 @@ class Certifier:
       network = jax.vmap(lambda x: program.exact(x[None])[0])
     if convexified:
       apart = _value(logits, weights, example)  # The common term is in no difference.
-      with jax.enable_x64(True):
+      with float64():
         wide = jax.ShapeDtypeStruct(example.shape, jnp.float64)
         convex = convexify(network, wide)
         output = proved(convex.convex_logits, wide)
@@ -111,7 +112,7 @@ class Certifier:
       return y, jax.vmap(pull)(jnp.eye(len(y)))[0].reshape(len(y), -1)
 
     self._slopes = int(apart.shape[-1] * np.prod(shape))  # How many an input has.
-    with jax.enable_x64(True):
+    with float64():
       front, rest, self._columns = affine_front.split(one, shape)
     self._with_slopes = jax.jit(jax.vmap(with_slopes))
     self._front = jax.jit(front)
@@ -150,7 +151,7 @@ class Certifier:
     for start in range(0, len(images), together):
       part = np.asarray(images[start : start + together], np.float64)
       padded = np.pad(part, [(0, together - len(part)), *[(0, 0)] * (part.ndim - 1)], "edge")
-      with jax.enable_x64(True):
+      with float64():
         y_BxK, slopes_BxKxD = map(np.asarray, self._with_slopes(padded))
       for x, y_K, slopes_KxD in zip(part, y_BxK, slopes_BxKxD, strict=False):
         around = _Around(y_K, slopes_KxD, self._evaluator(x))
@@ -214,13 +215,13 @@ class Certifier:
 
   def _evaluator(self, x: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """A function of (rays, steps): the logits at x + step e_ray for each of them."""
-    with jax.enable_x64(True):
+    with float64():
       front = self._front(x)
     batch = LARGE if self._columns is None else BATCH
 
     def evaluate(rays, steps):
       out, start = [], 0
-      with jax.enable_x64(True):
+      with float64():
         while start < len(rays):
           size = batch if len(rays) - start > FEW else FEW
           part = slice(start, start + size)

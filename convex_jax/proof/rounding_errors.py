@@ -46,6 +46,7 @@ from convex_jax.proof.constants import (
   number,
 )
 from convex_jax.proof.enclosures import Ends
+from convex_jax.proof.float64 import float64
 from convex_jax.proof.source import Place
 from convex_jax.proof.values import Known
 from convex_jax.proof.wide import equation, widened
@@ -108,7 +109,7 @@ class Program:
     self._spreads: dict[tuple[str, int], np.ndarray] = {}
 
   def exact(self, x: jax.Array) -> jax.Array:
-    """The function over the reals, evaluated in float64; to be called under `enable_x64`.
+    """The function over the reals, evaluated in float64; to be called under `float64`.
 
     Its constants are those of the program: a 0.1 that the program holds in bfloat16 is that number.
     """
@@ -386,7 +387,7 @@ def _run(eqn: Any, *arrays: Any) -> Any:
 
 
 def _all(eqn: Any, *arrays: Any) -> list[Any]:
-  with jax.enable_x64(True):
+  with float64():
     return [np.asarray(out) for out in equation(eqn, [jnp.asarray(a) for a in arrays])]
 
 
@@ -649,7 +650,7 @@ class _Walk(interpreter.Walk):
       return _affine(value, self._input, x, {})
 
     shape = self._input.shape
-    with jax.enable_x64(True):
+    with float64():
       origin = jnp.zeros(shape)
       columns = jax.jit(
         jax.vmap(lambda d: jnp.abs(jax.jvp(of_input, (origin,), (d.reshape(shape),))[1]))

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from convex_jax.proof.enclosures import magnitude as magnitude_of
+from convex_jax.proof.float64 import float64
 from convex_jax.proof.values import Known, Operation, ScalarFunction, Value
 
 # Primitives by how they pass changes on. The larger of two numbers changes by no more than the
@@ -149,7 +150,7 @@ def sensitivities(output: Value, shape: tuple[int, ...], alone: bool = False) ->
   if not alone:
     rows = np.abs(weights.T[:, None] - weights.T[None])
   function = magnitude(value)
-  with jax.enable_x64(True):
+  with float64():
     like = jax.ShapeDtypeStruct(shape, jnp.float64)
     transpose = jax.jit(lambda c: jax.linear_transpose(function, like)(c.reshape(value.shape))[0])
     out = [np.ravel(transpose(jnp.asarray(row))) for row in rows.reshape(-1, rows.shape[-1])]

@@ -16,6 +16,7 @@ from jax import lax
 from convex_jax.proof import layouts
 from convex_jax.proof.collectives import on_one_device
 from convex_jax.proof.constants import is_float, is_half_or_more
+from convex_jax.proof.float64 import float64
 from convex_jax.proof.interpreter import is_rounding, needed
 
 # What these compute depends on their dtype, as does what is drawn from a key.
@@ -25,7 +26,7 @@ BOUND = {"bitcast_convert_type", "nextafter", "rng_uniform"}
 def widened(jaxpr: Any, consts: Sequence[Any] = ()) -> Callable[..., list[jax.Array]]:
   """The program of a jaxpr in float64: jittable, and differentiable where the program is.
 
-  Custom derivatives are those of what is computed. To be traced under `jax.enable_x64(True)`.
+  Custom derivatives are those of what is computed. To be traced under `float64`.
 
   Args:
     jaxpr: an open or a closed one, traced in the program's own dtypes.
@@ -146,5 +147,5 @@ def in_float64(tree: Any) -> Any:
   def one(leaf):
     return jnp.asarray(leaf, jnp.float64) if is_float(jnp.result_type(leaf)) else leaf
 
-  with jax.enable_x64(True):
+  with float64():
     return jax.tree.map(one, tree)

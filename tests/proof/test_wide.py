@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from convex_jax.proof.float64 import float64
 from convex_jax.proof.wide import Impure, widened
 
 X = np.linspace(-1.0, 1.0, 8, dtype=np.float32)
@@ -88,3 +89,20 @@ def test_it_can_be_differentiated_through_loops():
 def test_what_may_change_is_refused(f):
   with pytest.raises(Impure, match="side effects or reads what may change"):
     run(f, X)
+
+
+def test_a_tpu_leaves_float64_to_its_host(monkeypatch):
+  with float64():
+    assert jnp.ones(1).dtype == np.float64 and jax.config.jax_default_device is None
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  with float64():
+    assert jnp.ones(1).dtype == np.float64
+    assert jax.config.jax_default_device == jax.local_devices(backend="cpu")[0]
+  assert jax.config.jax_default_device is None and jnp.ones(1).dtype == np.float32
+
+  def refuse(backend):
+    raise RuntimeError(f"Unknown backend {backend}")
+
+  monkeypatch.setattr(jax, "local_devices", refuse)
+  with pytest.raises(ValueError, match="JAX_PLATFORMS=tpu,cpu"), float64():
+    pass

@@ -1,0 +1,28 @@
+"""float64 as IEEE 754 defines it, on which margins and bounds for rounding rest."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+  """While active, JAX's 64-bit types are on, and computed by a device that has them.
+
+  TPUs emulate float64 by pairs of float32, less precisely than IEEE 754 and within float32's range;
+  there the host's CPU computes.
+
+  Raises `ValueError` on a TPU where JAX may not use the CPU.
+  """
+  with jax.enable_x64(True), contextlib.ExitStack() as stack:
+    if jax.default_backend() == "tpu":
+      try:
+        host = jax.local_devices(backend="cpu")[0]
+      except RuntimeError as error:
+        raise ValueError(
+          "certificates and radii need the host's CPU for float64, and JAX may not use it; expected"
+          " JAX_PLATFORMS=tpu,cpu, or unset"
+        ) from error
+      stack.enter_context(jax.default_device(host))
+    yield
