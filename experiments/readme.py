@@ -12,6 +12,7 @@ import statistics
 
 from convex_jax.studies import results, tables
 from experiments.cats_dogs import run as cats_dogs_run
+from experiments.front import run as front_run
 from experiments.price import run as price_run
 from experiments.scale import run as scale_run
 
@@ -132,6 +133,11 @@ def memorised(_: str) -> str:
   return cats_dogs_run.memorised_table(read("cats_dogs/memorised.csv"))
 
 
+def front(schedule: str) -> str:
+  """Certified accuracies between free weights and weights >= 0, of one schedule."""
+  return front_run.table([row for row in read("front/radii.csv") if row["schedule"] == schedule])
+
+
 def pods(_: str) -> str:
   """What each published recipe takes on a pod, by the TPU's compiler."""
   return scale_run.table(read("scale/compiled.csv"))
@@ -139,17 +145,18 @@ def pods(_: str) -> str:
 
 TABLES = {"faults": faults, "speed": speed, "claims": claims, "price": price, "pods": pods}
 TABLES |= {"cats_dogs": cats_dogs, "memorised": memorised}
+TABLES |= {"front": lambda _: front("quick"), "front_radius": lambda _: front("radius")}
 
 
 def fill(path: pathlib.Path) -> list[str]:
   """Writes the tables that a file has marks for; returns their names."""
   text, found = path.read_text(), []
   for mark, make in TABLES.items():
+    link = pathlib.Path(os.path.relpath(FOLDER, path.resolve().parent)).as_posix()
     before, opened, rest = text.partition(f"<!-- {mark} -->\n")
-    _, closed, after = rest.partition(f"\n<!-- /{mark} -->")
+    _, closed, after = rest.partition(f"<!-- /{mark} -->")
     if opened and closed:
-      link = pathlib.Path(os.path.relpath(FOLDER, path.resolve().parent)).as_posix()
-      text = before + opened + make(link) + closed + after
+      text = before + opened + make(link).rstrip("\n") + "\n" + closed + after
       found.append(mark)
   if found:
     path.write_text(text)

@@ -22,7 +22,7 @@ import convex_jax
 from convex_jax.data import datasets
 from convex_jax.runs import certified
 from convex_jax.runs.workdir import Workdir
-from convex_jax.studies import jobs
+from convex_jax.studies import jobs, tables
 
 FOLDER = pathlib.Path(__file__).parent
 RADII = (0.5, 1.0, 2.0, 3.0, 4.0, 6.06)  # l1, pixels in 0..1.
@@ -91,6 +91,22 @@ def measure(task: jobs.Task, examples: int, data_dir: str) -> dict[str, str]:
   row |= {"CPU seconds": f"{time.process_time() - start:.0f}"}
   print(row, flush=True)
   return {key: str(value) for key, value in row.items()}
+
+
+def table(rows: list[dict[str, str]]) -> str:
+  """A table for each data set, as Markdown: % of images, means over seeds."""
+  keys = ["accuracy", *(f"l1 {r:g}" for r in RADII)]
+  headings = ["variant", "seeds", "accuracy", "l1 0.5", *(f"{r:g}" for r in RADII[1:]), "largest"]
+  parts = []
+  for panel in dict.fromkeys(row["panel"] for row in rows):
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in rows if row["panel"] == panel):
+      own = [row for row in rows if (row["panel"], row["variant"]) == (panel, variant)]
+      means = [f"{100 * np.mean([float(row[key]) for row in own]):.1f}" for key in keys]
+      largest = max(float(row["largest"]) for row in own)
+      lines.append([variant, str(len(own)), *means, f"{largest:.1f}"])
+    parts.append(f"**{panel}**\n\n{tables.markdown(headings, lines)}")
+  return "\n\n".join(parts)
 
 
 def draw(path: pathlib.Path, panel: str, rows: list[dict[str, str]]) -> None:
