@@ -283,7 +283,9 @@ def memorised(workdir: str, data_dir: str) -> list[dict[str, str]]:
     config.dir = data_dir
     train = datasets.load(config, run.config.seed, progress=False).train
     margins = run.logits(train.images)[:, 0] * np.where(train.labels == 0, 1, -1)
-    row = {"variant": task.job.variant, "seed": task.job.seed, "convex": verdict_of(run)}
+    is_free = run.config.model.parts == "base"
+    row = {"variant": task.job.variant, "seed": task.job.seed}
+    row |= {"convex": "" if is_free else verdict_of(run)}
     row |= {"images": len(margins), "errors": int(np.sum(margins <= 0))}
     row |= {"least margin": f"{margins.min():.4g}", "test": f"{final['test_accuracy']:.4f}"}
     rows.append({key: str(value) for key, value in row.items()})

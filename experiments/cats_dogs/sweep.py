@@ -3,7 +3,7 @@
 Two hidden layers of 256 ELU units on whitened images, the first of free sign, and weights >= 0 after
 it. One change each: without whitening; without the passthrough, the affine map of the image to the
 second layer; with one hidden layer; dogs as the class on which the logit is positive; labels drawn
-at random.
+at random. `base` is a free network of the same size, with BatchNorm, on the same schedule.
 """
 
 import math
@@ -36,6 +36,7 @@ CHANGES = {
   "ioc, no passthrough": {"model.passthrough": False},
   "ioc, one hidden layer": {"model.depth": 1},
   "ioc, not whitened": {"data.whiten": False},
+  "base": {"model.parts": "base", "model.norm": "batch"},
 }
 SOURCE = {"ioc": (0.734, math.nan)}  # Pfrommer et al. 2023: the training accuracy of their network.
 NONE = (math.nan, math.nan)
