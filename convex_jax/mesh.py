@@ -7,6 +7,7 @@ device holds the whole state. The same program runs on one CPU, one GPU or a who
 """
 
 import collections
+import dataclasses
 import functools
 import math
 import re
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from convex_jax.errors import UserError
@@ -44,6 +45,21 @@ def traced_on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
   @functools.wraps(function)
   def traced(*args):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args)
+
+  return traced
+
+
+def traced_for(platform: str, function: Callable[..., Any]) -> Callable[..., Any]:
+  """`function`, which is traced as for one device of a platform ("cpu", "gpu", "tpu"), here or not."""
+  one = make_mesh(jax.local_devices()[:1]).abstract_mesh
+  assert one.abstract_device is not None
+  device = dataclasses.replace(one.abstract_device, platform=platform)
+  there = AbstractMesh(one.axis_sizes, one.axis_names, one.axis_types, abstract_device=device)
+
+  @functools.wraps(function)
+  def traced(*args):
+    with jax.sharding.use_abstract_mesh(there):
       return function(*args)
 
   return traced

@@ -65,6 +65,7 @@ class Certifier:
     arithmetic: how `logits` is computed where it is deployed. Then radii hold for that program, at
       inputs that float32 holds, and `exact` is what the program is over the reals, whatever is
       given. None: radii hold over the reals.
+    others: with an `arithmetic`, other programs of the same function, any of which may be deployed.
     convexified: for logits that are not convex: certifies them by `convexify`. Their differences,
       so their radii, are those of convex logits, which have a term t in common. The price is
       how much t curves: the margin has to exceed t(x + d) less its tangent.
@@ -84,15 +85,19 @@ class Certifier:
     exact: Callable[[Any, jax.Array], jax.Array] | None = None,
     scale: float = 1.0,
     arithmetic: Arithmetic | None = None,
+    others: Sequence[Callable[[Any, jax.Array], jax.Array]] = (),
     convexified: bool = False,
   ):
     example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     network = functools.partial(exact or logits, in_float64(weights))
-    self._program = None
+    self._programs = []
     if arithmetic is not None:
-      program = self._program = Program(logits, weights, example, arithmetic=arithmetic)
-      program.error(Ball(np.zeros(shape), "l1", 0.0))  # What has no rule is refused here.
-      network = jax.vmap(lambda x: program.exact(x[None])[0])
+      every = [Program(f, weights, example, arithmetic=arithmetic) for f in (logits, *others)]
+      programs = list({program.text: program for program in reversed(every)}.values())[::-1]
+      for program in programs:
+        program.error(Ball(np.zeros(shape), "l1", 0.0))  # What has no rule is refused here.
+      network = jax.vmap(lambda x: programs[0].exact(x[None])[0])
+      self._programs = programs
     if convexified:
       apart = _value(logits, weights, example)  # The common term is in no difference.
       with float64():
@@ -156,17 +161,18 @@ class Certifier:
       for x, y_K, slopes_KxD in zip(part, y_BxK, slopes_BxKxD, strict=False):
         around = _Around(y_K, slopes_KxD, self._evaluator(x))
         real = self._radius(around, norms)
-        yield real if self._program is None else self._deployed(self._program, x, around, real)
+        yield self._deployed(x, around, real) if self._programs else real
 
-  def _deployed(self, program: Program, x: np.ndarray, around: "_Around", real: Radius) -> Radius:
-    """The radii of the program that is deployed, given those over the reals.
+  def _deployed(self, x: np.ndarray, around: "_Around", real: Radius) -> Radius:
+    """The radii of the programs that may be deployed, given those over the reals.
 
     What rounding can do grows with the ball. One bound for the balls of all norms does where it
     costs little; elsewhere each norm has its own, and smaller balls are tried.
     """
 
     def within(norms, balls):
-      off = [program.differences(Ball(x, n, balls[n] * self._scale)) for n in norms]
+      each = [Ball(x, n, balls[n] * self._scale) for n in norms]
+      off = [program.differences(ball) for ball in each for program in self._programs]
       radii = self._radius(around, norms, np.max(off, 0)).radii
       return {n: min(radii[n], balls[n]) for n in norms}
 

@@ -108,6 +108,11 @@ class Program:
     self._given = jax.tree.leaves(args)
     self._spreads: dict[tuple[str, int], np.ndarray] = {}
 
+  @property
+  def text(self) -> str:
+    """Its jaxpr, which tells programs of the same arguments apart."""
+    return str(self._jaxpr)
+
   def exact(self, x: jax.Array) -> jax.Array:
     """The function over the reals, evaluated in float64; to be called under `float64`.
 

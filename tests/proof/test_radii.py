@@ -201,6 +201,34 @@ def test_no_attack_on_the_deployed_program_changes_its_class(name, arithmetic):
   assert total > 0
 
 
+def as_products(weights, x_BxD):
+  return x_BxD @ weights
+
+
+def as_sums(weights, x_BxD):
+  """Without factors that a tensor core would cut off."""
+  return (x_BxD[:, :, None] * weights).sum(1)
+
+
+def test_radii_hold_for_every_program_that_may_be_deployed():
+  weights = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+
+  def radius(*programs):
+    arithmetic = ARITHMETICS["tensorfloat32"]
+    first, *others = programs
+    certifier = Certifier(first, weights, (8,), arithmetic=arithmetic, others=others)
+    return certifier.radius(np.ones(8)).radii["l1"]
+
+  products, sums = radius(as_products), radius(as_sums)
+  assert products < sums
+  assert radius(as_sums, as_products) == radius(as_products, as_sums) == products
+
+
+def test_convolutions_are_certified_in_both_of_their_forms():
+  assert len(certified.certifier(make_run("mlp"), "float32")._programs) == 1
+  assert len(certified.certifier(make_run("mixer"), "float32")._programs) == 2
+
+
 def test_the_arithmetic_is_known_or_refused():
   with pytest.raises(UserError, match="arithmetic is 'float8'; expected reals, float32"):
     certified.certifier(make_run("mlp"), "float8")
