@@ -57,7 +57,7 @@ def split(
     return jnp.concatenate([jnp.zeros(0), *(jnp.ravel(u) for u in first(x))])
 
   def rest(u_U):
-    parts = jnp.split(u_U, np.cumsum(sizes)[:-1])
+    parts = jnp.split(u_U, np.cumsum(sizes))[:-1]
     return then(*(u.reshape(s) for u, s in zip(parts, shapes, strict=True)))[0]
 
   _, linear = jax.linearize(front, jnp.zeros(shape, jnp.float64))

@@ -30,9 +30,7 @@ from convex_jax.proof.wide import in_float64
 NORMS = ("l1", "l2", "linf")
 DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
 BATCH = 512  # Vertices evaluated together.
-LARGE = (
-  64  # Or as many of a network whose front, so whose features, are many: they stay in the cache.
-)
+LARGE = 64  # The same for a network with many features, which then stay in the cache.
 FEW = 32  # Of them, where the search for a radius has come down to a few.
 IMAGES = 16  # Whose slopes are computed together.
 SLOPES = 2**22  # Or fewer images, so that there are at most as many of these.

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ from convex_jax.errors import Stopped, UserError
 
 JOBS = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}
 MINUTES = 24 * 60  # The time limit of a job, unless the options say otherwise.
+POLL = 1.0  # Seconds between two questions whether a job has ended.
+# States of jobs that wait or run; UNKNOWN, where a cluster keeps no accounts, is none of them.
+ALIVE = {"PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED"}
 TIMEOUTS = 1000  # How often a job may meet it: each time it has come further.
 
 
@@ -65,7 +69,13 @@ class Submitted:
   def __init__(self, executor: Any, command: Command, log: str, job: Any = None):
     self._executor, self._command, self._log = executor, command, log
     self._is_cancelled = False
-    self._job = job or executor.submit(command)
+    self._job = job or self._submit()
+
+  def _submit(self) -> Any:
+    try:
+      return self._executor.submit(self._command)
+    except submitit.core.utils.FailedJobError as error:  # Of sbatch: a partition, a limit of jobs.
+      raise UserError(f"Slurm does not take the job: {str(error).strip()}") from error
 
   def poll(self) -> int | None:
     """None while the job waits or runs; then the exit code, 1 where the job was lost.
@@ -80,10 +90,15 @@ class Submitted:
       with open(self._log, "a") as file:
         file.write(f"Job {self._job.job_id} ended as {self._job.state}: {error}\n")
       return 1
-    was_cancelled = self._is_cancelled or self._job.state.startswith("CANCELLED")
-    if code != Stopped.code or was_cancelled:
+    if code != Stopped.code or self._is_cancelled:
       return code
-    self._job = self._executor.submit(self._command)
+    # Stopped from outside. Of a preempted job Slurm may queue itself what it stopped.
+    state = state_of(self._job)
+    if state in ALIVE:
+      return None
+    if state.startswith("CANCELLED"):
+      return code
+    self._job = self._submit()
     return None
 
   def terminate(self) -> None:
@@ -93,7 +108,9 @@ class Submitted:
       self._job.cancel(check=False)
 
   def wait(self) -> None:
-    self._job.wait()
+    """Waits until the job has ended; one that never started leaves no result."""
+    while not self._job.done() and state_of(self._job) in ALIVE:
+      time.sleep(POLL)
 
 
 class Cluster:
@@ -111,6 +128,11 @@ class Cluster:
   def __init__(self, options: Mapping[str, Any]):
     self._options = {"timeout_min": MINUTES, "name": "convex_jax", **options}
     name = self._name = self._options.pop("cluster", "slurm")
+    for key in ("nodes", "tasks_per_node"):
+      if self._options.get(key, 1) != 1:
+        raise UserError(
+          f"--slurm_options: {key}={self._options[key]}; a run of a sweep is one process"
+        )
     if name not in JOBS:
       raise UserError(f"--slurm_options: cluster={name}; expected {' or '.join(JOBS)}")
     if name == "slurm" and shutil.which("sbatch") is None:
@@ -122,7 +144,7 @@ class Cluster:
       self._executor(folder)  # Wrong options are refused before anything starts.
 
   def start(self, arguments: Sequence[str], log: str, slot: int = 0) -> Submitted:
-    """Submits `python -m convex_jax COMMAND ...`, or finds its job that a lost sweep submitted.
+    """Submits `python -m convex_jax COMMAND ...`, or finds its job of Slurm that a lost sweep submitted.
 
     The job's output is appended to `log`; submitit's files lie beside it, in jobs/COMMAND.
     """
@@ -145,6 +167,12 @@ def still_running(folder: str, job_class: Callable[[str, str], Any]) -> Any:
   suffix = "_submitted.pkl"
   for path in pathlib.Path(folder).glob(f"*{suffix}"):
     job = job_class(folder, path.name.removesuffix(suffix))
-    if not job.done(force_check=True):
+    if not job.done() and state_of(job) in ALIVE:
       return job
   return None
+
+
+def state_of(job: Any) -> str:
+  """Slurm's state of a job, asked for now: submitit's own is up to ten minutes old."""
+  info = job.get_info(mode="force")
+  return info.get("State") or info.get("jobState") or "UNKNOWN"

@@ -160,7 +160,15 @@ def run_all(
     total = progress.add_task("runs", total=len(tasks), completed=len(tasks) - len(waiting))
     while (waiting or processes) and not signals:
       while waiting and free:
-        process = Process(waiting.pop(0), data_dir, start, free.pop(0))
+        task = waiting.pop(0)
+        try:
+          process = Process(task, data_dir, start, free[0])
+        except UserError as error:  # As below.
+          failures.append(words := f"{task.workdir}: {error}")
+          progress.advance(total)
+          progress.console.print(words, markup=False, soft_wrap=True)
+          continue
+        del free[0]
         words = f"  {process.task.name}: {process.task.unit}"
         processes[process] = progress.add_task(words, total=process.task.total)
       time.sleep(POLL)
@@ -277,21 +285,20 @@ def main(argv: list[str] | None = None) -> int:
   )
   how.add_argument(
     "--slurm_options",
-    nargs="+",
-    default=[],
-    type=_option,
-    metavar="KEY=VALUE",
-    help="of submitit's executor, such as timeout_min=240 gpus_per_node=1 slurm_partition=gpu;"
+    default={},
+    type=_options,
+    metavar="KEY=VALUE,...",
+    help="of submitit's executor, such as timeout_min=240,gpus_per_node=1,slurm_partition=gpu;"
     " cluster=local submits to this machine, to try it",
   )
   return command_line.exit_code(_sweep, parser.parse_args(argv), console_patience=streams.PATIENCE)
 
 
-def _option(text: str) -> tuple[str, int | str]:
-  key, equals, value = text.partition("=")
-  if not (key and equals):
-    raise argparse.ArgumentTypeError(f"{text!r} given; expected KEY=VALUE")
-  return key, int(value) if value.isdigit() else value
+def _options(text: str) -> dict[str, int | str]:
+  pairs = [part.partition("=") for part in text.split(",")]
+  if not all(key and value for key, _, value in pairs):
+    raise argparse.ArgumentTypeError(f"{text!r} given; expected KEY=VALUE,KEY=VALUE,...")
+  return {key: int(value) if value.isdigit() else value for key, _, value in pairs}
 
 
 def _cluster(args: argparse.Namespace) -> Start | None:
@@ -306,7 +313,7 @@ def _cluster(args: argparse.Namespace) -> Start | None:
     raise UserError(
       f"--slurm needs {error.name}, which is not installed: pip install 'convex_jax[slurm]'"
     ) from error
-  return slurm.Cluster(dict(args.slurm_options)).start
+  return slurm.Cluster(args.slurm_options).start
 
 
 def _sweep(args: argparse.Namespace) -> int:

@@ -6,10 +6,12 @@ import shutil
 import signal
 import sys
 import time
+from typing import ClassVar
 
 import pytest
 
-from convex_jax.studies import results, sweep
+from convex_jax.errors import UserError
+from convex_jax.studies import jobs, results, sweep
 from tests.studies.test_sweep import command, folder_of, found_workdirs
 from tests.support import PATIENCE, ROOT
 
@@ -110,29 +112,87 @@ def test_a_job_that_is_cancelled_saves_and_stays_so(tmp_path):
   assert (tmp_path / "log.txt").read_text().count("started") == 1
 
 
-def test_a_job_that_still_runs_is_not_submitted_twice(tmp_path):
-  class Job:  # Of another process, in the queue or ended.
-    def __init__(self, folder, job_id):
-      self.job_id = job_id
+class Job:
+  """A job of Slurm, by what its accounts say of it."""
 
-    def done(self, force_check=False):
-      return self.job_id != "17"
+  states: ClassVar[dict[str, str]] = {}
 
+  def __init__(self, folder, job_id, result=None):
+    self.job_id, self._result = job_id, result
+
+  def done(self):
+    return self._result is not None
+
+  def result(self):
+    return self._result
+
+  def get_info(self, mode):
+    assert mode == "force"
+    return {"State": self.states.get(self.job_id, "")}
+
+
+def test_a_job_that_still_runs_is_not_submitted_twice(tmp_path, monkeypatch):
+  states = {"16": "COMPLETED", "17": "PENDING", "18": "PREEMPTED"}  # And one without accounts.
+  monkeypatch.setattr(Job, "states", states)
   assert slurm.still_running(str(tmp_path / "none"), Job) is None
-  (tmp_path / "16_submitted.pkl").touch()
+  for name in ("16", "18", "19"):
+    (tmp_path / f"{name}_submitted.pkl").touch()
   assert slurm.still_running(str(tmp_path), Job) is None
   (tmp_path / "17_submitted.pkl").touch()
   assert slurm.still_running(str(tmp_path), Job).job_id == "17"
+
+
+class Executor:
+  """Hands out the jobs that it is given; then sbatch refuses."""
+
+  def __init__(self, *jobs):
+    self.jobs = list(jobs)
+
+  def submit(self, _):
+    if not self.jobs:
+      raise slurm.submitit.core.utils.FailedJobError("sbatch: error: job violates a limit")
+    return self.jobs.pop(0)
+
+
+@pytest.mark.parametrize(
+  ("state", "code", "left"),
+  [
+    ("COMPLETED", None, 0),  # Preempted: submitted again.
+    ("REQUEUED", None, 1),  # By Slurm itself.
+    ("CANCELLED by 1000", 75, 1),  # By the user.
+  ],
+)
+def test_a_job_that_was_stopped_is_submitted_again_where_nobody_else_does(
+  tmp_path, monkeypatch, state, code, left
+):
+  monkeypatch.setattr(Job, "states", {"1": state})
+  executor = Executor(Job("", "1", 75), Job("", "2"))
+  job = slurm.Submitted(executor, None, str(tmp_path / "log.txt"))
+  assert job.poll() == code and len(executor.jobs) == left
+
+
+def test_a_job_that_slurm_refuses_keeps_no_other_from_running(tmp_path):
+  task = jobs.Task(jobs.Job("p", "v", "", {}, 0), "x", str(tmp_path / "0"), "", 1, "step")
+
+  def start(line, log, slot):
+    return slurm.Submitted(Executor(), None, log)
+
+  with pytest.raises(UserError, match=r"(?s)does not take the job: sbatch.*1 run failed; run"):
+    sweep.run_all([task], str(tmp_path), "", 1, start)
 
 
 @pytest.mark.parametrize(
   ("options", "words"),
   [
     (["--slurm"], "there is no sbatch on this machine"),
-    (["--slurm_options", "cluster=local"], "is given without --slurm"),
-    (["--slurm", "--slurm_options", "cluster=k8s"], "cluster=k8s; expected slurm or local"),
-    (["--slurm", "--slurm_options", "cluster=local", "slurm_qeue=x"], "slurm_qeue"),
-    (["--slurm", "--slurm_options", "cluster=local", "timeout_min=1h"], "timeout_min"),
+    (["--slurm_options=cluster=local"], "is given without --slurm"),
+    (["--slurm", "--slurm_options=cluster=k8s"], "cluster=k8s; expected slurm or local"),
+    (["--slurm", "--slurm_options=cluster=local,slurm_qeue=x"], "slurm_qeue"),
+    (["--slurm", "--slurm_options=cluster=local,timeout_min=1h"], "timeout_min"),
+    (
+      ["--slurm", "--slurm_options=cluster=local,nodes=2"],
+      "nodes=2; a run of a sweep is one process",
+    ),
   ],
 )
 def test_wrong_options_are_one_error(tmp_path, capsys, monkeypatch, options, words):
@@ -154,8 +214,9 @@ def test_without_submitit_there_is_one_sentence(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_a_sweep_by_jobs_trains_and_certifies(tmp_path, data_dir, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
-  line = command(folder_of(tmp_path), tmp_path, data_dir, "--slurm", "--slurm_options")[4:]
-  assert sweep.main([*line, "cluster=local", "timeout_min=60"]) == 0, capsys.readouterr().err
+  line = command(folder_of(tmp_path), tmp_path, data_dir, "--slurm")[4:]
+  line += ["--slurm_options=cluster=local,timeout_min=60"]
+  assert sweep.main(line) == 0, capsys.readouterr().err
   found = results.read(str(tmp_path / "out"))
   assert [row.variant for row in found.rows] == ["base", "paper"]
   assert found.rows[1].certificate and not found.rows[0].certificate
