@@ -57,8 +57,8 @@ def row_of(name: str, machine: str, decode: dict[int, float]) -> dict[str, str]:
   row |= {"fits": "yes" if found.fits else "no", "seconds": f"{train.seconds:.0f}"}
   if train.refused:
     return row | {"why": train.refused}
-  number, size = train.collectives.get("all-reduce", (0, 0.0))
-  times = train.seconds_by(found.chip, found.devices)
+  number, size, _ = train.collectives.get("all-reduce", (0, 0.0, 0.0))
+  times = train.seconds_by(found.chip)
   if (rate := decode.get(config.data.image_size)) is not None and config.data.loader == "stream":
     times["host"] = config.batch_size / (rate * CORES[machine])
   bound = max(times, key=lambda key: times[key])
