@@ -148,6 +148,8 @@ _ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+)[a-z0-9]*\[([\d,]*)\]")
 _COLLECTIVE = re.compile(rf"([\w.-]+) = (.*?) ({'|'.join(KINDS)})(-start|-done)?\((.*)")
 # [number of groups, size of a group]<=..., or the groups themselves.
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]<=|\{(\{[^=]*?\})\})")
+# Or the sides of a mesh, and the axes, or parts of axes 'NAME':(...)SIZE, along which groups lie.
+_MESH = re.compile(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}")
 
 
 def collectives(hlo: str, devices: int) -> dict[str, Collectives]:
@@ -175,6 +177,10 @@ def collectives(hlo: str, devices: int) -> dict[str, Collectives]:
 
 def _group_size(attributes: str, devices: int) -> int:
   """The number of devices that take part together; without groups, all."""
+  if match := _MESH.search(attributes):
+    sides = dict(re.findall(r"'(.*?)'=(\d+)", match[1]))
+    axes = re.findall(r"'(.*?)'(?::\(\d+\)(\d+))?", match[2])
+    return math.prod(int(part or sides[axis]) for axis, part in axes)
   if (match := _GROUPS.search(attributes)) is None:
     return devices
   if match[1]:

@@ -118,6 +118,17 @@ ASYNCHRONOUS = f"""
     ("%r = f32[10] all-reduce(%z), replica_groups={{0,1},{2,3}}, x={{1}}", "all-reduce", 40),
     ("%r = f32[10] all-to-all(%z), replica_groups={{0,2,1,3}}", "all-to-all", 3 / 4 * 40),
     ("%r = f32[10] collective-permute(%z), source_target_pairs={{0,1}}", "collective-permute", 40),
+    (
+      "%r = f32[10] reduce-scatter(%z), channel_id=1, replica_groups=mesh['a'=16,'b'=1,'c'=16],"
+      " device_ids=([16,16]T(1,0)) {'a'}, dimensions={0}",
+      "reduce-scatter",
+      15 * 40,
+    ),
+    (
+      "%r = f32[10] reduce-scatter(%z), replica_groups=mesh['a'=4,'b'=64] {'a','b':(2)4}, x={'b'}",
+      "reduce-scatter",
+      15 * 40,
+    ),
     (ASYNCHRONOUS, "all-gather", 3 / 4 * 64),
   ],
 )
