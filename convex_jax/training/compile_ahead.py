@@ -335,7 +335,8 @@ def remedies(config: Any, devices: int) -> Iterator[dict[str, Any]]:
 
   Where batches become smaller and more, so do steps, what is counted in them, and the decay of
   averaged weights, to the same decay per update. What remains to differ is what a batch is to
-  itself: BatchNorm's statistics, the draws of dropout, mixup and CutMix, `skip_spikes`.
+  itself: BatchNorm's statistics, the draws of dropout, mixup and CutMix, `skip_spikes`; and epochs
+  are rounded up to whole calls of smaller steps.
   """
   remat = {} if config.model.remat else {"model.remat": True}
   if remat:
