@@ -88,10 +88,27 @@ def configure(file: str | None, overrides: list[str]) -> Any:
   return config
 
 
+def _refuse_unused(args: argparse.Namespace) -> None:
+  """Raises `UserError` for options of training, which `--compile_for` would ignore."""
+  given = {
+    "--workdir": args.workdir is not None,
+    "--distributed=on": args.distributed == "on",
+    "--coordinator": args.coordinator is not None,
+    "--num_processes": args.num_processes is not None,
+    "--process_id": args.process_id is not None,
+  }
+  if unused := [option for option, is_given in given.items() if is_given]:
+    raise UserError(
+      f"--compile_for trains nothing and writes nothing; expected no {' and no '.join(unused)}"
+      " with it"
+    )
+
+
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
   if args.compile_for is not None:
     from convex_jax.training import machines
 
+    _refuse_unused(args)
     machines.check(args.compile_for)
     machines.prepare_process(args.compile_for)
   elif args.make_fit or args.largest_batch:

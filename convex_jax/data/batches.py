@@ -94,10 +94,8 @@ def _sum_apart(found: jax.Array) -> jax.Array:
   Pixels four to a word, which cannot carry then: of bytes a TPU would make a sum of words, four
   times as much, and give each device the whole of it.
   """
-  shape, add = (
-    found.shape,
-    functools.partial(jax.lax.psum_scatter, axis_name=meshes.AXES, tiled=True),
-  )
+  shape = found.shape
+  add = functools.partial(jax.lax.psum_scatter, axis_name=meshes.AXES, tiled=True)
   if found.dtype != jnp.uint8 or math.prod(shape[1:]) % 4:
     return add(found)
   words = jax.lax.bitcast_convert_type(found.reshape(len(found), -1, 4), jnp.uint32)

@@ -2,9 +2,9 @@
 
 The compilers of TPUs (libtpu) and of NVIDIA GPUs work without a device. They know how much memory
 a program takes and, for TPUs, how many operations it performs, how many bytes it moves and which
-collectives it runs. Times are lower bounds by peak rates, not measurements. Programs are compiled
-with the least effort of optimisation, five to nine times faster: the memory and the bytes of a
-real run are up to a quarter less.
+collectives it runs. Times are estimates by peak rates, neither measurements nor bounds. Programs
+are compiled with the least effort of optimisation, five to nine times faster: the memory and the
+bytes of a real run are up to a quarter less.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -29,7 +29,6 @@ from convex_jax.training.machines import CHIPS, MACHINES, Chip
 from convex_jax.training.program import MAX_IN_FLIGHT, Computation
 
 GIB = 2**30
-RESERVED = 0.25  # GiB that the TPU's runtime keeps, by the compiler's messages for v5e.
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -72,6 +71,14 @@ def devices_of(name: str) -> tuple[Any, ...]:
   return tuple(described.devices)
 
 
+class Collectives(NamedTuple):
+  """Those of one kind in a program; bytes are per device."""
+
+  number: int
+  size: float  # Bytes of their results.
+  sent: float  # Bytes that a device sends, in rings of the devices that take part.
+
+
 @dataclasses.dataclass(frozen=True)
 class Compiled:
   """What the compiler says of a program; everything is per device.
@@ -80,29 +87,37 @@ class Compiled:
   """
 
   seconds: float  # That compiling took.
-  memory: dict[str, float]  # GiB, by kind; empty where the compiler refused the program.
+  # GiB by kind, of the program and of what else lies there then; empty where it was refused.
+  memory: dict[str, float]
   flops: float = 0.0  # 0: the compiler does not say.
   bytes: float = 0.0  # Read and written, at most.
-  collectives: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+  collectives: dict[str, Collectives] = dataclasses.field(default_factory=dict)
   refused: str = ""  # The compiler's words, where memory does not suffice.
 
-  def seconds_by(self, chip: Chip, devices: int) -> dict[str, float]:
-    """The least time that each resource of the machine takes, in seconds."""
-    around = (devices - 1) / devices  # A ring sends a share of the whole array for each other one.
-    sent = {"all-reduce": 2 * around, "all-gather": around, "reduce-scatter": devices - 1.0}
-    link = sum(sent.get(kind, around) * size for kind, (_, size) in self.collectives.items())
+  @property
+  def needs(self) -> float:
+    """GiB per device while it runs; infinite where the compiler refused."""
+    return sum(self.memory.values()) if self.memory else math.inf
+
+  def seconds_by(self, chip: Chip) -> dict[str, float]:
+    """About the time that each resource of the machine takes at its peak rate, in seconds."""
     return {
       "arithmetic": self.flops / chip.flops,
       "memory": self.bytes / chip.bandwidth,
-      "links": link / chip.link,
+      "links": sum(each.sent for each in self.collectives.values()) / chip.link,
     }
 
 
 _FEW_WORDS = re.compile(r"RESOURCE_EXHAUSTED: (.*?)(?:\. |\n|$)")
 
 
-def compiled(lowered: jax.stages.Lowered, chip: str) -> Compiled:
-  """Compiles a program for the devices of its shardings, which are of this kind of chip."""
+def compiled(
+  lowered: jax.stages.Lowered, chip: str, devices: int, beside: dict[str, float]
+) -> Compiled:
+  """Compiles a program for the devices of its shardings, so many of this kind of chip.
+
+  `beside` is what lies on a device besides while the program runs: GiB, by kind.
+  """
   began = time.monotonic()
   options: Any = None if chip == "h100" else {"exec_time_optimization_effort": -1.0}
   try:
@@ -121,26 +136,66 @@ def compiled(lowered: jax.stages.Lowered, chip: str) -> Compiled:
   }
   return Compiled(
     time.monotonic() - began,
-    {name: size / GIB for name, size in memory.items()},
+    {name: size / GIB for name, size in memory.items()} | beside,
     costs.get("flops", 0.0),
     costs.get("bytes accessed", 0.0),
-    collectives(done.as_text() or ""),
+    collectives(done.as_text() or "", devices),
   )
 
 
 _ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+)[a-z0-9]*\[([\d,]*)\]")
 # An asynchronous collective counts where it is done: its result there is no more than the data.
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-done)?\(")
+_COLLECTIVE = re.compile(rf"([\w.-]+) = (.*?) ({'|'.join(KINDS)})(-start|-done)?\((.*)")
+# [number of groups, size of a group]<=..., or the groups themselves.
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]<=|\{(\{[^=]*?\})\})")
+# Or the sides of a mesh, and the axes, or parts of axes 'NAME':(...)SIZE, along which groups lie.
+_MESH = re.compile(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}")
 
 
-def collectives(hlo: str) -> dict[str, tuple[int, float]]:
-  """The number of collectives of each kind in a compiled program, and the bytes of their results."""
-  found: dict[str, tuple[int, float]] = {}
+def collectives(hlo: str, devices: int) -> dict[str, Collectives]:
+  """The collectives of each kind in a compiled program for so many devices."""
+  found: dict[str, Collectives] = {}
+  started: dict[str, int] = {}  # The size of the groups, by name.
   for line in hlo.splitlines():
-    if match := _COLLECTIVE.search(line):
-      number, size = found.get(match[2], (0, 0.0))
-      found[match[2]] = number + 1, size + sum(map(_bytes, _ARRAY.findall(match[1])))
+    if (match := _COLLECTIVE.search(line)) is None:
+      continue
+    name, result, kind, part, rest = match.groups()
+    if part == "-start":
+      started[name] = _group_size(rest, devices)
+      continue
+    if part == "-done":
+      group = next((started[n] for n in re.findall(r"[\w.-]+", rest) if n in started), devices)
+    else:
+      group = _group_size(rest, devices)
+    size = sum(map(_bytes, _ARRAY.findall(result)))
+    before = found.get(kind, Collectives(0, 0.0, 0.0))
+    found[kind] = Collectives(
+      before.number + 1, before.size + size, before.sent + _sent(kind, group) * size
+    )
   return {kind: found[kind] for kind in KINDS if kind in found}
+
+
+def _group_size(attributes: str, devices: int) -> int:
+  """The number of devices that take part together; without groups, all."""
+  if match := _MESH.search(attributes):
+    sides = dict(re.findall(r"'(.*?)'=(\d+)", match[1]))
+    axes = re.findall(r"'(.*?)'(?::\(\d+\)(\d+))?", match[2])
+    return math.prod(int(part or sides[axis]) for axis, part in axes)
+  if (match := _GROUPS.search(attributes)) is None:
+    return devices
+  if match[1]:
+    return int(match[1])
+  return max(len(group.split(",")) for group in re.findall(r"\{([\d, ]+)\}", match[2]))
+
+
+def _sent(kind: str, group: int) -> float:
+  """What a device of a ring sends, as a multiple of its result."""
+  around = (group - 1) / group  # A share of the whole array for each other device.
+  return {
+    "all-reduce": 2 * around,
+    "reduce-scatter": group - 1.0,  # The result is one share.
+    "collective-permute": 1.0,
+  }.get(kind, around)
 
 
 def _bytes(array: tuple[str, str]) -> float:
@@ -158,7 +213,6 @@ class Verdict:
   devices: int
   train: Compiled
   evaluate: Compiled | None  # None: the training program was refused already.
-  beside: dict[str, float]  # GiB a device that lie beside a training call's memory, by kind.
 
   @property
   def chip(self) -> Chip:
@@ -167,16 +221,13 @@ class Verdict:
 
   @property
   def needs(self) -> float:
-    """GiB a device; infinite where the compiler refused."""
-    if not self.train.memory or (self.evaluate is not None and not self.evaluate.memory):
-      return math.inf
-    calls = [c for c in (self.train, self.evaluate) if c is not None]
-    return max(sum(c.memory.values()) for c in calls) + sum(self.beside.values())
+    """GiB per device; infinite where the compiler refused."""
+    return max(each.needs for each in (self.train, self.evaluate) if each is not None)
 
   @property
   def fits(self) -> bool:
     """Whether a device has that much."""
-    return self.needs <= self.chip.memory - RESERVED
+    return self.needs <= self.chip.room
 
 
 def verdict(config: Any, machine: str, evaluation: bool = True) -> Verdict:
@@ -191,59 +242,69 @@ def verdict(config: Any, machine: str, evaluation: bool = True) -> Verdict:
   examples = datasets.outline(config.data)
   job = Computation(config, examples, mesh)
   chip = MACHINES[machine][0]
-  memory = CHIPS[chip].memory * GIB * len(devices)
-  feeds = {
-    name: batches.shapes_of(
-      split,
-      mesh,
-      isinstance(split, Split) and is_resident(config.data.loader, split, memory),
-      (config.steps_per_call, config.batch_size) if name == "train" else (config.batch_size,),
-    )
-    for name, split in examples.splits().items()
-  }
-  train = compiled(job.lower_train(*feeds["train"]), chip)
-  evaluate = None
-  if evaluation and not train.refused:
-    evaluate = compiled(job.lower_eval(*feeds["test"]), chip)
-  others = [arrays for name, (arrays, _) in feeds.items() if name != "train"]
+  memory = CHIPS[chip].room * GIB * len(devices)
+
+  def shapes(name, rows):
+    split = examples.splits()[name]
+    resident = isinstance(split, Split) and is_resident(config.data.loader, split, memory)
+    return batches.shapes_of(split, mesh, resident, rows)
+
+  feeds = {name: shapes(name, (config.batch_size,)) for name in examples.splits()}
+  arrays, plan = shapes("train", (config.steps_per_call, config.batch_size))
   beside = {
-    "other splits": _gib(others) / len(devices),
-    f"{MAX_IN_FLIGHT} batches ahead": MAX_IN_FLIGHT * _gib(feeds["train"][1]) / len(devices),
+    "other splits": _gib([held for name, (held, _) in feeds.items() if name != "train"]),
+    f"{MAX_IN_FLIGHT} batches ahead": MAX_IN_FLIGHT * _gib(plan),
   }
-  return Verdict(machine, len(devices), train, evaluate, beside)
+  train = compiled(job.lower_train(arrays, plan), chip, len(devices), beside)
+  if not evaluation or train.refused:
+    return Verdict(machine, len(devices), train, None)
+  state = job.state_shapes()
+  # Before an evaluation the training calls in flight are waited for; it takes every split in turn.
+  beside = {
+    "rest of the training state": _gib(state) - _gib(state.weights()),
+    "other splits": _gib([held for name, (held, _) in feeds.items() if name != "test"]),
+    "last batch of training": _gib(plan),
+    f"{MAX_IN_FLIGHT} batches ahead": MAX_IN_FLIGHT
+    * max(_gib(ahead) for _, ahead in feeds.values()),
+  }
+  evaluate = compiled(job.lower_eval(*feeds["test"]), chip, len(devices), beside)
+  return Verdict(machine, len(devices), train, evaluate)
 
 
 def _gib(tree: Any) -> float:
-  return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree)) / GIB
+  """Of one device, for arrays given as shapes with shardings."""
+  sizes = (
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+  return sum(sizes) / GIB
 
 
 def lines(found: Verdict) -> Iterator[str]:
   """A verdict in words."""
-  room, train = found.chip.memory - RESERVED, found.train
-  if found.fits:
-    yield f"fits: {found.needs:.2f} of {room:g} GiB a device"
-  elif math.isinf(found.needs):
+  room, train = f"{found.chip.room:.4g}", found.train
+  if math.isinf(found.needs):
     refused = train.refused or (found.evaluate.refused if found.evaluate else "")
-    yield f"does not fit in {room:g} GiB a device: {refused}"
+    yield f"does not fit in {room} GiB per device: {refused}"
   else:
-    yield f"does not fit: {found.needs:.2f} of {room:g} GiB a device"
-  if train.memory:
-    parts = train.memory | found.beside
-    yield "  " + ", ".join(f"{name} {size:.2f}" for name, size in parts.items()) + " GiB"
+    words = "fits" if found.fits else "does not fit"
+    yield f"{words}: needs {found.needs:.2f} GiB per device, which has {room}"
   for name, program in (("training", train), ("evaluation", found.evaluate)):
     if program is None or not program.memory:
       continue
     words = f"{name}: compiled in {program.seconds:.0f} s"
     if program.flops:
-      words += f", {program.flops / 1e9:,.4g} GFLOP and {program.bytes / 1e9:,.3g} GB a device"
+      words += f", {program.flops / 1e9:,.4g} GFLOP and {program.bytes / 1e9:,.3g} GB per device"
     yield f"{words} and step" if program.flops else words
-    for kind, (number, size) in program.collectives.items():
-      yield f"  {kind}: {number}, {size / 1e6:,.3g} MB"
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in program.memory.items())
+    yield f"  {program.needs:.2f} GiB: {parts}"
+    for kind, each in program.collectives.items():
+      yield f"  {kind}: {each.number}, {each.size / 1e6:,.3g} MB"
     if program.flops:
-      times = program.seconds_by(found.chip, found.devices)
+      times = program.seconds_by(found.chip)
       bound = max(times, key=lambda name: times[name])
       each = ", ".join(f"{name} {1e3 * t:.3g}" for name, t in times.items())
-      yield f"  at best {1e3 * times[bound]:.3g} ms a step, bound by {bound} (ms: {each})"
+      yield f"  about {1e3 * times[bound]:.3g} ms per step, bound by {bound} (ms: {each})"
 
 
 def largest_batch(config: Any, machine: str) -> Iterator[tuple[int, Verdict | None]]:
@@ -272,17 +333,27 @@ def changed_by(config: Any, changes: dict[str, Any]) -> ConfigDict:
 def remedies(config: Any, devices: int) -> Iterator[dict[str, Any]]:
   """Changes of a config that leave its updates what they are and need less memory, mildest first.
 
-  Accumulation does change BatchNorm: its statistics are those of a smaller batch.
+  Where batches become smaller and more, so do steps, what is counted in them, and the decay of
+  averaged weights, to the same decay per update. What remains to differ is what a batch is to
+  itself: BatchNorm's statistics, the draws of dropout, mixup and CutMix, `skip_spikes`; and epochs
+  are rounded up to whole calls of smaller steps.
   """
   remat = {} if config.model.remat else {"model.remat": True}
   if remat:
     yield remat
+  in_steps = {
+    "steps": config.steps,
+    "checkpoint.every_steps": config.checkpoint.every_steps,
+    "log.every_steps": config.log.every_steps,
+  }
   for parts in (2, 4, 8):
     if config.batch_size % (parts * devices) == 0:
       yield {
         **remat,
         "batch_size": config.batch_size // parts,
         "optimizer.accumulate": config.optimizer.accumulate * parts,
+        **{key: n * parts for key, n in in_steps.items() if n},
+        **({"ema_decay": config.ema_decay ** (1 / parts)} if config.ema_decay else {}),
       }
   for parts in (n for n in (4, 8, 16) if n > config.fsdp and devices % n == 0):
     yield {**remat, "fsdp": parts}
@@ -292,7 +363,7 @@ def command(config: Any, machine: str, bisect: bool, make_fit: bool) -> int:
   """`main --compile_for`: prints what a machine says of a config; 0 if it fits, 2 if not."""
   devices = len(devices_of(machine))
   print(
-    f"Compiling for {machine}, {devices} x {CHIPS[MACHINES[machine][0]].memory:g} GiB", flush=True
+    f"Compiling for {machine}, {devices} x {CHIPS[MACHINES[machine][0]].memory:.4g} GiB", flush=True
   )
   found = verdict(config, machine)
   print("\n".join(lines(found)), flush=True)

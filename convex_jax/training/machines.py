@@ -15,21 +15,49 @@ from convex_jax.errors import UserError
 class Chip:
   """What a device has, in JAX's sense of the word, at its peak."""
 
-  memory: float  # GiB.
+  memory: float  # GiB, without what a TPU's runtime keeps.
   flops: float  # FLOP/s, bfloat16.
   bandwidth: float  # B/s of its memory.
   link: float  # B/s that it can send to others: half of the two-way bandwidth of all its links.
+  fraction: bool = False  # Whether JAX takes only a fraction of the memory.
+
+  @property
+  def room(self) -> float:
+    """GiB that a run can have.
+
+    Raises `UserError` for a fraction in the environment that is none.
+    """
+    return self.memory * _fraction() if self.fraction else self.memory
+
+
+# As jaxlib reads them, in this order.
+_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+def _fraction() -> float:
+  """The fraction of a GPU's memory that JAX takes, by the environment; 0.75 by default."""
+  name = next((name for name in _FRACTIONS if os.environ.get(name)), None)
+  if name is None:
+    return 0.75
+  try:
+    value = float(os.environ[name])
+  except ValueError:
+    value = math.nan
+  if not 0 < value <= 1:
+    raise UserError(f"{name}={os.environ[name]}: expected a fraction of memory, > 0 and <= 1")
+  return value
 
 
 # docs.cloud.google.com/tpu/docs/v4, /v5e, /tpu7x (with v5p and v6e), read in November 2026; each
-# of the two devices of a TPU7x has half the chip. H100 SXM: NVIDIA's data sheet.
+# of the two devices of a TPU7x has half the chip. Memory is what
+# libtpu's messages have. H100 SXM: NVIDIA's data sheet; memory as a card has it, in bytes.
 CHIPS = {
-  "v4": Chip(32, 275e12, 1.2e12, 300e9),
-  "v5e": Chip(16, 197e12, 0.819e12, 200e9),
-  "v5p": Chip(95, 459e12, 2.765e12, 600e9),
-  "v6e": Chip(32, 918e12, 1.638e12, 400e9),
-  "tpu7x": Chip(96, 1153.5e12, 3.69e12, 300e9),
-  "h100": Chip(80, 989e12, 3.35e12, 450e9),
+  "v4": Chip(30.75, 275e12, 1.2e12, 300e9),
+  "v5e": Chip(15.75, 197e12, 0.819e12, 200e9),
+  "v5p": Chip(95.74, 459e12, 2.765e12, 600e9),
+  "v6e": Chip(31.25, 918e12, 1.638e12, 400e9),
+  "tpu7x": Chip(94.75, 1153.5e12, 3.69e12, 300e9),
+  "h100": Chip(84_942_979_072 / 2**30, 989e12, 3.35e12, 450e9, fraction=True),
 }
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

@@ -57,8 +57,8 @@ def row_of(name: str, machine: str, decode: dict[int, float]) -> dict[str, str]:
   row |= {"fits": "yes" if found.fits else "no", "seconds": f"{train.seconds:.0f}"}
   if train.refused:
     return row | {"why": train.refused}
-  number, size = train.collectives.get("all-reduce", (0, 0.0))
-  times = train.seconds_by(found.chip, found.devices)
+  number, size, _ = train.collectives.get("all-reduce", (0, 0.0, 0.0))
+  times = train.seconds_by(found.chip)
   if (rate := decode.get(config.data.image_size)) is not None and config.data.loader == "stream":
     times["host"] = config.batch_size / (rate * CORES[machine])
   bound = max(times, key=lambda key: times[key])
@@ -70,14 +70,14 @@ def row_of(name: str, machine: str, decode: dict[int, float]) -> dict[str, str]:
     "all_reduce_mb": f"{size / 1e6:.3g}",
     **{f"{key}_ms": f"{1e3 * value:.3g}" for key, value in times.items()},
     "bound": bound,
-    "at_best_ms": f"{1e3 * times[bound]:.3g}",
+    "about_ms": f"{1e3 * times[bound]:.3g}",
   }
 
 
 COLUMNS = {  # Of the table, by their names in the file.
-  "gib": "GiB of a device",
-  "gflop": "GFLOP a device",
-  "gb": "GB a device",
+  "gib": "GiB per device",
+  "gflop": "GFLOP per device",
+  "gb": "GB per device",
   "all_reduces": "all-reduces",
   "all_reduce_mb": "MB",
   "arithmetic_ms": "arithmetic, ms",
@@ -86,7 +86,7 @@ COLUMNS = {  # Of the table, by their names in the file.
   "host_ms": "host, ms",
   "bound": "bound by",
 }
-FIELDS = ["program", "machine", "batch", "fits", "seconds", *COLUMNS, "at_best_ms", "why"]
+FIELDS = ["program", "machine", "batch", "fits", "seconds", *COLUMNS, "about_ms", "why"]
 
 
 def read() -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ from convex_jax.data.photos.records import Records
 from convex_jax.data.photos.stream import Stream
 from convex_jax.errors import UserError
 from convex_jax.training import compile_ahead, machines
-from convex_jax.training.compile_ahead import Compiled, Verdict
+from convex_jax.training.compile_ahead import Collectives, Compiled, Verdict
 from convex_jax.training.program import Computation, Program
 from tests.support import PATIENCE, ROOT, of
 
@@ -53,6 +53,13 @@ def test_machines_have_their_makers_names(name, chip, topology, devices):
     (["--compile_for=h100-8"], r"needs the CUDA compiler, .*: pip install 'convex_jax\[cuda\]'"),
     (["--make_fit"], "need --compile_for=MACHINE"),
     (["--largest_batch"], "need --compile_for=MACHINE"),
+    (["--compile_for=v5e-4", "--workdir=runs/x"], "no --workdir with it"),
+    (["--compile_for=v5e-4", "--distributed=on"], "no --distributed=on with it"),
+    (["--compile_for=v5e-4", "--coordinator=a:1"], "no --coordinator with it"),
+    (
+      ["--compile_for=v5e-4", "--num_processes=2", "--process_id=0"],
+      "no --num_processes and no --process_id with it",
+    ),
   ],
 )
 def test_what_cannot_be_compiled_is_said_in_a_sentence(options, words, monkeypatch, capfd):
@@ -75,13 +82,85 @@ HLO = """
 
 
 def test_collectives_are_counted_once_with_the_bytes_of_their_results():
-  assert compile_ahead.collectives(HLO) == {
+  found = compile_ahead.collectives(HLO, 4)
+  assert {kind: each[:2] for kind, each in found.items()} == {
     "all-reduce": (2, 8 * 128 * 4 + 10 * 4 + 6 * 2),
     "all-gather": (1, 64),
     "reduce-scatter": (1, 15),
     "collective-permute": (1, 7),
   }
-  assert compile_ahead.collectives("") == {}
+  assert compile_ahead.collectives("", 4) == {}
+
+
+IN_FOURS = "channel_id=1, replica_groups=[64,4]<=[256], dimensions={0}"
+ASYNCHRONOUS = f"""
+  %ag.1 = (f32[4]{{0}}, f32[16]{{0:T(8,128)}}) all-gather-start(%y.2), {IN_FOURS}
+  %other = (f32[4]{{0}}, f32[8]{{0}}) all-gather-start(%z), replica_groups={{{{0,1}}}}
+  %d = f32[16]{{0}} all-gather-done((f32[4]{{0}}, f32[16]{{0:T(8,128)}}) %ag.1), metadata={{}}
+"""
+
+
+@pytest.mark.parametrize(
+  "hlo,kind,sent",
+  [
+    ("%r = f32[10] reduce-scatter(%z), replica_groups=[16,16]<=[256]", "reduce-scatter", 15 * 40),
+    (
+      "%r = f32[10] reduce-scatter(%z), replica_groups=[16,16]<=[16,16]T(1,0), dimensions={0}",
+      "reduce-scatter",
+      15 * 40,
+    ),
+    ("%r = f32[10] reduce-scatter(%z), dimensions={0}", "reduce-scatter", 255 * 40),
+    (
+      "%r = f32[10] all-reduce(%z), replica_groups={}, to_apply=%a",
+      "all-reduce",
+      2 * 255 / 256 * 40,
+    ),
+    ("%r = f32[10] all-reduce(%z), replica_groups={{0,1},{2,3}}, x={{1}}", "all-reduce", 40),
+    ("%r = f32[10] all-to-all(%z), replica_groups={{0,2,1,3}}", "all-to-all", 3 / 4 * 40),
+    ("%r = f32[10] collective-permute(%z), source_target_pairs={{0,1}}", "collective-permute", 40),
+    (
+      "%r = f32[10] reduce-scatter(%z), channel_id=1, replica_groups=mesh['a'=16,'b'=1,'c'=16],"
+      " device_ids=([16,16]T(1,0)) {'a'}, dimensions={0}",
+      "reduce-scatter",
+      15 * 40,
+    ),
+    (
+      "%r = f32[10] reduce-scatter(%z), replica_groups=mesh['a'=4,'b'=64] {'a','b':(2)4}, x={'b'}",
+      "reduce-scatter",
+      15 * 40,
+    ),
+    (ASYNCHRONOUS, "all-gather", 3 / 4 * 64),
+  ],
+)
+def test_a_device_sends_to_those_of_its_group(hlo, kind, sent):
+  found = compile_ahead.collectives(hlo, 256)
+  assert list(found) == [kind]
+  assert found[kind].sent == pytest.approx(sent)
+
+
+@pytest.mark.parametrize(
+  "environment,room",
+  [
+    ({}, 0.75 * 79.109),  # JAX's default.
+    ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}, 0.9 * 79.109),
+    ({"XLA_CLIENT_MEM_FRACTION": ".5"}, 0.5 * 79.109),
+  ],
+)
+def test_a_gpu_has_the_fraction_of_its_memory_that_jax_takes(environment, room, monkeypatch):
+  for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  assert machines.CHIPS["h100"].room == pytest.approx(room, rel=1e-4)
+  assert machines.CHIPS["v5e"].room == 15.75
+
+
+@pytest.mark.parametrize("value", ["most", "0", "-1", "nan", "75"])
+def test_a_fraction_of_memory_that_is_none_is_said_so(value, monkeypatch):
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", value)
+  monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+  with pytest.raises(UserError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={value}: expected"):
+    _ = machines.CHIPS["h100"].room
 
 
 def shapes_like(tree):
@@ -156,34 +235,94 @@ def test_the_program_made_of_shapes_is_that_of_the_run(tiny_config, few_digits):
   assert job.lower_eval(arrays, plan).as_text()
 
 
-def program(temporaries, refused=""):
-  memory = {} if refused else {"arguments": 1.0, "temporaries": temporaries}
-  return Compiled(1.0, memory, 2e12, 1e9, {"all-reduce": (3, 4e8)}, refused)
+def program(temporaries, beside=0.0, refused=""):
+  memory = {"arguments": 1.0, "temporaries": temporaries, "other splits": beside}
+  found = {"all-reduce": Collectives(3, 4e8, 6e8)}
+  return Compiled(1.0, {} if refused else memory, 2e12, 1e9, found, refused)
+
+
+REFUSED = program(0, refused="Ran out")
 
 
 @pytest.mark.parametrize(
-  "train,evaluate,beside,fits,words",
+  "train,evaluate,fits,words",
   [
-    (program(14), program(2), 0.5, True, "fits: 15.50 of 15.75 GiB a device"),
-    (program(14), program(15), 0.5, False, "does not fit: 16.50 of 15.75 GiB a device"),
-    (program(14), program(2), 1.5, False, "does not fit: 16.50 of 15.75 GiB a device"),
-    (program(0, "Ran out"), None, 0.0, False, "does not fit in 15.75 GiB a device: Ran out"),
-    (program(1), program(0, "Ran out"), 0.0, False, "does not fit in 15.75 GiB a device: Ran out"),
+    (program(14, 0.5), program(2), True, "fits: needs 15.50 GiB per device, which has 15.75"),
+    (program(2), program(14, 0.5), True, "fits: needs 15.50 GiB per device, which has 15.75"),
+    (
+      program(14),
+      program(15.5),
+      False,
+      "does not fit: needs 16.50 GiB per device, which has 15.75",
+    ),
+    (
+      program(14, 2),
+      program(2),
+      False,
+      "does not fit: needs 17.00 GiB per device, which has 15.75",
+    ),
+    (
+      program(2),
+      program(14, 2),
+      False,
+      "does not fit: needs 17.00 GiB per device, which has 15.75",
+    ),
+    (REFUSED, None, False, "does not fit in 15.75 GiB per device: Ran out"),
+    (program(1), REFUSED, False, "does not fit in 15.75 GiB per device: Ran out"),
   ],
 )
-def test_a_run_fits_if_everything_that_lies_on_a_device_does(train, evaluate, beside, fits, words):
-  found = Verdict("v5e-4", 4, train, evaluate, {"other splits": beside})
+def test_a_run_fits_if_everything_that_lies_on_a_device_does(train, evaluate, fits, words):
+  found = Verdict("v5e-4", 4, train, evaluate)
   assert found.fits == fits
   assert next(compile_ahead.lines(found)) == words
 
 
-def test_the_best_time_is_that_of_the_slowest_resource():
-  found = program(1).seconds_by(machines.CHIPS["v5e"], 4)
+def test_each_program_is_counted_with_what_lies_beside_it(tiny_config, few_digits, monkeypatch):
+  """On two devices; nothing twice, and the whole training state also while evaluating."""
+  seen = []
+
+  def compiled(lowered, chip, devices, beside):
+    arguments = jax.tree.leaves(lowered.args_info)
+    seen.append((lowered, beside))
+    return program(sum(math.prod(a.shape) * a.dtype.itemsize for a in arguments) / 2**30)
+
+  monkeypatch.setattr(compile_ahead, "compiled", compiled)
+  monkeypatch.setattr(compile_ahead, "devices_of", lambda name: tuple(jax.devices()[:2]))
+  monkeypatch.setattr(datasets, "outline", lambda config: few_digits)
+  tiny_config.data.loader = "resident"
+  compile_ahead.verdict(tiny_config, "v5e-4")
+  (_, train), (_, evaluate) = seen
+  over = mesh.make_mesh(jax.devices()[:2])
+  job = Program(tiny_config, few_digits, over)
+  state = job.init()
+
+  def held(tree):
+    on_first = [a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(tree)]
+    return pytest.approx(sum(on_first) / 2**30)
+
+  splits = {name: split.arrays for name, split in job.splits.items()}
+  plan = job.batches(range(1))
+  plans = [next(iter(s.eval_plans(tiny_config.batch_size, 0))) for s in job.splits.values()]
+  assert train == {
+    "other splits": held([splits[name] for name in splits if name != "train"]),
+    "16 batches ahead": held([plan] * 16),
+  }
+  assert evaluate == {
+    "rest of the training state": held((state.opt_state, state.step, state.losses)),
+    "other splits": held([splits[name] for name in splits if name != "test"]),
+    "last batch of training": held(plan),
+    "16 batches ahead": held([plans[0]] * 16),
+  }
+
+
+def test_the_time_is_about_that_of_the_slowest_resource():
+  found = program(1).seconds_by(machines.CHIPS["v5e"])
   assert found == pytest.approx(
-    {"arithmetic": 2e12 / 197e12, "memory": 1e9 / 819e9, "links": 2 * 3 / 4 * 4e8 / 200e9}
+    {"arithmetic": 2e12 / 197e12, "memory": 1e9 / 819e9, "links": 6e8 / 200e9}
   )
-  lines = list(compile_ahead.lines(Verdict("v5e-4", 4, program(1), None, {})))
-  assert "  at best 10.2 ms a step, bound by arithmetic" in lines[-1]
+  lines = list(compile_ahead.lines(Verdict("v5e-4", 4, program(1), None)))
+  assert "2,000 GFLOP and 1 GB per device and step" in lines[1]
+  assert "  about 10.2 ms per step, bound by arithmetic" in lines[-1]
   assert "  all-reduce: 3, 400 MB" in lines
 
 
@@ -195,7 +334,7 @@ def test_the_largest_batch_is_found_to_a_sixteenth(largest, monkeypatch):
   def verdict(config, machine, evaluation):
     tried.append(config.batch_size)
     temporaries = 0.0 if config.batch_size <= largest else math.inf
-    return Verdict(machine, 8, program(temporaries), None, {})
+    return Verdict(machine, 8, program(temporaries), None)
 
   monkeypatch.setattr(compile_ahead, "verdict", verdict)
   config = of(mixer_ioc.get_config("digits"), batch_size=128)
@@ -213,6 +352,28 @@ def test_remedies_keep_the_images_of_an_update():
     assert changed.batch_size * changed.optimizer.accumulate == 64
     mesh.check_divisible(8, changed.batch_size, changed.fsdp)
   assert {"model.remat": True, "fsdp": 8} in changes
+
+
+def test_remedies_keep_the_number_of_updates_and_the_decay_per_update():
+  config = of(
+    mixer_ioc.get_config("digits"),
+    **{"batch_size": 64, "steps": 100, "ema_decay": 0.99, "optimizer.accumulate": 2},
+    **{"checkpoint.every_steps": 10, "log.every_steps": 5},
+  )
+  for change in compile_ahead.remedies(config, 8):
+    changed = compile_ahead.changed_by(config, change)
+    parts = 64 // changed.batch_size
+    assert changed.optimizer.accumulate == 2 * parts
+    assert changed.steps / changed.optimizer.accumulate == 50
+    assert changed.ema_decay**parts == pytest.approx(0.99)
+    assert changed.checkpoint.every_steps == 10 * parts
+    assert changed.log.every_steps == 5 * parts
+
+
+def test_remedies_set_nothing_that_is_off():
+  config = of(mixer_ioc.get_config("digits"), batch_size=64)
+  for change in compile_ahead.remedies(config, 8):
+    assert not {"steps", "ema_decay", "checkpoint.every_steps"} & set(change)
 
 
 # With them: `make test-aot`.
