@@ -163,8 +163,8 @@ def quarantine_damaged(folder: str, aside: str) -> list[str]:
   """Moves damaged and unfinished checkpoints to the folder `aside`; says which.
 
   Called by every process of a run; the first acts. Raises `UserError`, and moves nothing, where
-  no checkpoint is intact, or a bucket cannot be reached; a single unfinished one is moved all the same, since that run was
-  killed while it wrote its first.
+  no checkpoint is intact; a single unfinished one is moved all the same, since that run was
+  killed while it wrote its first. Also raises it where the storage fails.
   """
   lines, refusal = [], ""
   if jax.process_index() == 0:
