@@ -334,17 +334,17 @@ class Claim:
         self.renew()
 
   def renew(self) -> None:
-    """Renews the claim; raises `Unsaved` where another process has taken it over."""
+    """Renews the claim; raises `Unsaved` where it has ended, or another process has taken it."""
     with self._writing:
-      if self._ended.is_set() and not self._lost:
-        return
       try:
-        if not self._lost:
+        if not (self._lost or self._ended.is_set()):
           self._write(self._generation)
       except FileExistsError:
         self._lost = True
       if self._lost:
         raise Unsaved(f"{os.path.dirname(self._path)} was taken over by another process")
+      if self._ended.is_set():
+        raise Unsaved(f"{os.path.dirname(self._path)} is no longer in use by this process")
 
 
 def _claim(found: tuple[int, bytes]) -> Any:
