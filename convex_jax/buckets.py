@@ -369,21 +369,30 @@ def _is_gone(found: tuple[int, bytes]) -> bool:
   own = _identity(os.getpid())
   if not (isinstance(process, list) and len(process) == 4 and own) or process[:2] != own[:2]:
     return False
-  return _identity(process[2]) != process
+  found = _identity(process[2])
+  if found is not None:
+    return found != process
+  try:
+    os.kill(process[2], 0)  # Of other users' processes /proc may not tell (hidepid).
+  except ProcessLookupError:
+    return True
+  except (OSError, TypeError, OverflowError):
+    return False
+  return False
 
 
 def _identity(pid: Any) -> list[Any] | None:
   """[boot of the machine, namespace of its numbers, number, start] of a process (Linux).
 
-  None for one that does not run, and where the system does not tell.
+  The start is None where it has ended, and its parent has not asked yet. None for one that does not
+  run, and where the system does not tell.
   """
   try:
     with open("/proc/sys/kernel/random/boot_id") as file:
       boot = file.read().strip()
     with open(f"/proc/{int(pid)}/stat", "rb") as file:
       state, *fields = file.read().rpartition(b")")[2].split()
-    if state in (b"Z", b"X"):  # It has ended; its parent has not asked yet.
-      return None
-    return [boot, os.readlink("/proc/self/ns/pid"), int(pid), int(fields[18])]
+    start = None if state in (b"Z", b"X") else int(fields[18])
+    return [boot, os.readlink("/proc/self/ns/pid"), int(pid), start]
   except (OSError, ValueError, TypeError, IndexError):
     return None
