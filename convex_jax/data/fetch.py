@@ -6,6 +6,7 @@ gets its name when size and CRC32C of every file are those that the bucket tells
 
 import base64
 import concurrent.futures
+import contextlib
 import fcntl
 import os
 import pathlib
@@ -51,28 +52,36 @@ def copy(name: str, source: str, data_dir: str) -> str:
   described = _described(name, source)
   origin = f"{source}/{_relative(name)}"
   target = pathlib.Path(str(prepare.builder_of(name, data_dir, DATASETS[name].config).data_dir))
-  partial = target.with_name(f"{target.name}.partial")
   try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{partial}.lock", "a") as lock:
-      fcntl.flock(lock, fcntl.LOCK_EX)  # The processes of a host copy once.
-      if target.exists():
-        if wrong := [
-          file for file in sorted(described) if not _is_copy(target / file, described[file])
-        ]:
-          raise UserError(
-            f"{target / wrong[0]} is not as in {origin}; expected the same data set. Move {target}"
-            " aside, or pass another --data_dir"
-          )
-        return str(target)
-      _fill(partial, origin, described)
-      os.rename(partial, target)
+    # Asked before a lock is made: a complete copy may be on a disk that is read-only.
+    if not target.exists() and _make(target, origin, described):
+      return str(target)
+    wrong = [file for file in sorted(described) if not _is_copy(target / file, described[file])]
   except OSError as error:
     raise UserError(
       f"{origin} could not be copied: {error.filename or target}: {error.strerror or error}\n"
       "  The same command goes on where this one stopped"
     ) from error
+  if wrong:
+    raise UserError(
+      f"{target / wrong[0]} is not as in {origin}; expected the same data set. Move {target} aside,"
+      " or pass another --data_dir"
+    )
   return str(target)
+
+
+def _make(target: pathlib.Path, origin: str, described: dict[str, tuple[int, str]]) -> bool:
+  """Makes a copy; False where another process has made one meanwhile."""
+  partial = target.with_name(f"{target.name}.partial")
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with open(f"{partial}.lock", "a") as lock:
+    with contextlib.suppress(OSError):  # The file system has no locks.
+      fcntl.flock(lock, fcntl.LOCK_EX)  # The processes of a host copy once.
+    if target.exists():
+      return False
+    _fill(partial, origin, described)
+    os.rename(partial, target)
+  return True
 
 
 def _relative(name: str) -> str:
