@@ -109,6 +109,8 @@ def _described(name: str, source: str) -> dict[str, tuple[int, str]]:
 
 def _fill(folder: pathlib.Path, origin: str, described: dict[str, tuple[int, str]]) -> None:
   """Makes a folder a copy, of which some may be there."""
+  for file in files.listing(str(folder)).keys() - described.keys():
+    (folder / file).unlink()  # Of an earlier version of the data set.
   missing = [file for file in described if not _is_copy(folder / file, described[file])]
   total = sum(described[file][0] for file in missing)
   free = shutil.disk_usage(folder.parent).free
