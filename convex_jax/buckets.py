@@ -45,10 +45,10 @@ def address(text: str) -> str:
   """An address in its one form; raises `UserError` for what looks like an address and is none."""
   match = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])((?:/.*)?)", text, re.DOTALL)
   if match is None:
-    raise UserError(f"{text!r} is no address in a bucket; {EXPECTED}")
+    raise UserError(f"{text!r} is not an address in a bucket; {EXPECTED}")
   folder = posixpath.normpath("/" + match[2]).strip("/")
   if not folder:
-    raise UserError(f"{text!r} is a whole bucket; {EXPECTED}")
+    raise UserError(f"{text!r} names a whole bucket, not a folder; {EXPECTED}")
   if ".." in text.split("/") or re.search(r"[\x00-\x1f#?*[\]]", folder):
     raise UserError(f"{text!r} has .. or one of # ? * [ ] in it; {EXPECTED} without them")
   return f"{SCHEME}{match[1]}/{folder}"
@@ -104,7 +104,7 @@ def _errors_of(path: str) -> Iterator[None]:
   except api.Forbidden as error:
     raise UserError(
       f"{path}: permission denied ({_reason(error)}); expected the role Storage Object User"
-      " (roles/storage.objectUser) on the bucket, to read alone Storage Object Viewer"
+      " (roles/storage.objectUser) on the bucket or, for reading only, Storage Object Viewer"
     ) from error
   except (api.GoogleAPIError, RequestException, DataCorruption, InvalidResponse) as error:
     raise OSError(errno.EIO, f"the bucket cannot be reached: {_reason(error)}", path) from error
@@ -316,8 +316,8 @@ class Claim:
       elif not told and found is not None:
         told = True
         print(
-          f"{os.path.dirname(self._path)} was in use by {_holder(found)}: waiting up to {STALE:g} s"
-          " for a sign of life, without which this process goes on there",
+          f"{os.path.dirname(self._path)} was last used by {_holder(found)}; waiting up to {STALE:g} s"
+          " in case it is still running, then taking over",
           file=sys.stderr,
           flush=True,
         )
