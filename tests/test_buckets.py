@@ -188,9 +188,7 @@ def test_a_bucket_that_cannot_be_reached_is_never_taken_for_an_empty_one(
     lambda folder: checkpoints.has_averages(folder, 2),
   ],
 )
-def test_a_manifest_out_of_reach_is_not_a_damaged_one(
-  network, folder, monkeypatch, question
-):
+def test_a_manifest_out_of_reach_is_not_a_damaged_one(network, folder, monkeypatch, question):
   monkeypatch.setattr(buckets, "PATIENCE", 0.1)
   for step in (1, 2):
     buckets.write(f"{folder}/{step}/ema/a", b"1")

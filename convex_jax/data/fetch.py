@@ -97,7 +97,7 @@ def _described(name: str, source: str) -> dict[str, tuple[int, str]]:
       f"Data set {name!r} is not in {source}: {source}/{_relative(name)} is empty or absent; expected"
       " the address of a folder that TFDS has prepared, such as a copy of ~/tensorflow_datasets"
     )
-  for file in found:  # Whoever owns the bucket chooses the names, which are joined to a folder here.
+  for file in found:  # Whoever owns the bucket chooses the names.
     if "\\" in file or "\0" in file or not {"", ".", ".."}.isdisjoint(file.split("/")):
       raise UserError(
         f"{source}/{_relative(name)} has an object named {file!r}; expected names of files in a"

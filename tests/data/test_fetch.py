@@ -78,7 +78,9 @@ def test_files_of_an_earlier_version_do_not_become_part_of_it(source, tmp_path):
   stale.parent.mkdir(parents=True)
   stale.write_text("old")
   assert prepare(source, tmp_path / "data") == 0
-  assert files.listing(f"{folder}/1.0.0").keys() == buckets.described(f"{source}/digits/1.0.0").keys()
+  assert (
+    files.listing(f"{folder}/1.0.0").keys() == buckets.described(f"{source}/digits/1.0.0").keys()
+  )
 
 
 def test_a_complete_copy_needs_no_lock(source, tmp_path, monkeypatch):
