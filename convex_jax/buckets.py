@@ -369,9 +369,9 @@ def _is_gone(found: tuple[int, bytes]) -> bool:
   own = _identity(os.getpid())
   if not (isinstance(process, list) and len(process) == 4 and own) or process[:2] != own[:2]:
     return False
-  found = _identity(process[2])
-  if found is not None:
-    return found != process
+  now = _identity(process[2])
+  if now is not None:
+    return now != process
   try:
     os.kill(process[2], 0)  # Of other users' processes /proc may not tell (hidepid).
   except ProcessLookupError:
