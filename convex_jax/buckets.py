@@ -45,10 +45,10 @@ def address(text: str) -> str:
   """An address in its one form; raises `UserError` for what looks like an address and is none."""
   match = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])((?:/.*)?)", text, re.DOTALL)
   if match is None:
-    raise UserError(f"{text!r} is no address in a bucket; {EXPECTED}")
+    raise UserError(f"{text!r} is not an address in a bucket; {EXPECTED}")
   folder = posixpath.normpath("/" + match[2]).strip("/")
   if not folder:
-    raise UserError(f"{text!r} is a whole bucket; {EXPECTED}")
+    raise UserError(f"{text!r} names a whole bucket, not a folder; {EXPECTED}")
   if ".." in text.split("/") or re.search(r"[\x00-\x1f#?*[\]]", folder):
     raise UserError(f"{text!r} has .. or one of # ? * [ ] in it; {EXPECTED} without them")
   return f"{SCHEME}{match[1]}/{folder}"
@@ -104,7 +104,7 @@ def _errors_of(path: str) -> Iterator[None]:
   except api.Forbidden as error:
     raise UserError(
       f"{path}: permission denied ({_reason(error)}); expected the role Storage Object User"
-      " (roles/storage.objectUser) on the bucket, to read alone Storage Object Viewer"
+      " (roles/storage.objectUser) on the bucket or, for reading only, Storage Object Viewer"
     ) from error
   except (api.GoogleAPIError, RequestException, DataCorruption, InvalidResponse) as error:
     raise OSError(errno.EIO, f"the bucket cannot be reached: {_reason(error)}", path) from error
@@ -316,8 +316,8 @@ class Claim:
       elif not told and found is not None:
         told = True
         print(
-          f"{os.path.dirname(self._path)} was in use by {_holder(found)}: waiting up to {STALE:g} s"
-          " for a sign of life, without which this process goes on there",
+          f"{os.path.dirname(self._path)} was last used by {_holder(found)}; waiting up to {STALE:g} s"
+          " in case it is still running, then taking over",
           file=sys.stderr,
           flush=True,
         )
@@ -334,17 +334,17 @@ class Claim:
         self.renew()
 
   def renew(self) -> None:
-    """Renews the claim; raises `Unsaved` where another process has taken it over."""
+    """Renews the claim; raises `Unsaved` where it has ended, or another process has taken it."""
     with self._writing:
-      if self._ended.is_set() and not self._lost:
-        return
       try:
-        if not self._lost:
+        if not (self._lost or self._ended.is_set()):
           self._write(self._generation)
       except FileExistsError:
         self._lost = True
       if self._lost:
         raise Unsaved(f"{os.path.dirname(self._path)} was taken over by another process")
+      if self._ended.is_set():
+        raise Unsaved(f"{os.path.dirname(self._path)} is no longer in use by this process")
 
 
 def _claim(found: tuple[int, bytes]) -> Any:
@@ -369,21 +369,30 @@ def _is_gone(found: tuple[int, bytes]) -> bool:
   own = _identity(os.getpid())
   if not (isinstance(process, list) and len(process) == 4 and own) or process[:2] != own[:2]:
     return False
-  return _identity(process[2]) != process
+  now = _identity(process[2])
+  if now is not None:
+    return now != process
+  try:
+    os.kill(process[2], 0)  # Of other users' processes /proc may not tell (hidepid).
+  except ProcessLookupError:
+    return True
+  except (OSError, TypeError, OverflowError):
+    return False
+  return False
 
 
 def _identity(pid: Any) -> list[Any] | None:
   """[boot of the machine, namespace of its numbers, number, start] of a process (Linux).
 
-  None for one that does not run, and where the system does not tell.
+  The start is None where it has ended, and its parent has not asked yet. None for one that does not
+  run, and where the system does not tell.
   """
   try:
     with open("/proc/sys/kernel/random/boot_id") as file:
       boot = file.read().strip()
     with open(f"/proc/{int(pid)}/stat", "rb") as file:
       state, *fields = file.read().rpartition(b")")[2].split()
-    if state in (b"Z", b"X"):  # It has ended; its parent has not asked yet.
-      return None
-    return [boot, os.readlink("/proc/self/ns/pid"), int(pid), int(fields[18])]
+    start = None if state in (b"Z", b"X") else int(fields[18])
+    return [boot, os.readlink("/proc/self/ns/pid"), int(pid), start]
   except (OSError, ValueError, TypeError, IndexError):
     return None

@@ -11,8 +11,9 @@ import pytest
 
 from convex_jax import buckets, files
 from convex_jax.errors import Unsaved, UserError
-from convex_jax.runs import checkpoint_command
+from convex_jax.runs import checkpoint_command, checkpoints, manifest, metrics_file
 from convex_jax.runs.run import load
+from convex_jax.runs.workdir import Workdir
 from tests.support import ROOT
 from tests.support.bucket import Network
 
@@ -178,6 +179,56 @@ def test_a_bucket_that_cannot_be_reached_is_never_taken_for_an_empty_one(
   assert "the bucket cannot be reached" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+  "question",
+  [
+    lambda folder: manifest.quarantine_damaged(folder, f"{folder}/damaged"),
+    lambda folder: manifest.fault(f"{folder}/2", 2),
+    lambda folder: manifest.saved_steps(folder),
+    lambda folder: checkpoints.has_averages(folder, 2),
+  ],
+)
+def test_a_manifest_out_of_reach_is_not_a_damaged_one(network, folder, monkeypatch, question):
+  monkeypatch.setattr(buckets, "PATIENCE", 0.1)
+  for step in (1, 2):
+    buckets.write(f"{folder}/{step}/ema/a", b"1")
+    manifest.seal(f"{folder}/{step}", step, 0.5)
+  # Names are told, contents are not.
+  network.fault = lambda _, path: "503" if "2%2Fmanifest.json?alt=media" in path else ""
+  with pytest.raises((OSError, UserError), match="the bucket cannot be reached"):
+    question(folder)
+  network.fault = lambda *_: ""
+  assert manifest.saved_steps(folder) == {1: 0.5, 2: 0.5}
+  assert checkpoints.has_averages(folder, 2)
+
+
+def test_weights_out_of_reach_are_not_another_optimizers(network, folder, monkeypatch):
+  monkeypatch.setattr(buckets, "PATIENCE", 0.1)
+  buckets.write(f"{folder}/1/training/a", b"1")
+  manifest.seal(f"{folder}/1", 1, None)
+
+  def fails(*_, **__):
+    network.fault = lambda *_: "503"
+    raise RuntimeError("whatever a client raises")
+
+  monkeypatch.setattr(checkpoints.ocp, "load", fails)
+  monkeypatch.setattr(checkpoints.ocp, "metadata", fails)
+  with pytest.raises(OSError, match="the bucket cannot be read: whatever"):
+    checkpoints.read_weights(folder, 1, "raw")
+  with pytest.raises(OSError, match="the bucket cannot be reached"):
+    checkpoints.read_training(folder, 1, {})
+
+
+@pytest.mark.parametrize("status", ["401", "403"])
+def test_rows_that_a_lost_role_keeps_back_do_not_replace_how_a_run_ends(network, folder, status):
+  rows = metrics_file.MetricsFile(workdir := Workdir(folder), 0)
+  rows.append({"step": 1, "kind": "train"})
+  network.fault = lambda *_: status
+  with pytest.raises(Unsaved):
+    workdir.publish()
+  assert folder in rows.close()
+
+
 # Claims.
 
 
@@ -216,11 +267,33 @@ def test_a_claim_of_another_machine_is_taken_over_once_it_is_stale(folder, hasty
   began = time.monotonic()
   with claim(folder):
     assert time.monotonic() - began >= buckets.STALE
-    assert "in use by process 1 on far: waiting up to 0.5 s" in capsys.readouterr().err
+    assert "was last used by process 1 on far; waiting up to 0.5 s" in capsys.readouterr().err
     with pytest.raises(Unsaved, match="taken over by another process"):
       other.renew()
     other.__exit__()  # It does not take away what is no longer its own.
     assert list(files.listing(folder)) == [".lock"]
+
+
+def test_a_claim_that_has_ended_is_held_no_longer(folder):
+  with claim(folder) as held:
+    held.renew()
+  with pytest.raises(Unsaved, match="no longer"):
+    held.renew()
+  assert files.listing(folder) == {}
+
+
+def test_a_process_that_this_user_cannot_see_is_not_gone(monkeypatch):
+  """/proc with hidepid=2 shows nothing of another user's processes."""
+  pid = os.getppid()
+  content = json.dumps({"process": buckets._identity(pid)}).encode()
+
+  def hiding(path, *args):
+    if path == f"/proc/{pid}/stat":
+      raise FileNotFoundError(path)
+    return open(path, *args)
+
+  monkeypatch.setattr(buckets, "open", hiding, raising=False)
+  assert buckets._identity(pid) is None and not buckets._is_gone((0, content))
 
 
 def test_a_claim_of_a_process_that_was_killed_here_is_free_at_once(folder, monkeypatch):

@@ -34,6 +34,11 @@ def _prepare(args: argparse.Namespace) -> None:
   if args.source:
     if not buckets.holds(args.source):
       raise UserError(f"--from={args.source}; {buckets.EXPECTED}, where TFDS has prepared it")
+    if args.manual_dir:
+      raise UserError(
+        f"--manual_dir={args.manual_dir} and --from={args.source}; expected one of the two: archives"
+        " are prepared, and what is in a bucket is copied as it is"
+      )
     print(f"copied {args.name} to {fetch.copy(args.name, args.source, args.data_dir)}")
     return
   folder = prepare.prepare(args.name, args.data_dir, args.manual_dir, config)

@@ -6,6 +6,7 @@ gets its name when size and CRC32C of every file are those that the bucket tells
 
 import base64
 import concurrent.futures
+import contextlib
 import fcntl
 import os
 import pathlib
@@ -51,28 +52,36 @@ def copy(name: str, source: str, data_dir: str) -> str:
   described = _described(name, source)
   origin = f"{source}/{_relative(name)}"
   target = pathlib.Path(str(prepare.builder_of(name, data_dir, DATASETS[name].config).data_dir))
-  partial = target.with_name(f"{target.name}.partial")
   try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{partial}.lock", "a") as lock:
-      fcntl.flock(lock, fcntl.LOCK_EX)  # The processes of a host copy once.
-      if target.exists():
-        if wrong := [
-          file for file in sorted(described) if not _is_copy(target / file, described[file])
-        ]:
-          raise UserError(
-            f"{target / wrong[0]} is not as in {origin}; expected the same data set. Move {target}"
-            " aside, or pass another --data_dir"
-          )
-        return str(target)
-      _fill(partial, origin, described)
-      os.rename(partial, target)
+    # Asked before a lock is made: a complete copy may be on a disk that is read-only.
+    if not target.exists() and _make(target, origin, described):
+      return str(target)
+    wrong = [file for file in sorted(described) if not _is_copy(target / file, described[file])]
   except OSError as error:
     raise UserError(
       f"{origin} could not be copied: {error.filename or target}: {error.strerror or error}\n"
       "  The same command goes on where this one stopped"
     ) from error
+  if wrong:
+    raise UserError(
+      f"{target / wrong[0]} is not as in {origin}; expected the same data set. Move {target} aside,"
+      " or pass another --data_dir"
+    )
   return str(target)
+
+
+def _make(target: pathlib.Path, origin: str, described: dict[str, tuple[int, str]]) -> bool:
+  """Makes a copy; False where another process has made one meanwhile."""
+  partial = target.with_name(f"{target.name}.partial")
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with open(f"{partial}.lock", "a") as lock:
+    with contextlib.suppress(OSError):  # The file system has no locks.
+      fcntl.flock(lock, fcntl.LOCK_EX)  # The processes of a host copy once.
+    if target.exists():
+      return False
+    _fill(partial, origin, described)
+    os.rename(partial, target)
+  return True
 
 
 def _relative(name: str) -> str:
@@ -88,11 +97,20 @@ def _described(name: str, source: str) -> dict[str, tuple[int, str]]:
       f"Data set {name!r} is not in {source}: {source}/{_relative(name)} is empty or absent; expected"
       " the address of a folder that TFDS has prepared, such as a copy of ~/tensorflow_datasets"
     )
+  for file in found:  # Whoever owns the bucket chooses the names.
+    if "\\" in file or "\0" in file or not {"", ".", ".."}.isdisjoint(file.split("/")):
+      raise UserError(
+        f"{source}/{_relative(name)} has an object named {file!r}; expected names of files in a"
+        " folder that TFDS has prepared, without empty parts, '.', '..', backslashes and null"
+        " characters. Nothing was copied"
+      )
   return found
 
 
 def _fill(folder: pathlib.Path, origin: str, described: dict[str, tuple[int, str]]) -> None:
   """Makes a folder a copy, of which some may be there."""
+  for file in files.listing(str(folder)).keys() - described.keys():
+    (folder / file).unlink()  # Of an earlier version of the data set.
   missing = [file for file in described if not _is_copy(folder / file, described[file])]
   total = sum(described[file][0] for file in missing)
   free = shutil.disk_usage(folder.parent).free

@@ -265,7 +265,8 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
 
   `step` is a number, "latest" or "best"; `which` is "ema", "raw", or "auto": averaged weights
   if the run averaged them. Warns of files that are not the checkpoint's, which are left alone.
-  Raises `UserError` when there is no such checkpoint, or it is damaged.
+  Raises `UserError` when there is no such checkpoint, or it is damaged; OSError where it is in a
+  bucket that cannot be reached.
   """
   found = manifest.saved_steps(folder)
   chosen = step
@@ -290,22 +291,25 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
       f"checkpoint {chosen} in {folder} has no averaged weights; expected raw or auto"
     )
   item = "ema" if has_ema and which != "raw" else "weights"
-  shapes = ocp.metadata(path, checkpointable_name=item).metadata
-  target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), shapes)
-  weights = ocp.load(path, target, checkpointable_name=item)
+  with _reached(folder):
+    shapes = ocp.metadata(path, checkpointable_name=item).metadata
+    target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), shapes)
+    weights = ocp.load(path, target, checkpointable_name=item)
   return int(chosen), {"params": weights["params"], "stats": weights.get("stats") or {}}
 
 
 def read_training(folder: str, step: int, like: dict[str, Any]) -> dict[str, Any]:
   """The item `training` of a checkpoint as numpy arrays, in the structure and shapes of `like`.
 
-  Raises `UserError` where it has another structure: it is another optimizer's.
+  Raises `UserError` where it has another structure: it is another optimizer's; OSError where it
+  is in a bucket that cannot be reached.
   """
   path = os.path.join(files.absolute(folder), str(step))
   target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
   try:
     return ocp.load(path, target, checkpointable_name="training")
   except Exception as error:  # Orbax raises whatever is at hand.
+    files.listing(path)  # Raises OSError where that is because a bucket cannot be reached.
     reason = (str(error).splitlines() or [repr(error)])[0][:200]
     raise UserError(f"the optimizer state of {path} is another optimizer's: {reason}") from error
 

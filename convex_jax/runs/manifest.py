@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from importlib import metadata
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,10 +53,23 @@ def is_sealed(folder: str) -> bool:
 def accuracy(folder: str) -> float | None:
   """The accuracy in a manifest; None where it was not evaluated, or the manifest is damaged."""
   try:
-    found = files.read_json(os.path.join(folder, NAME)).get("accuracy")
-  except (files.Damaged, OSError):
+    found = _content(folder).get("accuracy")
+  except files.Damaged:
     return None
   return found if isinstance(found, float) else None
+
+
+def _content(folder: str) -> dict[str, Any]:
+  """The content of a manifest; raises `files.Damaged` where it cannot be read.
+
+  But an OSError where a bucket cannot be reached, which says nothing of what is in it.
+  """
+  try:
+    return files.read_json(os.path.join(folder, NAME))
+  except OSError as error:
+    if buckets.holds(folder) and not isinstance(error, FileNotFoundError):
+      raise
+    raise files.Damaged(str(error)) from error
 
 
 def fault(folder: str, step: int) -> str | None:
@@ -66,9 +80,9 @@ def fault(folder: str, step: int) -> str | None:
   if not is_sealed(folder):
     return f"not finished (it has no {NAME})"
   try:
-    content = files.read_json(os.path.join(folder, NAME))
+    content = _content(folder)
     version, wanted, sealed_step = (content[key] for key in ("format", "files", "step"))
-  except (files.Damaged, KeyError, OSError) as error:
+  except (files.Damaged, KeyError) as error:
     return f"{NAME} is damaged: {error}"
   if version != FORMAT:
     raise UserError(
@@ -98,8 +112,8 @@ def fault(folder: str, step: int) -> str | None:
 def listed(folder: str) -> list[str]:
   """The files that a checkpoint's manifest lists; none where it cannot be read."""
   try:
-    return list(files.read_json(os.path.join(folder, NAME))["files"])
-  except (files.Damaged, KeyError, TypeError, OSError):
+    return list(_content(folder)["files"])
+  except (files.Damaged, KeyError, TypeError):
     return []
 
 
@@ -150,7 +164,7 @@ def quarantine_damaged(folder: str, aside: str) -> list[str]:
 
   Called by every process of a run; the first acts. Raises `UserError`, and moves nothing, where
   no checkpoint is intact; a single unfinished one is moved all the same, since that run was
-  killed while it wrote its first.
+  killed while it wrote its first. Also raises it where the storage fails.
   """
   lines, refusal = [], ""
   if jax.process_index() == 0:
@@ -158,8 +172,10 @@ def quarantine_damaged(folder: str, aside: str) -> list[str]:
       lines = _set_aside(folder, aside)
     except UserError as error:
       refusal = str(error)
+    except OSError as error:  # The other processes would wait for this one.
+      refusal = f"{error.filename or folder}: {error.strerror or error}"
   if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.bool_(refusal)):
-    refusal = refusal or f"{folder} has no intact checkpoint; see the message of process 0"
+    refusal = refusal or f"{folder}: no checkpoint can be used; see the message of process 0"
   if refusal:
     raise UserError(refusal)
   return lines

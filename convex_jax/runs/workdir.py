@@ -202,9 +202,12 @@ class Workdir:
 
     Nothing is to be done for a folder of this machine. Raises `Unsaved`.
     """
-    with saving():
-      self._renew_claim()
-      self.spool.upload(replacing="events.out.tfevents.")
+    try:
+      with saving():
+        self._renew_claim()
+        self.spool.upload(replacing="events.out.tfevents.")
+    except UserError as error:  # Credentials that have expired, or a role that was taken away.
+      raise Unsaved(str(error)) from error
 
   def _check_same_run(self, config: Any) -> None:
     saved = self.description()["config"]

@@ -1,5 +1,6 @@
 """Data sets in a bucket, on a server of this machine, copied to a disk."""
 
+import fcntl
 import os
 import pathlib
 import shutil
@@ -71,6 +72,36 @@ def test_a_copy_that_was_interrupted_goes_on(source, tmp_path, fetched, monkeypa
   }
 
 
+def test_files_of_an_earlier_version_do_not_become_part_of_it(source, tmp_path):
+  folder = tmp_path / "data" / "digits"
+  stale = folder / "1.0.0.partial" / "old" / "x"
+  stale.parent.mkdir(parents=True)
+  stale.write_text("old")
+  assert prepare(source, tmp_path / "data") == 0
+  assert (
+    files.listing(f"{folder}/1.0.0").keys() == buckets.described(f"{source}/digits/1.0.0").keys()
+  )
+
+
+def test_a_complete_copy_needs_no_lock(source, tmp_path, monkeypatch):
+  """It may be on a disk that is read-only."""
+  folder = tmp_path / "data"
+
+  def refuses(*_):
+    raise OSError(95, "Operation not supported")
+
+  monkeypatch.setattr(fcntl, "flock", refuses)
+  assert prepare(source, folder) == 0
+  (lock,) = (folder / "digits").glob("*.lock")
+  lock.unlink()
+  assert prepare(source, folder) == 0 and not lock.exists()
+
+
+def test_archives_are_no_part_of_a_copy(source, tmp_path, capsys):
+  line = ["prepare", "digits", f"--from={source}", f"--data_dir={tmp_path}", "--manual_dir=/tmp"]
+  assert command.main(line) == 2 and "expected one of the two" in capsys.readouterr().err
+
+
 def test_what_is_damaged_on_the_way_is_no_copy(source, tmp_path, monkeypatch, capsys):
   pieces = buckets.pieces
   monkeypatch.setattr(buckets, "pieces", lambda path: (p[:-1] + b"?" for p in pieces(path)))
@@ -99,6 +130,21 @@ def test_another_data_set_of_that_name_is_left_alone(source, tmp_path, data_dir,
 def test_where_there_is_none_it_is_told(bucket, tmp_path, place, words, capsys):
   assert prepare(place, tmp_path) == 2
   assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "name", ["../../../x", "/tmp/x", "a/../x", "a//x", "./x", "..", "a\\..\\x", "a\0x"]
+)
+def test_a_name_that_leads_elsewhere_is_refused_before_anything_is_copied(
+  tmp_path, monkeypatch, capsys, name
+):
+  """Whoever owns the bucket chooses the names."""
+  folder, written = tmp_path / "data", []
+  monkeypatch.setattr(buckets, "described", lambda _: {"ok": (1, ""), name: (1, "")})
+  monkeypatch.setattr(buckets, "pieces", lambda path: written.append(path) or iter([b"1"]))
+  assert prepare("gs://foreign/data", folder) == 2
+  assert f"has an object named {name!r}" in capsys.readouterr().err
+  assert not written and not folder.exists()
 
 
 def test_no_room_is_told_before_anything_is_copied(source, tmp_path, monkeypatch, capsys):

@@ -221,8 +221,8 @@ def test_a_bucket_that_stays_out_of_reach_is_told_at_each_save(tmp_path, monkeyp
   ("place", "words"),
   [
     ("gs://nobody/x", "there is no bucket gs://nobody"),
-    ("gs://bucket", "is a whole bucket"),
-    ("gs:/bucket/x", "is no address in a bucket"),
+    ("gs://bucket", "names a whole bucket"),
+    ("gs:/bucket/x", "is not an address in a bucket"),
     ("s3://bucket/x", "is a URL; expected a path of this machine, or gs://BUCKET/FOLDER"),
   ],
 )
