@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError
 
 from convex_jax.errors import Stopped, UserError
 
@@ -74,7 +75,7 @@ class Submitted:
   def _submit(self) -> Any:
     try:
       return self._executor.submit(self._command)
-    except submitit.core.utils.FailedJobError as error:  # Of sbatch: a partition, a limit of jobs.
+    except FailedJobError as error:  # Of sbatch: a partition, a limit of jobs.
       raise UserError(f"Slurm does not take the job: {str(error).strip()}") from error
 
   def poll(self) -> int | None:

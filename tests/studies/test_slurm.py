@@ -150,7 +150,7 @@ class Executor:
 
   def submit(self, _):
     if not self.jobs:
-      raise slurm.submitit.core.utils.FailedJobError("sbatch: error: job violates a limit")
+      raise slurm.FailedJobError("sbatch: error: job violates a limit")
     return self.jobs.pop(0)
 
 
