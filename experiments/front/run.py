@@ -97,21 +97,33 @@ def measure(task: jobs.Task, examples: int, data_dir: str) -> dict[str, str]:
 def table(rows: list[dict[str, str]]) -> str:
   """A table for each data set, as Markdown: % of images, means over seeds."""
   keys = ["accuracy", *(f"l1 {r:g}" for r in RADII)]
-  headings = ["variant", "seeds", "accuracy", "l1 0.5", *(f"{r:g}" for r in RADII[1:]), "largest"]
+  headings = [
+    "variant",
+    "seeds",
+    "images",
+    "accuracy",
+    "l1 0.5",
+    *(f"{r:g}" for r in RADII[1:]),
+    "largest",
+  ]
   parts = []
   for panel in dict.fromkeys(row["panel"] for row in rows):
     lines = []
-    for variant in dict.fromkeys(row["variant"] for row in rows if row["panel"] == panel):
-      own = [row for row in rows if (row["panel"], row["variant"]) == (panel, variant)]
+    kinds = [(row["variant"], int(row["images"])) for row in rows if row["panel"] == panel]
+    for variant, images in dict.fromkeys(kinds):
+      wanted = panel, variant, str(images)
+      own = [row for row in rows if (row["panel"], row["variant"], row["images"]) == wanted]
       means = [f"{100 * np.mean([float(row[key]) for row in own]):.1f}" for key in keys]
       largest = max(float(row["largest"]) for row in own)
-      lines.append([variant, str(len(own)), *means, f"{largest:.1f}"])
+      lines.append([variant, str(len(own)), f"{images:,}", *means, f"{largest:.1f}"])
     parts.append(f"**{panel}**\n\n{tables.markdown(headings, lines)}")
   return "\n\n".join(parts)
 
 
 def draw(path: pathlib.Path, panel: str, rows: list[dict[str, str]]) -> None:
   """Clean accuracy against certified accuracy at two radii: each run, and the mean of each variant."""
+  most = {row["digest"]: row for row in sorted(rows, key=lambda row: int(row["images"]))}
+  rows = [row for row in rows if row is most[row["digest"]]]
   variants = list(dict.fromkeys(row["variant"] for row in rows))
   colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(variants)))
   figure = Figure(figsize=(8, 3.2), layout="constrained")
