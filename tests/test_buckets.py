@@ -313,8 +313,9 @@ def test_a_claim_of_a_process_that_was_killed_here_is_free_at_once(folder, monke
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"process": 1}', b'{"process": [1]}'])
 def test_a_claim_that_cannot_be_read_becomes_stale_as_well(folder, hasty, content):
   buckets.write(f"{folder}/.lock", content)
-  with claim(folder):
-    pass
+  with claim(folder) as held:
+    assert json.loads(files.read(f"{folder}/.lock"))["claim"] == held._own["claim"]
+  assert not files.exists(f"{folder}/.lock")
 
 
 def test_of_two_who_take_over_one_gets_it(folder, hasty):
@@ -333,7 +334,10 @@ def test_a_claim_outlives_a_network_that_fails(network, folder, hasty, monkeypat
     while network.done["503"] < 3:
       time.sleep(0.01)
     network.fault = lambda *_: ""
+    before = held._generation
     held.renew()
+    assert held._generation != before
+    assert json.loads(files.read(f"{folder}/.lock"))["claim"] == held._own["claim"]
 
 
 def test_a_spool_brings_what_has_changed(bucket, folder, monkeypatch):
