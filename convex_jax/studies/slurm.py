@@ -76,7 +76,7 @@ class Submitted:
     try:
       return self._executor.submit(self._command)
     except FailedJobError as error:  # Of sbatch: a partition, a limit of jobs.
-      raise UserError(f"Slurm does not take the job: {str(error).strip()}") from error
+      raise UserError(f"Slurm refused the job: {str(error).strip()}") from error
 
   def poll(self) -> int | None:
     """None while the job waits or runs; then the exit code, 1 where the job was lost.

@@ -177,7 +177,7 @@ def test_a_job_that_slurm_refuses_keeps_no_other_from_running(tmp_path):
   def start(line, log, slot):
     return slurm.Submitted(Executor(), None, log)
 
-  with pytest.raises(UserError, match=r"(?s)does not take the job: sbatch.*1 run failed; run"):
+  with pytest.raises(UserError, match=r"(?s)refused the job: sbatch.*1 run failed; run"):
     sweep.run_all([task], str(tmp_path), "", 1, start)
 
 
