@@ -43,7 +43,7 @@ def get_sweep(schedule):
     common |= {"data.whiten": True, "model.overlap": 2, "model.parallel": True}
     common |= {"model.dense_readout": True, "model.cells": 2}
     common |= {"model.depth": 2, "model.channels_hidden": 512}
-    variants = {name: VARIANTS[name] for name in ("base, BatchNorm", "ioc")}
+    variants = {name: VARIANTS[name] for name in ("base, BatchNorm", "ioc", "paper")}
     rates, seeds = {"Mixer with a dense readout on CIFAR-10": {}}, range(1)
   if schedule == "table_1":
     common = {"data.image_size": 32, "model.patch": 4, "eval.every_epochs": 2.0}
