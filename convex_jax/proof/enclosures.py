@@ -119,6 +119,11 @@ def magnitude(a: Ends) -> Ends:
   return least, np.maximum(np.abs(a[0]), np.abs(a[1]))
 
 
+def size_of(a: Ends) -> Any:
+  """The largest |a|."""
+  return magnitude(a)[1]
+
+
 def integer_power(a: Ends, power: int) -> Ends:
   """a to an integer power; NaN where a negative power has 0 among its bases."""
   if power < 0:

@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from convex_jax.proof import affine_front, interpreter, slopes
+from convex_jax.proof.arithmetic import Arithmetic
 from convex_jax.proof.certificate import NotProved, proved
 from convex_jax.proof.convexified import convexify
 from convex_jax.proof.float64 import float64
-from convex_jax.proof.rounding_errors import Arithmetic, Ball, Program
+from convex_jax.proof.rounding_errors import Program
+from convex_jax.proof.rounding_walk import Ball
 from convex_jax.proof.values import Value
 from convex_jax.proof.wide import in_float64
 

@@ -22,11 +22,11 @@ from convex_jax import files
 from convex_jax import mesh as meshes
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
+from convex_jax.proof.arithmetic import ARITHMETICS
 from convex_jax.proof.certificate import Certificate, NotProved, certify, proved
 from convex_jax.proof.counterexample import Counterexample
 from convex_jax.proof.minimum import Minimum, minimise
 from convex_jax.proof.radii import Certifier
-from convex_jax.proof.rounding_errors import ARITHMETICS
 from convex_jax.proof.wide import in_float64
 from convex_jax.runs.run import Run
 from convex_jax.runs.workdir import Workdir
@@ -156,7 +156,7 @@ def certifier(run: Run, arithmetic: str = REALS, convexified: bool = False) -> C
 
   Args:
     run: whose logits are proved convex in the image, but for `convexified`.
-    arithmetic: "reals", the network as a function; or one of `rounding_errors.ARITHMETICS`, the
+    arithmetic: "reals", the network as a function; or one of `arithmetic.ARITHMETICS`, the
       program that computes it in that arithmetic, whose rounding is taken off.
     convexified: radii of any network that `Run.convexify` takes, by the proof of its convex logits.
 

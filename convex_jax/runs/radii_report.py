@@ -15,8 +15,8 @@ from rich.table import Table
 from convex_jax import command_line, files
 from convex_jax.data import datasets
 from convex_jax.errors import UserError
+from convex_jax.proof.arithmetic import ARITHMETICS
 from convex_jax.proof.radii import NORMS, Radius
-from convex_jax.proof.rounding_errors import ARITHMETICS
 from convex_jax.runs import certified
 from convex_jax.runs.certified import REALS
 from convex_jax.runs.run import Run, load

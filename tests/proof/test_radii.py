@@ -15,9 +15,9 @@ from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.proof import interpreter, minimum, slopes
 from convex_jax.proof import radii as certificates
+from convex_jax.proof.arithmetic import ARITHMETICS
 from convex_jax.proof.certificate import NotProved
 from convex_jax.proof.radii import NORMS, Certifier, Radius, one_sided_radius
-from convex_jax.proof.rounding_errors import ARITHMETICS
 from convex_jax.runs import certified, radii_report
 from convex_jax.runs.run import Run
 from tests.support import attacks, mutants

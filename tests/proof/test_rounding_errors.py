@@ -9,9 +9,13 @@ import pytest
 import scipy.special
 from jax import lax
 
-from convex_jax.proof import rounding_errors
+from convex_jax.proof import arithmetic, rounding_walk
+from convex_jax.proof.arithmetic import ARITHMETICS, Arithmetic
+from convex_jax.proof.constants import number
 from convex_jax.proof.radii import Certifier
-from convex_jax.proof.rounding_errors import ARITHMETICS, Arithmetic, Ball, Program
+from convex_jax.proof.rounding_errors import Program
+from convex_jax.proof.rounding_walk import Ball, Walk
+from convex_jax.proof.source import Place
 
 F32 = ARITHMETICS["float32"]
 RADIUS = {"l1": 1.0, "l2": 0.3, "linf": 0.1}
@@ -280,7 +284,7 @@ def test_a_sum_that_loses_its_small_terms(monkeypatch, units):
   """The negative control: a bound without the number of terms does not cover it."""
   x, w, real = lossy()
   if units is not None:
-    monkeypatch.setattr(rounding_errors, "gamma", lambda n, u: units * u)
+    monkeypatch.setattr(rounding_walk, "gamma", lambda n, u: units * u)
   (error,) = program(lambda w, x: x @ w, w, x).error(Ball(x, "l1", 0.0))
   off = abs(float(jax.jit(lambda w, x: x @ w)(w, x)[0]) - real)
   assert off > 10 * 2.0**-24 * real  # The program loses more than one rounding.
@@ -324,9 +328,9 @@ def test_the_bound_of_an_affine_function_counts_an_l1_ball_as_one():
   w = rng.standard_normal((50, 4)).astype(np.float32)
   x = rng.standard_normal(50)
   p = program(lambda w, x: jnp.tanh((2 * x).reshape(5, 10).ravel() @ w), w, x)
-  walk = rounding_errors._Walk(F32, Ball(x, "l1", 3.0), {})
-  inputs = [rounding_errors.number(w, np.float32), walk.input((50,))]
-  affine = [walk.run(p._jaxpr.jaxpr, [], inputs, rounding_errors.Place())[0].made_by[1][0]]
+  walk = Walk(F32, Ball(x, "l1", 3.0), {})
+  inputs = [number(w, np.float32), walk.input((50,))]
+  affine = [walk.run(p._jaxpr.jaxpr, [], inputs, Place())[0].made_by[1][0]]
   half = (affine[0].high - affine[0].low) / 2
   np.testing.assert_allclose(half, 3 * 2 * np.abs(w).max(0), rtol=1e-6)
 
@@ -341,9 +345,9 @@ def test_the_bound_of_an_affine_function_counts_an_l1_ball_as_one():
   ],
 )
 def test_what_is_affine_is_seen(f, is_affine):
-  walk = rounding_errors._Walk(F32, Ball(np.ones(10), "l1", 0.1), {})
+  walk = Walk(F32, Ball(np.ones(10), "l1", 0.1), {})
   jaxpr = program(f, np.zeros(10))._jaxpr.jaxpr
-  (out,) = walk.run(jaxpr, [], [walk.input((10,))], rounding_errors.Place())
+  (out,) = walk.run(jaxpr, [], [walk.input((10,))], Place())
   assert out.is_affine == is_affine
 
 
@@ -409,7 +413,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", rounding_errors.FUNCTIONS)
+@pytest.mark.parametrize("name", arithmetic.FUNCTIONS)
 def test_functions_are_as_near_as_is_assumed(name):
   """On a million of float32's numbers, evenly over their bits."""
   x = np.linspace(0, 2**32 - 1, 1 << 20).astype(np.uint32).view(np.float32)
@@ -421,19 +425,19 @@ def test_functions_are_as_near_as_is_assumed(name):
   got = np.asarray(jax.jit(getattr(lax, name))(x)).astype(np.float64)[held]
   real, unit = real[held], 2.0**-24
   size = np.maximum(np.abs(real), 1.0 if name == "erfc" else 0.0)
-  most = rounding_errors.FUNCTIONS[name] * unit * size + 2 * tiny
+  most = arithmetic.FUNCTIONS[name] * unit * size + 2 * tiny
   assert (np.abs(got - real) <= most).all()
 
 
 def test_every_scalar_function_with_an_error_has_a_slope():
   """The slopes, against differences, which lie between their ends."""
   rng = np.random.default_rng(5)
-  for name, slope in rounding_errors._SLOPES.items():
+  for name, slope in arithmetic.SLOPES.items():
     a = rng.uniform(0.1, 2, 50) * (
       1 if "log" in name or "sqrt" in name else rng.choice([-1, 1], 50)
     )
     b = a + rng.uniform(0.01, 0.5, 50)
-    ends = rounding_errors._enclose(name, None, [(a, b)])
+    ends = arithmetic.enclose(name, None, [(a, b)])
     low, high = (np.broadcast_to(end, a.shape) for end in slope((a, b), ends))
     with jax.enable_x64(True):
       f = jnp.square if name == "square" else getattr(lax, name)
