@@ -146,6 +146,7 @@ def pods(_: str) -> str:
 TABLES = {"faults": faults, "speed": speed, "claims": claims, "price": price, "pods": pods}
 TABLES |= {"cats_dogs": cats_dogs, "memorised": memorised}
 TABLES |= {"front": lambda _: front("quick"), "front_radius": lambda _: front("radius")}
+TABLES |= {"front_price": lambda _: front("mlp")}
 
 
 def fill(path: pathlib.Path) -> list[str]:

@@ -1,10 +1,11 @@
-"""Certified l1 accuracy of every run of the sweep, by its convexified logits.
+"""Certified l1 accuracy of every run of a sweep, by its convexified logits.
 
     python -m convex_jax sweep experiments/front --schedule=short [--data_dir=FOLDER]
     python -m experiments.front.run WORKDIR --schedule=short [--examples=1000] [--data_dir=FOLDER]
 
-WORKDIR is where the sweep trained. Adds a row to radii.csv, next to this file, for each run that has
-none yet, and draws SCHEDULE_PANEL.png: clean accuracy against certified accuracy at l1 = 1 and 4.
+WORKDIR is where the sweep trained; --sweep=FOLDER: another one than this folder's. Adds a row to
+radii.csv, next to this file, for each run that has none yet, and draws SCHEDULE_PANEL.png: clean
+accuracy against certified accuracy at l1 = 1 and 4.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict
 from rich.progress import track
 
 import convex_jax
+from convex_jax import files
 from convex_jax.data import datasets
 from convex_jax.runs import certified
 from convex_jax.runs.workdir import Workdir
@@ -38,12 +40,15 @@ DSSN = {1.0: 63.1, 4.0: 36.5}
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("workdir")
+  parser.add_argument("--sweep", default=str(FOLDER), help="folder of its sweep.py")
   parser.add_argument("--schedule", required=True)
+  parser.add_argument("--only", default="", help="only runs whose panel and variant contain this")
   parser.add_argument("--examples", type=int, default=1000)
   parser.add_argument("--data_dir", default="")
   parser.add_argument("--out", type=pathlib.Path, default=FOLDER)
   args = parser.parse_args()
-  tasks = jobs.tasks_of(jobs.read_sweep(str(FOLDER)), args.schedule, args.workdir)
+  every = jobs.tasks_of(jobs.read_sweep(args.sweep), args.schedule, args.workdir)
+  tasks = [task for task in every if args.only in f"{task.job.panel}, {task.job.variant}"]
   path = args.out / "radii.csv"
   rows = read(path)
   there = {(row["digest"], row["images"]) for row in rows}
@@ -52,7 +57,7 @@ def main() -> None:
     if not done or (task.digest, str(args.examples)) in there:
       continue
     rows.append(measure(task, args.examples, args.data_dir))
-    with open(path, "w", newline="") as file:
+    with files.atomic_write(str(path)) as file:
       table = csv.DictWriter(file, FIELDS, lineterminator="\n")
       table.writeheader()
       table.writerows(rows)

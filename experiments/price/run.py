@@ -5,7 +5,8 @@
 For each finished run of a sweep (FOLDER: that of its sweep.py, by default this one) whose network
 is free: the test accuracy of its logits g; that of g + t, all logits of which are convex, evaluated
 in float32 and in float64; the sizes of t and g; whether the convexity of g + t is proved; and the
-test accuracies of the convex twins `paper` and `ioc` of the same panel, schedule and seed. Writes a
+test accuracies of the convex twins `paper` and `ioc` of the same panel, schedule and seed, from RUNS
+or, where they were trained elsewhere with the same config, from the sweep's results.csv. Writes a
 row for each into price.csv in --out (by default next to this file), which keeps all other rows.
 """
 
@@ -46,11 +47,14 @@ def main() -> None:
   args = parser.parse_args()
   tasks = jobs.tasks_of(jobs.read_sweep(args.folder), args.schedule, args.workdir)
   jobs.refuse_other_configs(tasks, results.Results())
-  finished = {task.key: task for task in tasks if final(task)}
+  finished = [task for task in tasks if final(task)]
+  before = {(row.key, row.digest): row.test_accuracy for row in results.read(args.folder).rows}
+  accuracies = {t.key: before[t.key, t.digest] for t in tasks if (t.key, t.digest) in before}
+  accuracies |= {task.key: final(task)["test_accuracy"] for task in finished}
   rows = read(args.out)
-  for task in finished.values():
+  for task in finished:
     if load(task.workdir).config.model.parts == "base":
-      row = row_of(task, args.examples, args.data_dir) | twins_of(task, finished)
+      row = row_of(task, args.examples, args.data_dir) | twins_of(task, accuracies)
       rows[tuple(row[key] for key in KEY)] = {key: text(row.get(key, "")) for key in FIELDS}
       write(args.out, rows)
   print(table(list(rows.values())))
@@ -89,11 +93,11 @@ def images_of(run: Run, examples: int, data_dir: str):
   return test.first(examples or len(test))
 
 
-def twins_of(task: Task, finished: dict[tuple, Task]) -> dict:
+def twins_of(task: Task, accuracies: dict[tuple, float]) -> dict[str, float]:
   """Test accuracies of the convex twins of the same panel, schedule and seed."""
   panel, _, schedule, seed = task.key
-  twins = {name: finished.get((panel, name, schedule, seed)) for name in TWINS}
-  return {name: final(twin)["test_accuracy"] for name, twin in twins.items() if twin}
+  keys = {name: (panel, name, schedule, seed) for name in TWINS}
+  return {name: accuracies[key] for name, key in keys.items() if key in accuracies}
 
 
 def text(value) -> str:

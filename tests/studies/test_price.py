@@ -2,13 +2,14 @@
 
 import csv
 import importlib
+import os
 
 import numpy as np
 import pytest
 
 from convex_jax import config_files
 from convex_jax.errors import UserError
-from convex_jax.studies import jobs
+from convex_jax.studies import jobs, results
 from convex_jax.training import loop
 from tests.support import ROOT
 
@@ -41,12 +42,13 @@ def measure(price, tmp_path_factory, data_dir):
     config = config_files.load([*task.job.arguments(), f"--config.data.dir={data_dir}"])
     loop.run(config, task.workdir)
 
-  def measured(monkeypatch):
-    words = [str(folder), "--schedule=tiny", f"--workdir={folder / 'runs'}", f"--out={folder}"]
+  def measured(monkeypatch, sweep=folder, runs=folder / "runs"):
+    words = [str(sweep), "--schedule=tiny", f"--workdir={runs}", f"--out={sweep}"]
     monkeypatch.setattr("sys.argv", ["run", *words, f"--data_dir={data_dir}"])
     price.main()
-    return list(price.read(folder).values())
+    return list(price.read(sweep).values())
 
+  measured.folder = folder
   return measured
 
 
@@ -83,6 +85,28 @@ def test_a_network_that_no_term_is_known_for_says_why(price, measure, monkeypatc
   assert (row["verdict"], row["reason"]) == ("none", "mul: a product; use another")
   assert 0 < float(row["accuracy"]) < 1 and row["float64"] == ""
   assert price.table([row]).count("\n") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("digest, ioc", [("", "0.5"), ("another", "")])
+def test_a_twin_trained_elsewhere_counts_if_it_is_of_the_same_config(
+  price, measure, monkeypatch, tmp_path, digest, ioc
+):
+  """The accuracies in results.csv stand in for runs that are not there."""
+  tasks = jobs.tasks_of(jobs.read_sweep(str(measure.folder)), "tiny", str(tmp_path))
+  (twin,) = (task for task in tasks if task.job.variant == "ioc")
+  row = results.Result(
+    *twin.key, digest or twin.digest, "finished", parameters=1, epochs=1.0, batch_size=1,
+    test_accuracy=0.5
+  )  # fmt: skip
+  results.write(results.Results((row,)), str(tmp_path))
+  (tmp_path / "sweep.py").write_text(SWEEP)
+  base = next(task for task in tasks if task.job.variant == "base")
+  os.makedirs(os.path.dirname(base.workdir))
+  trained = base.workdir.replace(str(tmp_path), str(measure.folder / "runs"))
+  os.symlink(trained, base.workdir)
+  (found,) = measure(monkeypatch, tmp_path, tmp_path)
+  assert found["ioc"] == ioc and found["accuracy"]
 
 
 def test_the_term_grows_with_depth_and_width_and_each_point_is_proved(tmp_path):
