@@ -15,7 +15,7 @@ SCHEDULES = {
   " seed: how the common term grows with depth in trained networks.",
   "mlp": "all images, 20 epochs of Adam at 1e-3, cosine, batches of 128; on CIFAR-10 flips and"
   " crops, else crops; three seeds.",
-  "networks": "20,000 images of CIFAR-10, 6 epochs, one seed; the other settings as in the configs.",
+  "networks": "10,000 images of CIFAR-10, 4 epochs, one seed; the other settings as in the configs.",
 }
 DATA = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 MLP = {"batch_size": 128, "optimizer.learning_rate": 1e-3, "optimizer.schedule": "cosine"}
@@ -51,7 +51,7 @@ def get_sweep(schedule):
       )
       for width, depth in sizes
     ]
-  common = {"epochs": 6, "data.train_fraction": 0.4, "eval.every_epochs": 2.0}
+  common = {"epochs": 4, "data.train_fraction": 0.2, "eval.every_epochs": 2.0}
   return [
     Job(f"{panel} on CIFAR-10", variant, f"configs/{name}.py:cifar10", common | fields | changed)
     for panel, (name, fields, free) in NETWORKS.items()
