@@ -184,5 +184,5 @@ def test_products_leave_the_batch_where_it_is(product, shape, batch, gathers):
 def test_a_weight_that_would_span_slices_is_refused():
   device = types.SimpleNamespace
   devices = [device(platform="tpu", slice_index=i // 4) for i in range(8)]
-  with pytest.raises(UserError, match="config.fsdp is 8 on 2 slices of 4 devices"):
+  with pytest.raises(UserError, match="fsdp is 8 on 2 slices of 4 devices"):
     mesh.make_mesh(devices, fsdp=8)
