@@ -55,10 +55,17 @@ def cpu_forms() -> Iterator[None]:
   and what is chosen when a program is lowered (RandAugment).
   """
   target = meshes.target
-  by_default = mock.patch.object(
-    jax.lax, "platform_dependent", lambda *args, default, **_: default(*args)
-  )
-  with by_default, mock.patch.object(meshes, "target", lambda: ("cpu", target()[1])):
+
+  def as_cpu():
+    return "cpu", target()[1]
+
+  def by_default(*args, default, **_):
+    return default(*args)
+
+  with (
+    mock.patch.object(meshes, "target", as_cpu),
+    mock.patch.object(jax.lax, "platform_dependent", by_default),
+  ):
     yield
 
 
