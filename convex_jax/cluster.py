@@ -5,11 +5,16 @@ import os
 import re
 import sys
 import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 
 import jax
 
 from convex_jax.errors import UserError
+
+METADATA_PATIENCE = 20.0  # Seconds to wait for a server that answers in milliseconds.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Launcher:
   needed: tuple[str, ...]  # By JAX, besides.
   address: str | None = None  # What JAX finds process 0 by, where that may be absent.
   per_host: str = ""  # The number of processes on this host.
+  slices: tuple[str, str] = ("", "")  # The number of such groups, and this one, from 0; or one.
 
 
 LAUNCHERS = (
@@ -49,6 +55,7 @@ LAUNCHERS = (
     ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"),
     "TPU_WORKER_ID",
     (),
+    slices=("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"),
   ),
 )
 
@@ -96,7 +103,8 @@ def place(
   if mode == "on":
     return Place(), ""
   if launcher is None:
-    return None, ""
+    count = _hosts_of_slice(environment)
+    return (Place(None, count) if count > 1 else None), ""
   if missing:
     return None, (
       f"{launcher.name} tells of {launched.count} processes, but {' and '.join(missing)} is not set:"
@@ -118,14 +126,79 @@ def _launched(environment: Mapping[str, str]) -> tuple[Launcher | None, Place, l
   for launcher in LAUNCHERS:
     set_ = [environment[name] for name in launcher.count if environment.get(name)]
     count = _count(set_[0]) if set_ else 1
-    if count > 1:
-      index = _number(environment.get(launcher.index, ""))
+    slices, which = (environment.get(name, "") for name in launcher.slices)
+    groups = _count(slices) if set_ else 1
+    if count * groups > 1:
+      index, group = _number(environment.get(launcher.index, "")), _number(which) or 0
       missing = [name for name in launcher.needed if not environment.get(name)]
       if index is None or index >= count:
         missing.append(launcher.index)
+      if group >= groups or (groups > 1 and not which):
+        missing.append(launcher.slices[1])
+      if index is not None:
+        index += group * count
+      count *= groups
       alone = re.fullmatch(r"1(\(x\d+\))?", environment.get(launcher.per_host, ""))
       return launcher, Place(None, count, index, bool(alone)), missing
   return None, Place(), []
+
+
+# Names by which a launcher, or whoever divides a host's chips, says how many processes there are.
+_TOLD = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_BOUNDS", "TPU_HOST_BOUNDS")
+
+
+def _hosts_of_slice(environment: Mapping[str, str]) -> int:
+  """The number of hosts of the Cloud TPU VM that this is; 1 on any other machine.
+
+  Only a TPU VM's metadata server knows. JAX, when it is imported, sets TPU_ML_PLATFORM where it
+  finds a TPU and TPU_SKIP_MDS_QUERY where it finds none: no other machine is asked for metadata.
+
+  Raises `UserError` where the server does not answer: alone, a host of several would wait for the
+  others for ever.
+  """
+  here = "TPU_ML_PLATFORM" in environment and "TPU_SKIP_MDS_QUERY" not in environment
+  platforms = environment.get("JAX_PLATFORMS") or "tpu"
+  if not here or "tpu" not in platforms.split(",") or any(map(environment.get, _TOLD)):
+    return 1
+  hosts = _metadata("worker-network-endpoints", environment)
+  if hosts is None:  # A virtual machine with a TPU that no slice belongs to.
+    return 1
+  slices = environment.get("MEGASCALE_NUM_SLICES")
+  if slices is None:
+    described = _metadata("tpu-env", environment) or ""
+    found = re.search(r"^\s*MEGASCALE_NUM_SLICES:\s*'?(\d+)", described, re.MULTILINE)
+    slices = found[1] if found else ""
+  return _count(hosts) * (_number(slices) or 1)
+
+
+def _metadata(name: str, environment: Mapping[str, str]) -> str | None:
+  """An attribute of this virtual machine; None if it has no such.
+
+  Raises `UserError` where the metadata server does not answer for `METADATA_PATIENCE`.
+  """
+  server = environment.get("GCE_METADATA_IP", "metadata.google.internal")  # As JAX asks.
+  request = urllib.request.Request(
+    f"http://{server}/computeMetadata/v1/instance/attributes/{name}",
+    headers={"Metadata-Flavor": "Google"},
+  )
+  direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+  end = time.monotonic() + METADATA_PATIENCE
+  while True:
+    try:
+      with direct.open(request, timeout=5) as answer:
+        return answer.read().decode()
+    except urllib.error.HTTPError as error:
+      if error.code == 404:
+        return None
+      why = str(error)
+    except OSError as error:
+      why = str(error)
+    if time.monotonic() > end:
+      raise UserError(
+        f"This host has a TPU, but {server} does not say whether it shares it with other hosts"
+        f" ({why}); pass --distributed=on to train with them, or --distributed=off to train alone"
+      )
+    time.sleep(0.5)
 
 
 def _count(text: str) -> int:

@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
   ahead.add_argument(
     "--largest_batch", action="store_true", help="look for the largest batch that fits"
   )
-  several = parser.add_argument_group("several processes (found: Slurm, Open MPI, TPU pods of GKE)")
+  several = parser.add_argument_group(
+    "several processes (found: Slurm, Open MPI, Cloud TPU slices)"
+  )
   several.add_argument("--distributed", default="auto", choices=["auto", "on", "off"])
   several.add_argument("--coordinator", help="address of process 0", metavar="HOST:PORT")
   several.add_argument(

@@ -30,12 +30,27 @@ def make_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1) -> Mesh:
   """A mesh of `devices`, by default all devices of all processes.
 
   The parts of a weight are on neighbouring devices, where need be along a part of an axis of the
-  slice: some have no axis, or product of axes, of that length. Axes of the mesh are Auto, so that
-  the compiler places the collectives: under Explicit ones ordinary model code does not trace.
+  slice: some have no axis, or product of axes, of that length. Of several TPU slices each has whole
+  rows. Axes of the mesh are Auto, so that the compiler places the collectives: under Explicit ones
+  ordinary model code does not trace.
+
+  Raises `UserError` where a weight's parts would be on several slices.
   """
   devices = jax.devices() if devices is None else devices
-  shape = (len(devices) // fsdp, fsdp)
-  placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  tpus = [device for device in devices if device.platform == "tpu"]
+  slices = len({getattr(device, "slice_index", 0) for device in tpus})
+  if slices > 1:
+    each = len(devices) // slices
+    if each % fsdp:
+      raise UserError(
+        f"config.fsdp is {fsdp} on {slices} slices of {each} devices; expected a divisor of {each}"
+      )
+    placed = mesh_utils.create_hybrid_device_mesh(
+      (each // fsdp, fsdp), (slices, 1), devices, allow_split_physical_axes=True
+    )
+  else:
+    shape = (len(devices) // fsdp, fsdp)
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

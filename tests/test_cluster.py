@@ -1,8 +1,10 @@
 """Which processes train together, by every launcher's variables, whole and in parts."""
 
+import http.server
 import os
 import subprocess
 import sys
+import threading
 
 import jax
 import pytest
@@ -71,6 +73,131 @@ def test_a_set_that_lacks_one_means_alone_and_is_told(variables, gone):
 )
 def test_one_process_is_alone_and_nothing_is_told(environment):
   assert cluster.place("auto", environment=environment) == (None, "")
+
+
+@pytest.mark.parametrize(
+  "more, want",
+  [
+    ({"MEGASCALE_SLICE_ID": "1"}, (Place(None, 8, 6), "")),
+    ({"MEGASCALE_SLICE_ID": "1", "TPU_WORKER_HOSTNAMES": "a", "TPU_WORKER_ID": "0"},
+     (Place(None, 2, 1), "")),
+    ({}, "MEGASCALE_SLICE_ID is not set"),
+    ({"MEGASCALE_SLICE_ID": "2"}, "MEGASCALE_SLICE_ID is not set"),
+    ({"MEGASCALE_NUM_SLICES": "1"}, (FOUND, "")),
+  ],
+)  # fmt: skip
+def test_slices_of_a_pod_are_counted_together(more, want):
+  found = cluster.place("auto", environment={**TPU, "MEGASCALE_NUM_SLICES": "2", **more})
+  assert found == want or (found[0] is None and want in found[1])
+
+
+HOSTS = "worker-network-endpoints"
+VM = {"TPU_ML_PLATFORM": "JAX"}  # What JAX leaves in the environment of a TPU VM.
+
+
+@pytest.fixture
+def metadata():
+  """(what a metadata server answers by name, the variables of a TPU VM that asks it, what it has
+  been asked)."""
+  answers, asked = {}, []
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      folder, _, name = self.path.rpartition("/")
+      assert folder == "/computeMetadata/v1/instance/attributes"
+      assert self.headers["Metadata-Flavor"] == "Google"
+      asked.append(name)
+      answer = answers.get(name, 404)
+      answer = answer.pop(0) if isinstance(answer, list) else answer
+      self.send_response(answer if isinstance(answer, int) else 200)
+      self.end_headers()
+      self.wfile.write(b"" if isinstance(answer, int) else answer.encode())
+
+    def log_message(self, *_):
+      pass
+
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    threading.Thread(target=server.serve_forever).start()
+    yield answers, {**VM, "GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}, asked
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+  "answers, count",
+  [
+    ({HOSTS: "unknown:unknown:10.0.0.2,unknown:unknown:10.0.0.3"}, 2),
+    ({HOSTS: "t1v-n-0,t1v-n-1,t1v-n-2,t1v-n-3"}, 4),
+    ({HOSTS: "t1v-n-0"}, 1),
+    ({HOSTS: "unknown:unknown:10.0.0.2"}, 1),
+    ({}, 1),
+    ({HOSTS: "a,b", "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '3'\nWORKER_ID: '0'\n"}, 6),
+    ({HOSTS: "a", "tpu-env": "MEGASCALE_NUM_SLICES: '2'"}, 2),
+    ({HOSTS: "a,b", "tpu-env": "ZONE: 'z'"}, 2),
+    ({HOSTS: [503, 500, "a,b"]}, 2),  # A server that is busy is asked again.
+  ],
+  ids=str,
+)
+def test_a_tpu_vm_trains_with_the_hosts_of_its_slice(metadata, answers, count):
+  known, environment, _ = metadata
+  known |= answers
+  want = Place(None, count) if count > 1 else None
+  assert cluster.place("auto", environment=environment) == (want, "")
+
+
+@pytest.mark.parametrize(
+  "more, proxy",
+  [
+    ({"MEGASCALE_NUM_SLICES": "2"}, False),
+    ({}, True),  # Of the metadata server no proxy knows.
+  ],
+)
+def test_a_tpu_vm_asks_no_more_than_it_must(metadata, monkeypatch, more, proxy):
+  known, environment, asked = metadata
+  known |= {HOSTS: "a,b"}
+  if proxy:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+  here, _ = cluster.place("auto", environment={**environment, **more})
+  assert here == Place(None, 4 if more else 2)
+  assert asked == ([HOSTS] if more else [HOSTS, "tpu-env"])
+
+
+@pytest.mark.parametrize(
+  "mode, options, environment",
+  [
+    ("auto", (), {}),
+    ("auto", (), {"TPU_SKIP_MDS_QUERY": "1"}),  # What JAX sets where it finds no TPU.
+    ("auto", (), {**VM, "TPU_SKIP_MDS_QUERY": "1"}),
+    ("auto", (), {**VM, "JAX_PLATFORMS": "cpu"}),
+    ("auto", (), {**VM, "TPU_WORKER_HOSTNAMES": "localhost"}),
+    ("auto", (), {**VM, "TPU_PROCESS_BOUNDS": "1,1,1"}),  # A part of a host's chips.
+    ("auto", (), {**VM, **SLURM}),
+    ("auto", FLAGS, VM),
+    ("on", (), VM),
+    ("off", (), VM),
+  ],
+)
+def test_no_other_machine_is_asked_for_metadata(metadata, mode, options, environment):
+  known, where, asked = metadata
+  known |= {HOSTS: "a,b"}
+  where = {"GCE_METADATA_IP": where["GCE_METADATA_IP"]}
+  cluster.place(mode, *options, environment={**where, **environment})
+  assert not asked
+
+
+def test_jax_says_where_there_is_no_tpu():
+  """The variable that the above relies on."""
+  code = "import os, jax; print(os.environ['TPU_SKIP_MDS_QUERY'], 'TPU_ML_PLATFORM' in os.environ)"
+  clean = {k: v for k, v in os.environ.items() if not k.startswith("TPU")}
+  done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True)
+  assert done.stdout.split() == ["1", "False"], done.stderr
+
+
+def test_a_tpu_vm_that_cannot_ask_says_so(monkeypatch):
+  """Alone it would wait for the rest of its slice for ever."""
+  monkeypatch.setattr(cluster, "METADATA_PATIENCE", 0.0)
+  environment = {**VM, "GCE_METADATA_IP": f"127.0.0.1:{free_port()}"}
+  with pytest.raises(UserError, match=r"Connection refused.*--distributed=on.*--distributed=off"):
+    cluster.place("auto", environment=environment)
 
 
 @pytest.mark.parametrize("odd", ["x", "-1", "4", ""])

@@ -1,27 +1,35 @@
 """What a training step asks of a machine, and what limits it.
 
     python -m experiments.scale.run [--programs=mixer,densenet_ioc] [--machines=v5e-256]
+        [--forms=native]
 
 Compiles the training program of each imagenet2012 config (its published recipe, bfloat16) for each
 machine by that machine's own compiler (`pip install 'convex_jax[aot]'`), and takes memory, FLOPs,
 bytes and collectives from it. With peak rates they give the time of a step by each resource.
-Writes compiled.csv, a row after each program, and roofline.png next to this file; what is there
-already is not compiled again, so that the command resumes where it stopped.
+Each program is compiled in two forms: `native`, as it runs there, and `cpu`, in the forms that suit
+a CPU's compiler, which all machines had before.
+
+Writes compiled.csv next to this file, a row after each program; what is there already is not
+compiled again, so that the command resumes where it stopped. Delete rows to have them again.
 """
 
 import argparse
+import contextlib
 import csv
 import pathlib
+from collections.abc import Iterator
+from unittest import mock
 
 from convex_jax.training import machines
 
 machines.prepare_process("v5e-8")  # Before JAX is imported.
 
-import matplotlib.pyplot as plt  # noqa: E402
+import jax  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
 from convex_jax import main as command  # noqa: E402
+from convex_jax import mesh as meshes  # noqa: E402
 from convex_jax.errors import UserError  # noqa: E402
 from convex_jax.studies import tables  # noqa: E402
 from convex_jax.training import compile_ahead  # noqa: E402
@@ -36,6 +44,29 @@ PROGRAMS = {
 }
 # Host cores of each machine (docs.cloud.google.com/tpu/docs/v4, /v5e, /v6e).
 CORES = {"v4-8": 240, "v5e-8": 224, "v5e-256": 64 * 112, "v6e-8": 180}
+FORMS = ("native", "cpu")
+
+
+@contextlib.contextmanager
+def cpu_forms() -> Iterator[None]:
+  """In it programs are traced in the forms for a CPU's compiler, whatever their mesh.
+
+  What asks for the platform of the mesh (convolutions, gradients computed once, skipped updates),
+  and what is chosen when a program is lowered (RandAugment).
+  """
+  target = meshes.target
+
+  def as_cpu():
+    return "cpu", target()[1]
+
+  def by_default(*args, default, **_):
+    return default(*args)
+
+  with (
+    mock.patch.object(meshes, "target", as_cpu),
+    mock.patch.object(jax.lax, "platform_dependent", by_default),
+  ):
+    yield
 
 
 def decode_rates() -> dict[int, float]:
@@ -45,12 +76,13 @@ def decode_rates() -> dict[int, float]:
   return {int(row["px"]): float(row["images_per_second"]) / 2 for row in rows}
 
 
-def row_of(name: str, machine: str, decode: dict[int, float]) -> dict[str, str]:
+def row_of(name: str, machine: str, forms: str, decode: dict[int, float]) -> dict[str, str]:
   """What a machine's compiler says of a program; times are milliseconds by each resource alone."""
   config = command.load_config(PROGRAMS[name], ["--config.dtype=bfloat16"])
-  row = {"program": name, "machine": machine, "batch": str(config.batch_size)}
+  row = {"program": name, "machine": machine, "forms": forms, "batch": str(config.batch_size)}
   try:
-    found = compile_ahead.verdict(config, machine, evaluation=False)
+    with cpu_forms() if forms == "cpu" else contextlib.nullcontext():
+      found = compile_ahead.verdict(config, machine, evaluation=False)
   except UserError as error:  # A published batch that does not divide.
     return row | {"fits": "uneven", "why": str(error)}
   train = found.train
@@ -86,7 +118,7 @@ COLUMNS = {  # Of the table, by their names in the file.
   "host_ms": "host, ms",
   "bound": "bound by",
 }
-FIELDS = ["program", "machine", "batch", "fits", "seconds", *COLUMNS, "about_ms", "why"]
+FIELDS = ["program", "machine", "forms", "batch", "fits", "seconds", *COLUMNS, "about_ms", "why"]
 
 
 def read() -> list[dict[str, str]]:
@@ -97,8 +129,8 @@ def read() -> list[dict[str, str]]:
 
 
 def write(rows: list[dict[str, str]]) -> None:
-  order = {pair: i for i, pair in enumerate((p, m) for p in PROGRAMS for m in CORES)}
-  rows = sorted(rows, key=lambda row: order[row["program"], row["machine"]])
+  orders = {"program": [*PROGRAMS], "machine": [*CORES], "forms": FORMS}
+  rows = sorted(rows, key=lambda row: [order.index(row[key]) for key, order in orders.items()])
   with open(RESULTS, "w", newline="") as file:
     writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
     writer.writeheader()
@@ -109,48 +141,64 @@ def table(rows: list[dict[str, str]]) -> str:
   """A row for each program and machine, in Markdown."""
   lines = []
   for row in rows:
-    cells = [row[name] for name in COLUMNS]
-    if row["fits"] == "no":
-      cells[0] = f"does not fit{row['gib'] and ': '}{row['gib']}"
-    elif row["fits"] == "uneven":
-      cells[0] = "batch not divisible"
-    lines.append([f"{row['program']}, {int(row['batch']):,}", row["machine"], *cells])
+    if row["forms"] == "native":
+      lines.append([*_named(row), _fit(row), *[row[name] for name in COLUMNS if name != "gib"]])
   return tables.markdown(["program, batch", "machine", *COLUMNS.values()], lines)
 
 
-def draw(rows: list[dict[str, str]]) -> None:
-  """Draws FLOPs per byte against the ceiling of each chip."""
-  figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-  intensity = [2**i for i in range(0, 12)]
-  for name, style in {"v4": "-", "v5e": "--", "v6e": ":"}.items():
-    chip = machines.CHIPS[name]
-    ceiling = [min(chip.flops, chip.bandwidth * i) / 1e12 for i in intensity]
-    axes.plot(intensity, ceiling, style, color="black", label=f"{name}, one chip")
-  for i, row in enumerate(row for row in rows if row["machine"] == "v5e-256" and row["gb"]):
-    x, chip = float(row["gflop"]) / float(row["gb"]), machines.CHIPS["v5e"]
-    y = min(chip.flops, chip.bandwidth * x) / 1e12
-    face, marker = ("none" if "_ioc" in row["program"] else "tab:blue"), "os^vDP"[i // 2 % 6]
-    style = {"color": "tab:blue", "markerfacecolor": face, "linestyle": ""}
-    axes.plot(x, y, marker, label=row["program"], **style)
-  axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte (least effort: a lower bound)")
-  axes.set_ylabel("Attainable TFLOP/s (bfloat16)")
-  figure.legend(loc="outside right upper", fontsize=7)
-  figure.savefig(FOLDER / "roofline.png", dpi=120)
+def changes(rows: list[dict[str, str]]) -> str:
+  """GB and the best possible milliseconds of a step, before native forms and with them."""
+  found = {(row["program"], row["machine"], row["forms"]): row for row in rows}
+  lines = []
+  for row in rows:
+    before = found.get((row["program"], row["machine"], "cpu"))
+    if row["forms"] == "native" and before is not None and row["fits"] != "uneven":
+      both = (before, row)
+      lines.append([
+        *_named(row),
+        *[each["gb"] or _fit(each) for each in both],
+        *[_device_ms(each) for each in both],
+      ])  # fmt: skip
+  header = ["GB per device, before", "after", "about ms per step, before", "after"]
+  return tables.markdown(["program, batch", "machine", *header], lines)
+
+
+def _named(row: dict[str, str]) -> list[str]:
+  return [f"{row['program']}, {int(row['batch']):,}", row["machine"]]
+
+
+def _fit(row: dict[str, str]) -> str:
+  """GiB per device, or why there is none."""
+  if row["fits"] == "uneven":
+    return "batch not divisible"
+  return row["gib"] if row["fits"] == "yes" else f"does not fit{row['gib'] and ': '}{row['gib']}"
+
+
+def _device_ms(row: dict[str, str]) -> str:
+  """Of a step, without the host."""
+  times = [row[f"{name}_ms"] for name in ("arithmetic", "memory", "links")]
+  return max(times, key=float) if all(times) else ""
 
 
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--programs", default=",".join(PROGRAMS))
   parser.add_argument("--machines", default=",".join(CORES))
+  parser.add_argument("--forms", default=",".join(FORMS))
   args = parser.parse_args()
   rows, decode, console = read(), decode_rates(), Console()
-  known = {(row["program"], row["machine"]) for row in rows}
-  wanted = [(p, m) for m in args.machines.split(",") for p in args.programs.split(",")]
-  for pair in track([p for p in wanted if p not in known], "compiling", console=console):
-    rows.append(row_of(*pair, decode))
+  known = {(row["program"], row["machine"], row["forms"]) for row in rows}
+  wanted = [
+    (p, m, f)
+    for f in args.forms.split(",")
+    for m in args.machines.split(",")
+    for p in args.programs.split(",")
+  ]
+  for each in track([w for w in wanted if w not in known], "compiling", console=console):
+    rows.append(row_of(*each, decode))
     write(rows)
-  draw(read())
-  console.print(table(read()), soft_wrap=True)
+  for text in (table(read()), changes(read())):
+    console.print(text, soft_wrap=True)
 
 
 if __name__ == "__main__":

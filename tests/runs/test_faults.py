@@ -103,9 +103,12 @@ def test_time_runs_out(tiny_config, few_digits, tmp_path):
 # Updates that cannot be made.
 
 
-@pytest.mark.parametrize("factor", [np.nan, np.inf])
-def test_a_batch_that_is_no_number_changes_nothing_but_the_step(data_dir, few_digits, factor):
+@pytest.mark.parametrize("factor, platform", [(np.nan, "cpu"), (np.inf, "cpu"), (np.nan, "tpu")])
+def test_a_batch_that_is_no_number_changes_nothing_but_the_step(
+  data_dir, few_digits, monkeypatch, factor, platform
+):
   """Weights, optimizer, BatchNorm's averages and those of weights wait; the others move."""
+  monkeypatch.setattr(mesh, "target", lambda: (platform, 1))  # Traced for it, and run here.
   config = bad_input.tiny_config(data_dir)
   with bad_input.poisoned(config, [2], factor):
     assert dict(bad_input.skipped_alone(config, few_digits, [2], 4)) == {2: True}

@@ -439,3 +439,19 @@ def test_weights_are_split_on_slices_of_any_shape(machine, fsdp):
   )  # fmt: skip
   devices = np.prod([int(n) for n in machines.MACHINES[machine][1].split("x")])
   assert done.stdout.strip() == f"({devices // fsdp}, {fsdp})", done.stderr
+
+
+@pytest.mark.slow
+@needs("libtpu")
+@pytest.mark.parametrize("fsdp", [1, 2, 8])
+def test_weights_are_split_within_a_slice(fsdp):
+  """Two slices of v5e-8."""
+  code = "from convex_jax import mesh; from jax.experimental import topologies as t;"
+  code += "d = t.get_topology_desc(platform='tpu', topology_name='v5e:2x4', num_slices=2).devices;"
+  code += f"m = mesh.make_mesh(d, {fsdp});"
+  code += "print(m.devices.shape, all(len({d.slice_index for d in row}) == 1 for row in m.devices))"
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+  )  # fmt: skip
+  assert done.stdout.strip() == f"({16 // fsdp}, {fsdp}) True", done.stderr

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -178,3 +179,10 @@ def test_products_leave_the_batch_where_it_is(product, shape, batch, gathers):
   )
   program = gradient.lower(jnp.ones(shape), jnp.ones((8, 16))).compile().as_text()
   assert ("all-gather" in program) == gathers
+
+
+def test_a_weight_that_would_span_slices_is_refused():
+  device = types.SimpleNamespace
+  devices = [device(platform="tpu", slice_index=i // 4) for i in range(8)]
+  with pytest.raises(UserError, match="fsdp is 8 on 2 slices of 4 devices"):
+    mesh.make_mesh(devices, fsdp=8)

@@ -68,6 +68,16 @@ def test_several_steps_a_call_are_the_same_steps(tiny_config, few_digits):
   assert int(four.step) == 4
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_the_update_is_a_branch_on_a_cpu_alone(tiny_config, few_digits, monkeypatch, platform):
+  """Elsewhere gradients would be stored for it in float32, and a GPU would wait for the host."""
+  monkeypatch.setattr(mesh, "target", lambda: (platform, 1))
+  job = program.Program(tiny_config, few_digits, mesh.make_mesh(jax.devices()[:1]))
+  plan, arrays = job.batches(range(1)), job.splits["train"].arrays
+  traced = jax.make_jaxpr(job._train_call)(job.state_shapes(), arrays, plan)
+  assert ("cond[" in str(traced)) == (platform == "cpu")
+
+
 def test_pmap_with_an_axis_name_gives_the_same_update(tiny_config, few_digits):
   """The card's `jax.pmap`: gradients averaged, BatchNorm over the axis. 4 devices."""
   config = of(tiny_config, optimizer__name="sgd", data__crop_padding=1)
