@@ -27,7 +27,7 @@ import time
 
 import numpy as np
 
-from convex_jax import buckets, files, main
+from convex_jax import buckets, claims, files, main
 from convex_jax.runs import checkpoints, manifest
 from convex_jax.training import program
 
@@ -135,6 +135,6 @@ if __name__ == "__main__":
   checkpointer = checkpoints.ocp.training.Checkpointer
   checkpointer.save_checkpointables_async = counted(checkpointer.save_checkpointables_async)
   buckets.PATIENCE = FAULTS.get("requests", buckets.PATIENCE)
-  buckets.RENEW = FAULTS.get("renew", buckets.RENEW)
+  claims.RENEW = FAULTS.get("renew", claims.RENEW)
   program.Program.train_call = stepping(program.Program.train_call)
   sys.exit(main.main())
