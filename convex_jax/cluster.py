@@ -1,15 +1,17 @@
 """Which processes train together: the one place that reads the variables of launchers."""
 
+import ctypes
 import dataclasses
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Mapping
 
 import jax
 
-from convex_jax.errors import UserError
+from convex_jax.errors import Lost, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,3 +198,16 @@ def join(here: Place, timeout: int) -> None:
     ) from error
   finally:
     patience.cancel()
+  ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(_: int) -> None:
+  """Ends the process as `Lost` does, where JAX aborts it because another one is gone.
+
+  JAX notices by itself that process 0 cannot be reached, or another was not heard of for 100 s, and
+  may do so before a collective fails. It leaves no other way: no exception is raised, and what it
+  could call instead of aborting (missed_heartbeat_callback) cannot be a function of Python (0.10).
+  """
+  os.write(2, f"\n{Lost('see what JAX says above')}\n".encode())
+  os._exit(Lost.code)

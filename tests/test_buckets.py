@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from convex_jax import buckets, claims, files
+from convex_jax import __main__, buckets, claims, files
 from convex_jax.errors import Unsaved, UserError
 from convex_jax.runs import checkpoint_command, checkpoints, manifest, metrics_file
 from convex_jax.runs.run import load
@@ -64,6 +64,21 @@ def test_what_looks_like_an_address_is_refused(given):
 def test_other_storage_is_refused(url):
   with pytest.raises(UserError, match="is a URL; expected a path of this machine, or gs://"):
     load(url)
+
+
+@pytest.mark.parametrize(
+  ("command", "option"),
+  [
+    ("train", "--config=gs://bucket/config.py"),
+    ("evaluate --config=configs/mixer_ioc.py:digits", "--config.init_from=gs://bucket/w.npz"),
+    ("report x", "--out=gs://bucket/x"),
+    ("sweep experiments/mlp", "--workdir=gs://bucket/x"),
+    ("sweep experiments/mlp --workdir=x", "--out=gs://bucket/x"),
+  ],
+)
+def test_what_is_not_read_or_written_in_a_bucket_is_refused(command, option, capsys):
+  assert __main__.main([*command.split(), option]) == 2
+  assert capsys.readouterr().err == f"{option} is a URL; expected a path of this machine\n"
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch, capsys):

@@ -256,8 +256,9 @@ def test_a_network_that_is_gone_ends_a_run_in_bounded_time(bucket, data_dir, tmp
 
 
 @pytest.mark.slow
-def test_two_processes_write_one_run(bucket, data_dir, tmp_path):
-  assert bucket_faults.two_processes(bucket, data_dir, tmp_path, 1).all_survived
+def test_what_happens_to_one_of_four_hosts_changes_no_bit(bucket, data_dir, tmp_path):
+  result = bucket_faults.one_of_several(bucket, data_dir, tmp_path, len(injections.HOST_FAULTS))
+  assert result.all_survived, result.note
 
 
 @pytest.mark.slow
