@@ -198,16 +198,20 @@ def join(here: Place, timeout: int) -> None:
     ) from error
   finally:
     patience.cancel()
+  _end_as_lost_when_aborted()
+
+
+def _end_as_lost_when_aborted() -> None:
+  """From now on an abort of this process ends it as `Lost` does.
+
+  JAX aborts a process by itself where it cannot reach process 0, or has not heard of another for
+  100 s, and may do so before a collective fails. No exception tells, and what it could call instead
+  (missed_heartbeat_callback) cannot be a function of Python (jaxlib 0.10: std::bad_cast).
+  """
   ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(_: int) -> None:
-  """Ends the process as `Lost` does, where JAX aborts it because another one is gone.
-
-  JAX notices by itself that process 0 cannot be reached, or another was not heard of for 100 s, and
-  may do so before a collective fails. It leaves no other way: no exception is raised, and what it
-  could call instead of aborting (missed_heartbeat_callback) cannot be a function of Python (0.10).
-  """
-  os.write(2, f"\n{Lost('see what JAX says above')}\n".encode())
+  os.write(2, f"\n{Lost('see above what JAX says')}\n".encode())
   os._exit(Lost.code)
