@@ -205,8 +205,9 @@ ROWS = {
   15: Row("invalid configs", 40, "every error reported, no device used", lambda d, f, n: bad_input.bad_configs(n)),
   16: Row("1, 2, 4, 8 devices in turn", 12, "same order of examples, losses within 1 %", injections.other_devices),
   17: Row(
-    "one of two processes killed", 5, "the other exits 75 with a message; started again, same bits and rows",
-    lambda d, f, n: injections.one_of_several(d, f, n, 2, KILLED),
+    "one of two processes killed, in training, at the start, evaluating, at the end", 8,
+    "the other exits 75 with a message; started again, same bits and rows",
+    lambda d, f, n: injections.one_of_several(d, f, n, 2, (*KILLED, *injections.HOSTS_GONE)),
   ),
   18: Row("restored on fewer devices, from older formats", 9, "equal arrays", restored),
   19: Row("same seed twice; different numbers of workers", 10, "same bits", same),
