@@ -2,7 +2,7 @@
 
 The one module that knows about buckets; of what a run stores, only the arrays of its checkpoints go
 another way, which is Orbax's own. An object appears as a whole or not at all, once its upload is
-complete. There are no folders, and nothing is renamed, appended to or locked.
+complete. There are no folders, and nothing is renamed, appended to or locked (`claims`).
 
 Requests go through Google's client, which the extra `gcs` brings with gcsfs: it verifies checksums,
 and writes on the condition that nobody else has, which etils.epath and gcsfs do not.
@@ -14,24 +14,16 @@ Errors are those of files: FileNotFoundError, FileExistsError (another process w
 import contextlib
 import errno
 import functools
-import json
 import os
 import posixpath
 import re
-import socket
-import sys
-import threading
-import time
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from convex_jax.errors import Unsaved, UserError
+from convex_jax.errors import UserError
 
 SCHEME = "gs://"
 EXPECTED = "expected gs://BUCKET/FOLDER"
-RENEW = 20.0  # Seconds between two renewals of a claim.
-STALE = 180.0  # Seconds without a renewal, after which another process takes it over.
 PATIENCE = 60.0  # Seconds for which a request is repeated while the network or the service fails.
 CHUNK = 2**24  # Bytes that are read at once.
 
@@ -203,14 +195,14 @@ def write(path: str, content: bytes, generation: int | None = None) -> int:
     raise _no_bucket(path) from error
   except FileExistsError:
     # Where the answer was lost, the request was repeated, and has met its own work.
-    written = _current(path)
+    written = current(path)
     if written is None or written[1] != content:
       raise
     return written[0]
   return blob.generation
 
 
-def _current(path: str) -> tuple[int, bytes] | None:
+def current(path: str) -> tuple[int, bytes] | None:
   """(generation, content) of an object, None where there is none."""
   bucket, name = _bucket(path)
   blob = bucket.blob(name)
@@ -222,7 +214,8 @@ def _current(path: str) -> tuple[int, bytes] | None:
   return blob.generation, content
 
 
-def _remove(path: str, generation: int | None = None) -> None:
+def remove(path: str, generation: int | None = None) -> None:
+  """Deletes an object, with `generation` only that one; no error where there is none."""
   bucket, name = _bucket(path)
   with contextlib.suppress(FileNotFoundError, FileExistsError), _errors_of(path):
     bucket.blob(name).delete(if_generation_match=generation, retry=_retry())
@@ -237,7 +230,7 @@ def move_tree(source: str, target: str) -> None:
       new = f"{_bucket(target)[1]}/{name}"
       bucket.copy_blob(bucket.blob(f"{start}/{name}"), bucket, new, retry=_retry())
   for name in names:
-    _remove(f"{source}/{name}")
+    remove(f"{source}/{name}")
 
 
 def upload_tree(folder: str, target: str, replacing: str, known: dict[str, Any]) -> None:
@@ -264,135 +257,4 @@ def upload_tree(folder: str, target: str, replacing: str, known: dict[str, Any])
   for blob in list(_blobs(target, prefix + replacing)):
     name = blob.name.removeprefix(prefix)
     if not os.path.exists(os.path.join(folder, name)):
-      _remove(f"{target}/{name}")
-
-
-class Claim:
-  """An object that one process at a time holds: what a lock is to a file.
-
-  Its holder renews it, every `RENEW` seconds. One that has not been renewed for `STALE` seconds is
-  taken over, and at once where its holder was a process of this machine and is gone. Time is
-  measured by who waits, so clocks need not agree. Used as a context.
-
-  Raises `UserError`, with `words`, where another process holds it.
-  """
-
-  def __init__(self, path: str, words: str):
-    self._path, self._words = path, words
-    self._own = {
-      "holder": f"process {os.getpid()} on {socket.gethostname()}",
-      "process": _identity(os.getpid()),
-      "claim": uuid.uuid4().hex,
-    }
-    self._generation, self._lost = 0, False
-    self._writing, self._ended = threading.Lock(), threading.Event()
-
-  def __enter__(self) -> "Claim":
-    self._take()
-    threading.Thread(target=self._keep, daemon=True).start()
-    return self
-
-  def __exit__(self, *_: Any) -> None:
-    self._ended.set()
-    with self._writing, contextlib.suppress(OSError, UserError):
-      if not self._lost:
-        _remove(self._path, self._generation)
-
-  def _take(self) -> None:
-    first, deadline, told = None, 0.0, False
-    while True:
-      found = _current(self._path)
-      if found is None:
-        first = None
-      elif first is None or _claim(found) != _claim(first):
-        first, deadline = found, time.monotonic() + STALE
-      elif found[0] != first[0]:
-        raise UserError(f"{self._words} ({_holder(found)}). Wait until it ends")
-      free = found is None or _is_gone(found) or time.monotonic() >= deadline
-      if free:
-        with contextlib.suppress(FileExistsError):
-          self._write(found[0] if found else 0)
-          return
-      elif not told and found is not None:
-        told = True
-        print(
-          f"{os.path.dirname(self._path)} was last used by {_holder(found)}; waiting up to {STALE:g} s"
-          " in case it is still running, then taking over",
-          file=sys.stderr,
-          flush=True,
-        )
-      time.sleep(RENEW / 10)
-
-  def _write(self, generation: int) -> None:
-    # Never twice the same content, so that one's own is recognised.
-    content = {**self._own, "renewed": time.time(), "number": uuid.uuid4().hex}
-    self._generation = write(self._path, json.dumps(content).encode(), generation)
-
-  def _keep(self) -> None:
-    while not self._ended.wait(RENEW):
-      with contextlib.suppress(OSError, Unsaved, UserError):  # Tried again.
-        self.renew()
-
-  def renew(self) -> None:
-    """Renews the claim; raises `Unsaved` where it has ended, or another process has taken it."""
-    with self._writing:
-      try:
-        if not (self._lost or self._ended.is_set()):
-          self._write(self._generation)
-      except FileExistsError:
-        self._lost = True
-      if self._lost:
-        raise Unsaved(f"{os.path.dirname(self._path)} was taken over by another process")
-      if self._ended.is_set():
-        raise Unsaved(f"{os.path.dirname(self._path)} is no longer in use by this process")
-
-
-def _claim(found: tuple[int, bytes]) -> Any:
-  return _content(found).get("claim")
-
-
-def _holder(found: tuple[int, bytes]) -> str:
-  return str(_content(found).get("holder", "another process"))
-
-
-def _content(found: tuple[int, bytes]) -> dict[str, Any]:
-  try:
-    content = json.loads(found[1])
-  except ValueError:
-    content = None
-  return content if isinstance(content, dict) else {}
-
-
-def _is_gone(found: tuple[int, bytes]) -> bool:
-  """Whether the holder of a claim was a process of this machine, and is none any more."""
-  process = _content(found).get("process")
-  own = _identity(os.getpid())
-  if not (isinstance(process, list) and len(process) == 4 and own) or process[:2] != own[:2]:
-    return False
-  now = _identity(process[2])
-  if now is not None:
-    return now != process
-  try:
-    os.kill(process[2], 0)  # Of other users' processes /proc may not tell (hidepid).
-  except ProcessLookupError:
-    return True
-  except (OSError, TypeError, OverflowError):
-    return False
-  return False
-
-
-def _identity(pid: Any) -> list[Any] | None:
-  """[boot of the machine, namespace of its numbers, number, start] of a process (Linux).
-
-  The start is None where it has ended, and its parent has not asked yet. None for one that does not
-  run, and where the system does not tell.
-  """
-  try:
-    with open("/proc/sys/kernel/random/boot_id") as file:
-      boot = file.read().strip()
-    with open(f"/proc/{int(pid)}/stat", "rb") as file:
-      state, *fields = file.read().rpartition(b")")[2].split()
-    start = None if state in (b"Z", b"X") else int(fields[18])
-    return [boot, os.readlink("/proc/self/ns/pid"), int(pid), start]
-  except (OSError, ValueError, TypeError, IndexError):
-    return None
+      remove(f"{target}/{name}")

@@ -1,8 +1,10 @@
 """Which processes train together: the one place that reads the variables of launchers."""
 
+import ctypes
 import dataclasses
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -12,7 +14,7 @@ from collections.abc import Mapping
 
 import jax
 
-from convex_jax.errors import UserError
+from convex_jax.errors import Lost, UserError
 
 METADATA_PATIENCE = 20.0  # Seconds to wait for a server that answers in milliseconds.
 
@@ -269,3 +271,20 @@ def join(here: Place, timeout: int) -> None:
     ) from error
   finally:
     patience.cancel()
+  _end_as_lost_when_aborted()
+
+
+def _end_as_lost_when_aborted() -> None:
+  """From now on an abort of this process ends it as `Lost` does.
+
+  JAX aborts a process by itself where it cannot reach process 0, or has not heard of another for
+  100 s, and may do so before a collective fails. No exception tells, and what it could call instead
+  (missed_heartbeat_callback) cannot be a function of Python (jaxlib 0.10: std::bad_cast).
+  """
+  ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(_: int) -> None:
+  os.write(2, f"\n{Lost('see above what JAX says')}\n".encode())
+  os._exit(Lost.code)

@@ -46,6 +46,12 @@ class Lost(Ended):
   code = 75
   at_once = True
 
+  def __init__(self, reason: str):
+    super().__init__(
+      f"Another process is gone, or cannot be reached: {reason}\n"
+      "  Run the same command on every host to resume from the newest checkpoint."
+    )
+
 
 class Stopped(Ended):
   """Stopped on request, after saving. Run the same command to resume."""

@@ -5,7 +5,7 @@ Options only, as in `main`: nothing here imports JAX before they are read.
 
 import argparse
 
-from convex_jax import command_line
+from convex_jax import command_line, files
 from convex_jax import main as train
 from convex_jax.errors import UserError
 
@@ -33,6 +33,7 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> int:
   config = train.configure(args.config, overrides)
   if not config.init_from:
     raise UserError("config.init_from is ''; expected a file of public weights")
+  files.refuse_url("--config.init_from", config.init_from)
   # Of the extra `train`.
   from rich.console import Console
   from rich.table import Table

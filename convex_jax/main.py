@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-from convex_jax import command_line, config_files
+from convex_jax import command_line, config_files, files
 from convex_jax.errors import UserError
 
 
@@ -75,6 +75,7 @@ def configure(file: str | None, overrides: list[str]) -> Any:
   """
   if file is None:
     raise UserError("Missing option --config, for example --config=configs/mixer_ioc.py:digits")
+  files.refuse_url("--config", file)
   # From here on what the extra `train` installs is needed; `--help` works without it.
   from absl import logging
 

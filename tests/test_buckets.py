@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from convex_jax import buckets, files
+from convex_jax import __main__, buckets, claims, files
 from convex_jax.errors import Unsaved, UserError
 from convex_jax.runs import checkpoint_command, checkpoints, manifest, metrics_file
 from convex_jax.runs.run import load
@@ -64,6 +64,21 @@ def test_what_looks_like_an_address_is_refused(given):
 def test_other_storage_is_refused(url):
   with pytest.raises(UserError, match="is a URL; expected a path of this machine, or gs://"):
     load(url)
+
+
+@pytest.mark.parametrize(
+  ("command", "option"),
+  [
+    ("train", "--config=gs://bucket/config.py"),
+    ("evaluate --config=configs/mixer_ioc.py:digits", "--config.init_from=gs://bucket/w.npz"),
+    ("report x", "--out=gs://bucket/x"),
+    ("sweep experiments/mlp", "--workdir=gs://bucket/x"),
+    ("sweep experiments/mlp --workdir=x", "--out=gs://bucket/x"),
+  ],
+)
+def test_what_is_not_read_or_written_in_a_bucket_is_refused(command, option, capsys):
+  assert __main__.main([*command.split(), option]) == 2
+  assert capsys.readouterr().err == f"{option} is a URL; expected a path of this machine\n"
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch, capsys):
@@ -234,12 +249,12 @@ def test_rows_that_a_lost_role_keeps_back_do_not_replace_how_a_run_ends(network,
 
 @pytest.fixture
 def hasty(monkeypatch):
-  monkeypatch.setattr(buckets, "RENEW", 0.1)
-  monkeypatch.setattr(buckets, "STALE", 0.5)
+  monkeypatch.setattr(claims, "RENEW", 0.1)
+  monkeypatch.setattr(claims, "STALE", 0.5)
 
 
 def claim(folder):
-  return buckets.Claim(f"{folder}/.lock", f"{folder} is in use")
+  return claims.Claim(f"{folder}/.lock", f"{folder} is in use")
 
 
 def test_a_claim_has_one_holder_and_is_free_afterwards(folder, hasty, capsys):
@@ -266,7 +281,7 @@ def test_a_claim_of_another_machine_is_taken_over_once_it_is_stale(folder, hasty
   other = abandoned(folder, holder="process 1 on far", process=["another boot", "pid", 1, 1])
   began = time.monotonic()
   with claim(folder):
-    assert time.monotonic() - began >= buckets.STALE
+    assert time.monotonic() - began >= claims.STALE
     assert "was last used by process 1 on far; waiting up to 0.5 s" in capsys.readouterr().err
     with pytest.raises(Unsaved, match="taken over by another process"):
       other.renew()
@@ -285,25 +300,25 @@ def test_a_claim_that_has_ended_is_held_no_longer(folder):
 def test_a_process_that_this_user_cannot_see_is_not_gone(monkeypatch):
   """/proc with hidepid=2 shows nothing of another user's processes."""
   pid = os.getppid()
-  content = json.dumps({"process": buckets._identity(pid)}).encode()
+  content = json.dumps({"process": claims._identity(pid)}).encode()
 
   def hiding(path, *args):
     if path == f"/proc/{pid}/stat":
       raise FileNotFoundError(path)
     return open(path, *args)
 
-  monkeypatch.setattr(buckets, "open", hiding, raising=False)
-  assert buckets._identity(pid) is None and not buckets._is_gone((0, content))
+  monkeypatch.setattr(claims, "open", hiding, raising=False)
+  assert claims._identity(pid) is None and not claims._is_gone((0, content))
 
 
 def test_a_claim_of_a_process_that_was_killed_here_is_free_at_once(folder, monkeypatch):
-  program = f"from convex_jax.buckets import Claim; Claim({folder + '/.lock'!r}, '')._take(); print(1, flush=True); input()"
+  program = f"from convex_jax.claims import Claim; Claim({folder + '/.lock'!r}, '')._take(); print(1, flush=True); input()"
   with subprocess.Popen(
     [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
   ) as other:
     assert other.stdout.readline()
     content = json.loads(files.read(f"{folder}/.lock"))
-    assert not buckets._is_gone((0, json.dumps(content).encode()))
+    assert not claims._is_gone((0, json.dumps(content).encode()))
     other.kill()
     other.wait()
   with claim(folder):  # Which would else wait for minutes.

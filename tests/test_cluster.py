@@ -216,6 +216,7 @@ def test_one_process_on_each_host_has_all_of_its_devices(monkeypatch):
   """JAX alone would give it the first."""
   given = {}
   monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **more: given.update(more))
+  monkeypatch.setattr(cluster, "_end_as_lost_when_aborted", lambda: None)
   for per_host, want in (("1(x4)", []), ("1", []), ("8(x4)", None), ("2,1", None)):
     here, _ = cluster.place("auto", environment={**SLURM, "SLURM_STEP_TASKS_PER_NODE": per_host})
     cluster.join(here, 1)
@@ -293,3 +294,19 @@ def test_the_options_alone_wait_for_the_others(data_dir, tmp_path):
   flags = [f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--process_id=0"]
   done = run(data_dir, tmp_path / "run", *flags, "--join_timeout=3")
   assert done.returncode == 2 and "Not all of 2 processes joined" in done.stderr
+
+
+def test_an_abort_by_jax_tells_of_a_lost_process():
+  """As it does, at once, where process 0 is killed: LOG(FATAL), in a thread of its own."""
+  program = f"""
+import os, threading
+from convex_jax import cluster
+cluster.join(cluster.Place("localhost:{free_port()}", 1, 0), 60)
+thread = threading.Thread(target=os.abort)
+thread.start()
+thread.join()
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+  )
+  assert done.returncode == 75 and "the same command on every host to resume" in done.stderr

@@ -140,6 +140,17 @@ def test_the_options_for_several_processes_are_described():
     assert f"--{flag}" in known and f"--{flag}" in text
 
 
+def test_each_command_for_pods_is_said_to_be_tested_or_only_read():
+  """And those that a test takes from the page are said to be tested."""
+  blocks = re.split(r"^```sh$", (DOCS / "pods.md").read_text(), flags=re.MULTILINE)[:-1]
+  before = [block.rpartition("```\n")[2].strip().splitlines() for block in blocks]
+  said = [re.findall(r"\*(Tested|Read)\*", "\n".join(lines)) for lines in before]
+  assert len(said) > 10
+  for lines, words in zip(before, said, strict=True):
+    assert words, lines
+    assert not lines[-1].startswith("<!-- test: runs") or words[-1] == "Tested", lines
+
+
 # The generated parts.
 
 

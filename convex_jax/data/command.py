@@ -7,7 +7,7 @@ from absl import logging
 from rich.console import Console
 from rich.table import Table
 
-from convex_jax import buckets, command_line
+from convex_jax import buckets, command_line, files
 from convex_jax.data import datasets, fetch, prepare, tfrecord
 from convex_jax.data.catalog import DATASETS
 from convex_jax.data.photos import cache
@@ -167,4 +167,11 @@ def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit code."""
   args = _parser().parse_args(argv)
   logging.set_verbosity(logging.ERROR)  # TFDS warns about every absent folder.
-  return command_line.exit_code(lambda: args.action(args) or 0)
+  return command_line.exit_code(_act, args)
+
+
+def _act(args: argparse.Namespace) -> int:
+  for option in ("to", "manual_dir"):  # Of some commands; what data_dir may be differs.
+    files.refuse_url(f"--{option}", getattr(args, option, ""))
+  args.action(args)
+  return 0

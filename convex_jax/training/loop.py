@@ -4,7 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -57,6 +57,7 @@ def run(config: Any, workdir: str, examples: Data | None = None) -> dict[str, fl
     streams.careful(streams.PATIENCE),
     Stopping(60 * config.time_limit) as stopping,
     folder.claim(config),
+    _collectives(),
   ):
     return _run(config, folder, examples, stopping)
 
@@ -91,6 +92,7 @@ def _run(
       before_seal=workdir.publish,  # No checkpoint is newer than its rows.
     )
     stack.callback(checkpoints.close)
+    stack.enter_context(_collectives(checkpoints.abandon))
     state = _first_state(program, checkpoints, start)
     recorder = Recorder(
       workdir,
@@ -111,9 +113,8 @@ def _run(
     profile = config.log.profile_steps if lead else (0, 0)
     profiler = Profiler(workdir, profile, console.print)
     stack.callback(profiler.close)
-    with _collectives(checkpoints):
-      state = train(program, state, checkpoints, recorder, profiler, stopping, workdir)
-      figures = program.evaluate(state, final=True)
+    state = train(program, state, checkpoints, recorder, profiler, stopping, workdir)
+    figures = program.evaluate(state, final=True)
     recorder.evaluated("final", int(state.step), figures)
   _finish(program, state, figures, workdir, console)
   return figures
@@ -144,18 +145,15 @@ def _first_state(program: Program, checkpoints: Checkpoints, start: Start | None
 
 
 @contextlib.contextmanager
-def _collectives(checkpoints: Checkpoints) -> Iterator[None]:
+def _collectives(when_lost: Callable[[], None] = lambda: None) -> Iterator[None]:
   """While active, a failed collective of several processes is raised as `Lost`."""
   try:
     yield
   except Exception as error:
     if jax.process_count() == 1 or not meshes.is_collective_error(error):
       raise
-    checkpoints.abandon()
-    raise Lost(
-      f"Another process is gone, or cannot be reached: {str(error).splitlines()[0][:200]}\n"
-      "  Run the same command on every host to resume from the newest checkpoint."
-    ) from error
+    when_lost()
+    raise Lost(str(error).splitlines()[0][:200]) from error
 
 
 def train(

@@ -13,6 +13,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import functools
 import itertools
 import multiprocessing
 import os
@@ -172,6 +173,8 @@ def in_bucket(fault: Callable[..., Result]) -> Callable[[str, pathlib.Path, int]
   return inject
 
 
+KILLED = ("first killed", "killed")  # Of two processes.
+SEVERAL = "the others exit 75 in bounded time, or wait; started again, same bits and rows"
 ROWS = {
   1: Row("SIGKILL at a random step", 50, "same bits and rows at the end", killed),
   2: Row("SIGKILL inside a save", 50, "the old or the new checkpoint, never a mixture", injections.killed_while_saving),
@@ -201,7 +204,11 @@ ROWS = {
   ),
   15: Row("invalid configs", 40, "every error reported, no device used", lambda d, f, n: bad_input.bad_configs(n)),
   16: Row("1, 2, 4, 8 devices in turn", 12, "same order of examples, losses within 1 %", injections.other_devices),
-  17: Row("one of two processes killed", 5, "the other exits 75 with a message", injections.lost_process),
+  17: Row(
+    "one of two processes killed, in training, at the start, evaluating, at the end", 8,
+    "the other exits 75 with a message; started again, same bits and rows",
+    lambda d, f, n: injections.one_of_several(d, f, n, 2, (*KILLED, *injections.HOSTS_GONE)),
+  ),
   18: Row("restored on fewer devices, from older formats", 9, "equal arrays", restored),
   19: Row("same seed twice; different numbers of workers", 10, "same bits", same),
   20: Row("three crashes, every example audited", 12, "each seen once per epoch", audited),
@@ -213,8 +220,13 @@ ROWS = {
   26: Row("in a bucket: one bit of the newest checkpoint flipped", 10, "file and step reported, an older one used, same bits at the end", in_bucket(bucket_faults.flipped)),
   27: Row("in a bucket: a tenth of all requests refused, reset, unanswered, late, cut", 10, "same bits and rows", in_bucket(bucket_faults.bad_network)),
   28: Row("in a bucket: the network gone", 4, "reported in bounded time, exit 74, same bits and rows afterwards", in_bucket(bucket_faults.no_network)),
-  29: Row("in a bucket: one of two processes killed", 4, "the other exits 75; started again, same bits and rows", in_bucket(bucket_faults.two_processes)),
+  29: Row("in a bucket: one of two processes killed", 4, "the other exits 75; started again, same bits and rows", in_bucket(functools.partial(bucket_faults.one_of_several, count=2, faults=KILLED))),
   30: Row("in a bucket: a second run at the same address", 4, "exit 2, the first undisturbed", in_bucket(bucket_faults.two_writers)),
+  31: Row(
+    "one of four hosts killed, the first killed, one warned, one 20 s late", 8, SEVERAL,
+    lambda d, f, n: injections.one_of_several(d, f, n, 4),
+  ),
+  32: Row("in a bucket: one of four hosts killed, the first killed, one warned, one 20 s late", 4, SEVERAL, in_bucket(bucket_faults.one_of_several)),
 }  # fmt: skip
 
 

@@ -176,7 +176,17 @@ def test_a_large_one_is_not(source, tiny_config, monkeypatch, fetched):
   assert not fetched
 
 
-@pytest.mark.parametrize("command_line", ["list", "prepare digits", "convert digits --to=x"])
-def test_commands_that_need_a_disk_say_so(command_line, capsys):
-  assert command.main([*command_line.split(), "--data_dir=gs://bucket/data"]) == 2
-  assert "--data_dir=gs://bucket/data is a URL; expected a path" in capsys.readouterr().err
+@pytest.mark.parametrize(
+  ("command_line", "option"),
+  [
+    ("list", "--data_dir=gs://bucket/x"),
+    ("prepare digits", "--data_dir=gs://bucket/x"),
+    ("prepare imagenet2012", "--manual_dir=gs://bucket/x"),
+    ("convert digits --to=x", "--data_dir=gs://bucket/x"),
+    ("convert digits", "--to=gs://bucket/x"),
+    ("cache imagenet2012 --image_size=16", "--to=gs://bucket/x"),
+  ],
+)
+def test_commands_that_need_a_disk_say_so(command_line, option, capsys):
+  assert command.main([*command_line.split(), option]) == 2
+  assert capsys.readouterr().err == f"{option} is a URL; expected a path of this machine\n"

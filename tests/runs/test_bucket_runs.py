@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import convex_jax
-from convex_jax import buckets, files
+from convex_jax import buckets, claims, files
 from convex_jax.errors import Unsaved, UserError
 from convex_jax.runs import certify_command, checkpoint_command, manifest
 from convex_jax.runs.checkpoints import Checkpoints
@@ -148,9 +148,9 @@ def test_another_config_is_refused(whole, settings, few_digits):
 
 
 def test_of_two_runs_one_is_refused(copied, settings, few_digits, monkeypatch):
-  monkeypatch.setattr(buckets, "RENEW", 0.1)
+  monkeypatch.setattr(claims, "RENEW", 0.1)
   with (
-    buckets.Claim(f"{copied}/.lock", ""),
+    claims.Claim(f"{copied}/.lock", ""),
     pytest.raises(UserError, match=rf"{copied} is in use by another run \(process {os.getpid()}"),
   ):
     loop.run(settings, copied, few_digits)
@@ -256,8 +256,9 @@ def test_a_network_that_is_gone_ends_a_run_in_bounded_time(bucket, data_dir, tmp
 
 
 @pytest.mark.slow
-def test_two_processes_write_one_run(bucket, data_dir, tmp_path):
-  assert bucket_faults.two_processes(bucket, data_dir, tmp_path, 1).all_survived
+def test_what_happens_to_one_of_four_hosts_changes_no_bit(bucket, data_dir, tmp_path):
+  result = bucket_faults.one_of_several(bucket, data_dir, tmp_path, len(injections.HOST_FAULTS))
+  assert result.all_survived, result.note
 
 
 @pytest.mark.slow

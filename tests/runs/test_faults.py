@@ -86,8 +86,16 @@ def test_a_run_moves_between_numbers_of_devices(data_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_loses_another_says_so(data_dir, tmp_path):
-  assert injections.lost_process(data_dir, tmp_path, 2).all_survived
+def test_what_happens_to_one_of_four_hosts_changes_no_bit(data_dir, tmp_path):
+  result = injections.one_of_several(data_dir, tmp_path, len(injections.HOST_FAULTS), 4)
+  assert result.all_survived, result.note
+
+
+@pytest.mark.slow
+def test_a_process_that_goes_at_any_moment_is_told_by_the_other(data_dir, tmp_path):
+  gone = injections.HOSTS_GONE
+  result = injections.one_of_several(data_dir, tmp_path, len(gone), 2, gone)
+  assert result.all_survived, result.note
 
 
 def test_time_runs_out(tiny_config, few_digits, tmp_path):

@@ -1,6 +1,6 @@
 """Faults of a run in a bucket, as `injections` has those of a run on a disk."""
 
-import contextlib
+import functools
 import os
 import pathlib
 import shutil
@@ -56,10 +56,7 @@ def killed_while_saving(bucket: Bucket, data_dir: str, folder: pathlib.Path, n: 
     how = rng.choice([{"die": "begun", "later": rng.uniform(0, 1.5)}, {"die": "in_seal"}])
     return {"at": rng.randint(1, 3), "sleep": 0.1, "renew": 0.5, **how}
 
-  def kind(*args):
-    return BucketRun(bucket, *args)
-
-  by_itself = injections.by_itself
+  kind, by_itself = functools.partial(BucketRun, bucket), injections.by_itself
   return injections.chain(data_dir, folder, n, by_itself, faults, -9, 21 + 21 * n, None, kind)[0]
 
 
@@ -141,47 +138,17 @@ def no_network(bucket: Bucket, data_dir: str, folder: pathlib.Path, n: int) -> R
   return result
 
 
-def two_processes(bucket: Bucket, data_dir: str, folder: pathlib.Path, n: int) -> Result:
-  """One of two that train together is killed; both start again, and end as if nothing had been."""
-  result, ends = Result(), []
-  for i in range(n + 1):  # The first is left alone.
-    address = bucket.address(f"{uuid.uuid4().hex[:8]}/two")
-
-    def pair(address=address, i=i):
-      port, runs = injections.free_port(), []
-      for k in range(2):
-        where = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={k}"]
-        runs.append(
-          BucketRun(bucket, data_dir, folder / f"two_{i}_{k}", 28, "--distributed=on", *where)
-        )
-        runs[-1].address = address
-      return runs, [run.start({"sleep": 0.05}, JAX_NUM_CPU_DEVICES="1") for run in runs]
-
-    told = True
-    if i:
-      runs, processes = pair()
-      with contextlib.ExitStack() as stack:
-        for process in processes:
-          stack.enter_context(injections.killed_at_the_end(process))
-        injections.wait_for(lambda r=runs[0]: len(r.logged()) > 15, processes[0])
-        processes[i % 2].kill()
-        began = time.monotonic()
-        _, err = processes[1 - i % 2].communicate(timeout=PATIENCE)
-        spent = time.monotonic() - began
-        told = processes[1 - i % 2].returncode == 75 and "same command on every host" in err
-    runs, processes = pair()
-    with contextlib.ExitStack() as stack:
-      for process in processes:
-        stack.enter_context(injections.killed_at_the_end(process))
-      errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
-    runs[0].settle()
-    ends.append(
-      (injections.last_bits(runs[0].workdir), injections.rows_without_clock(runs[0].workdir))
-    )
-    if i:
-      same = all(process.returncode == 0 for process in processes) and ends[-1] == ends[0]
-      result.add(told and same, spent, f"{[e[-200:] for e in errors]}")
-  return result
+def one_of_several(
+  bucket: Bucket,
+  data_dir: str,
+  folder: pathlib.Path,
+  n: int,
+  count: int = 4,
+  faults: tuple[str, ...] = injections.HOST_FAULTS,
+) -> Result:
+  """What happens to one of several hosts, as `injections` has it."""
+  kind = functools.partial(BucketRun, bucket)
+  return injections.one_of_several(data_dir, folder, n, count, faults, kind)
 
 
 def two_writers(bucket: Bucket, data_dir: str, folder: pathlib.Path, n: int) -> Result:

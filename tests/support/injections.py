@@ -555,26 +555,107 @@ def free_port() -> int:
     return s.getsockname()[1]
 
 
-def lost_process(data_dir: str, folder: pathlib.Path, n: int) -> Result:
-  """One of two processes is killed: the other ends with a message, and both can go on."""
-  result = Result()
-  for i in range(n):
-    port, runs = free_port(), []
-    for k in range(2):
-      where = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={k}"]
-      runs.append(Run(data_dir, folder / f"two_{i}", 2000, "--distributed=on", *where))
-    processes = [run.start({"sleep": 0.02}, JAX_NUM_CPU_DEVICES="1") for run in runs]
-    with contextlib.ExitStack() as stack:
-      for process in processes:
-        stack.enter_context(killed_at_the_end(process))
-      wait_for(lambda r=runs[0]: len(r.logged()) > 30, processes[0])
-      victim, other = processes[i % 2], processes[1 - i % 2]
-      victim.kill()
-      began = time.monotonic()
-      _, err = other.communicate(timeout=PATIENCE)
-      spent = time.monotonic() - began
-      told = "same command on every host" in err
-      result.add(other.returncode == 75 and told, spent, f"{other.returncode} {err[-500:]}")
+@contextlib.contextmanager
+def hosts(
+  make: Callable[..., Run],
+  count: int,
+  address: str = "",
+  faults: dict[int, dict[str, Any]] | None = None,
+  late: float = 0.0,
+) -> Iterator[tuple[Run, list[subprocess.Popen]]]:
+  """A run of `count` processes, as on so many hosts: (what the first leaves, the processes).
+
+  `make(*options)` is the run of one of them. Its place is `address`, if that is given; `faults` are
+  `victim`'s, by process. The last one starts `late` seconds after the others.
+  """
+  port, first, processes = free_port(), None, []
+  with contextlib.ExitStack() as stack:
+    for i in range(count):
+      where = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={i}"]
+      run = make("--distributed=on", *where)
+      first = first or run
+      run.address = first.address = address or first.address
+      run.log = run.log.with_suffix(f".{i}.log")
+      time.sleep(late if i == count - 1 else 0)
+      own = {"sleep": 0.05, "log": str(run.log), **(faults or {}).get(i, {})}
+      process = run.start(own, JAX_NUM_CPU_DEVICES="1")
+      processes.append(stack.enter_context(killed_at_the_end(process)))
+    assert first is not None
+    yield first, processes
+
+
+def ends_of(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+  """Exit code and errors of each process, once all have ended."""
+  errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+  return [(process.returncode, err) for process, err in zip(processes, errors, strict=True)]
+
+
+# What may happen to one of several hosts. The first coordinates the others, and alone writes rows.
+HOST_FAULTS = ("killed", "first killed", "warned", "late")
+# Killed where it begins to do what the last word says.
+HOSTS_GONE = tuple(
+  f"{who} at: {place}"
+  for place in ("start", "evaluate", "gather")
+  for who in ("gone", "first gone")
+)
+LATE = 20.0  # Seconds after the others.
+SOON = 150.0  # Seconds in which the others end: 100 until JAX misses one that is silent.
+
+
+def one_of_several(
+  data_dir: str,
+  folder: pathlib.Path,
+  n: int,
+  count: int,
+  faults: tuple[str, ...] = HOST_FAULTS,
+  kind: Callable[..., Run] = Run,
+) -> Result:
+  """Something happens to one of `count` hosts, and the same command is given on all of them.
+
+  Survived: where one is killed, the others end within `SOON`, with exit code 75, and say what to
+  do; where one is warned, all save and do so; one that is late is waited for. Then the same command
+  ends with the bits and rows of a run to which nothing happened.
+  """
+  rng, result, whole = random.Random(0), Result(redone=0), None
+  for i, fault in enumerate(["nothing", *itertools.islice(itertools.cycle(faults), n)]):
+
+    def make(*where, i=i):
+      # A row for each step: a stop divides none.
+      more = ["--config.log.every_steps=1", *where]
+      return kind(data_dir, folder / f"hosts_{i}", 28, *more)
+
+    address, told, spent, before, late = "", True, None, [], LATE if fault == "late" else 0.0
+    if fault not in ("nothing", "late"):
+      chosen = 0 if fault.startswith("first") else rng.randrange(1, count)
+      place, reached = fault.partition(" at: ")[2], rng.randrange(8, 20)
+      with hosts(make, count, faults={chosen: {"gone": place}} if place else None) as (
+        run,
+        processes,
+      ):
+        if place:
+          processes[chosen].wait(timeout=PATIENCE)
+        else:
+          wait_for(lambda r=run, n=reached: len(r.logged()) > n, processes[0])
+          processes[chosen].send_signal(signal.SIGTERM if fault == "warned" else signal.SIGKILL)
+        began = time.monotonic()
+        before = ends_of(processes)
+        spent = time.monotonic() - began
+      words = "saved in" if fault == "warned" else "same command on every host"
+      left = [end for k, end in enumerate(before) if fault == "warned" or k != chosen]
+      told = all(code == 75 and words in err and "Traceback" not in err for code, err in left)
+      told, address = told and spent < SOON, run.address
+    with hosts(make, count, address, late=late) as (run, processes):
+      ends = ends_of(processes)
+    run.settle()
+    fine = told and [code for code, _ in ends] == [0] * count
+    if whole is None:
+      assert fine, ends
+      whole = run.outcome()
+      continue
+    same = fine and run.outcome() == whole
+    why = [(code, err[-300:]) for code, err in before + ends]
+    result.add(same, spent, f"{fault}: told {told}, same {same}, {spent} s {why}")
+    result.redone = max(result.redone or 0, run.redone())
   return result
 
 

@@ -7,6 +7,7 @@ FAULTS, a JSON object in the environment, says which:
 | sleep | seconds before each call of the compiled step |
 | die, at | SIGKILL of itself at the n-th save: `begun`, `before_commit`, `after_commit`, `in_seal`, `after_seal` |
 | later | seconds after which it dies instead |
+| gone | SIGKILL of itself where it begins to do this: a key of `PLACES` |
 | linger | seconds that the commit of a checkpoint takes |
 | hang | the commit of the checkpoint of this step never ends |
 | full | (first, last) step of a disk that takes no file above 1,000 bytes; a save that was begun before is completed first, one that was begun within fails |
@@ -27,11 +28,17 @@ import time
 
 import numpy as np
 
-from convex_jax import buckets, files, main
+from convex_jax import buckets, claims, files, main
 from convex_jax.runs import checkpoints, manifest
 from convex_jax.training import program
 
 FAULTS = json.loads(os.environ.get("FAULTS", "{}"))
+PLACES = {
+  "start": (manifest, "quarantine_damaged"),
+  "restore": (checkpoints.Checkpoints, "restore"),
+  "evaluate": (program.Program, "evaluate"),
+  "gather": (program.Program, "gathered"),
+}
 saves = 0
 opened = []  # Checkpoints.
 
@@ -134,7 +141,9 @@ if __name__ == "__main__":
   checkpoints.Checkpoints.__init__ = kept(checkpoints.Checkpoints.__init__)
   checkpointer = checkpoints.ocp.training.Checkpointer
   checkpointer.save_checkpointables_async = counted(checkpointer.save_checkpointables_async)
+  if "gone" in FAULTS:
+    setattr(*PLACES[FAULTS["gone"]], lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
   buckets.PATIENCE = FAULTS.get("requests", buckets.PATIENCE)
-  buckets.RENEW = FAULTS.get("renew", buckets.RENEW)
+  claims.RENEW = FAULTS.get("renew", claims.RENEW)
   program.Program.train_call = stepping(program.Program.train_call)
   sys.exit(main.main())
