@@ -2,7 +2,7 @@
 
 The one module that knows about buckets; of what a run stores, only the arrays of its checkpoints go
 another way, which is Orbax's own. An object appears as a whole or not at all, once its upload is
-complete. There are no folders, and nothing is renamed, appended to or locked (`claims`).
+complete. There are no folders, and nothing is renamed, appended to or locked: see `claims` for what is done instead.
 
 Requests go through Google's client, which the extra `gcs` brings with gcsfs: it verifies checksums,
 and writes on the condition that nobody else has, which etils.epath and gcsfs do not.

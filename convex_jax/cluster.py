@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import http.client
 import os
 import re
 import signal
@@ -30,7 +31,10 @@ class Launcher:
   needed: tuple[str, ...]  # By JAX, besides.
   address: str | None = None  # What JAX finds process 0 by, where that may be absent.
   per_host: str = ""  # The number of processes on this host.
-  slices: tuple[str, str] = ("", "")  # The number of such groups, and this one, from 0; or one.
+  slices: tuple[str, str] = (
+    "",
+    "",
+  )  # The number of such groups, and of this one, if there may be several.
 
 
 LAUNCHERS = (
@@ -89,7 +93,8 @@ def place(
     environment: the variables.
 
   Raises:
-    UserError: options that do not fit together, or a launcher that does not tell enough.
+    UserError: options that do not fit together, a launcher that does not tell enough, or a TPU VM
+      whose metadata server does not answer.
   """
   if mode == "off":
     return None, ""
@@ -109,7 +114,8 @@ def place(
     return (Place(None, count) if count > 1 else None), ""
   if missing:
     return None, (
-      f"{launcher.name} tells of {launched.count} processes, but {' and '.join(missing)} is not set:"
+      f"{launcher.name} tells of {launched.count} processes, but {' and '.join(missing)} is not set, or"
+      " out of range:"
       f" this process was not started by {launcher.command}, and trains alone.\n"
       f"  To train together: {launcher.command} python -m convex_jax train ...; not to be told:"
       " --distributed=off"
@@ -163,7 +169,7 @@ def _hosts_of_slice(environment: Mapping[str, str]) -> int:
   if not here or "tpu" not in platforms.split(",") or any(map(environment.get, _TOLD)):
     return 1
   hosts = _metadata("worker-network-endpoints", environment)
-  if hosts is None:  # A virtual machine with a TPU that no slice belongs to.
+  if hosts is None:  # A virtual machine with a TPU, but of no slice.
     return 1
   slices = environment.get("MEGASCALE_NUM_SLICES")
   if slices is None:
@@ -193,12 +199,12 @@ def _metadata(name: str, environment: Mapping[str, str]) -> str | None:
       if error.code == 404:
         return None
       why = str(error)
-    except OSError as error:
-      why = str(error)
+    except (OSError, http.client.HTTPException) as error:
+      why = str(error) or type(error).__name__
     if time.monotonic() > end:
       raise UserError(
-        f"This host has a TPU, but {server} does not say whether it shares it with other hosts"
-        f" ({why}); pass --distributed=on to train with them, or --distributed=off to train alone"
+        f"This host has a TPU, but its metadata server {server} does not say how many hosts the slice"
+        f" has ({why}); pass --distributed=on if there are several, --distributed=off to train alone"
       )
     time.sleep(0.5)
 
@@ -261,6 +267,7 @@ def join(here: Place, timeout: int) -> None:
       here.index,
       local_device_ids=[] if here.all_devices else None,
       initialization_timeout=timeout + 60,
+      shutdown_timeout_seconds=24 * 3600,  # At the end process 0 may certify while others wait.
     )
   except Exception as error:  # Of whatever cluster JAX has recognised.
     reason = (str(error).splitlines() or [repr(error)])[0]
@@ -271,7 +278,8 @@ def join(here: Place, timeout: int) -> None:
     ) from error
   finally:
     patience.cancel()
-  _end_as_lost_when_aborted()
+  if here.count != 1:
+    _end_as_lost_when_aborted()
 
 
 def _end_as_lost_when_aborted() -> None:
@@ -279,12 +287,21 @@ def _end_as_lost_when_aborted() -> None:
 
   JAX aborts a process by itself where it cannot reach process 0, or has not heard of another for
   100 s, and may do so before a collective fails. No exception tells, and what it could call instead
-  (missed_heartbeat_callback) cannot be a function of Python (jaxlib 0.10: std::bad_cast).
+  (missed_heartbeat_callback) cannot be a function of Python (jaxlib 0.10: std::bad_cast). The
+  handler needs the interpreter's lock: it waits while another thread holds that in C.
   """
   ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
 
 
+_ABORTED = (
+  b"\nThis process was aborted, most likely by JAX because another one is gone or cannot be reached; the"
+  b" message above says more.\n"
+  b"  Run the same command on every host to resume from the newest checkpoint. If that ends in the"
+  b" same way, the cause is another one.\n"
+)
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(_: int) -> None:
-  os.write(2, f"\n{Lost('see above what JAX says')}\n".encode())
+  os.write(2, _ABORTED)
   os._exit(Lost.code)

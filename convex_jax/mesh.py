@@ -30,17 +30,21 @@ def make_mesh(devices: Sequence[Any] | None = None, fsdp: int = 1) -> Mesh:
   """A mesh of `devices`, by default all devices of all processes.
 
   The parts of a weight are on neighbouring devices, where need be along a part of an axis of the
-  slice: some have no axis, or product of axes, of that length. Of several TPU slices each has whole
-  rows. Axes of the mesh are Auto, so that the compiler places the collectives: under Explicit ones
+  slice: some have no axis, or product of axes, of that length. With several TPU slices each row lies
+  within one. Axes of the mesh are Auto, so that the compiler places the collectives: under Explicit ones
   ordinary model code does not trace.
 
-  Raises `UserError` where a weight's parts would be on several slices.
+  Raises `UserError` where a weight's parts would be on several slices, or slices differ in size.
   """
   devices = jax.devices() if devices is None else devices
   tpus = [device for device in devices if device.platform == "tpu"]
-  slices = len({getattr(device, "slice_index", 0) for device in tpus})
+  sizes = collections.Counter(getattr(device, "slice_index", 0) for device in tpus)
+  slices, each = len(sizes), max(sizes.values(), default=0)
   if slices > 1:
-    each = len(devices) // slices
+    if set(sizes.values()) != {each}:
+      raise UserError(
+        f"The slices have {sorted(sizes.values())} devices; expected the same number in each"
+      )
     if each % fsdp:
       raise UserError(
         f"config.fsdp is {fsdp} on {slices} slices of {each} devices; expected a divisor of {each}"

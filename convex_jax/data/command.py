@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _act(args: argparse.Namespace) -> int:
-  for option in ("to", "manual_dir"):  # Of some commands; what data_dir may be differs.
+  for option in ("to", "manual_dir"):  # Not all have them; --data_dir is looked at later.
     files.refuse_url(f"--{option}", getattr(args, option, ""))
   args.action(args)
   return 0

@@ -102,6 +102,7 @@ def _reciprocal(x: Ends) -> Ends:
   return enclosures.divide(enclosures.ONE, x)
 
 
+# Derivatives of scalar functions, given the ends of their arguments and of their results.
 SLOPES: dict[str, Callable[[Ends, Ends], Ends]] = {
   "neg": lambda x, y: (-1.0, -1.0),
   "abs": lambda x, y: (np.where(x[0] >= 0, 1.0, -1.0), np.where(x[1] <= 0, -1.0, 1.0)),

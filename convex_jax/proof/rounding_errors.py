@@ -104,7 +104,7 @@ class Program:
       apart_KxK = np.minimum(apart_KxK, own_K[:, None] + own_K + error_H @ columns_KxHxK)
     return _bound(apart_KxK)
 
-  def _output(self, ball: Ball) -> "Rounded | None":
+  def _output(self, ball: Ball) -> Rounded | None:
     """The output over a ball; None where nothing is known of it."""
     walk = Walk(self._arithmetic, ball, self._spreads)
     arguments = [

@@ -26,7 +26,7 @@ from convex_jax.errors import UserError
 FORMAT = 1  # Of a checkpoint; incremented when older versions cannot read it.
 NAME = "manifest.json"
 COMMITTED = "commit_success.txt"  # Orbax's, in a folder that it has finished.
-READERS = 8  # Files of a bucket that are read at a time; its client warns of more than 10.
+READERS = 8  # Files of a bucket that are read at a time; its client keeps 10 connections.
 LIBRARIES = ("convex_jax", "jax", "flax", "optax", "orbax-checkpoint")
 # Names, in lower case, that desktops, file servers and editors give to files which come and go:
 # no manifest lists them. Orbax uses none.

@@ -3,7 +3,8 @@
     python -m convex_jax sweep experiments/front --schedule=short [--data_dir=FOLDER]
     python -m experiments.front.run WORKDIR --schedule=short [--examples=1000] [--data_dir=FOLDER]
 
-WORKDIR is where the sweep trained; --sweep=FOLDER: another one than this folder's. Adds a row to
+WORKDIR is where the sweep trained, --sweep=FOLDER the folder of its sweep.py if not this one, whose
+schedules must have other names. Adds a row to
 radii.csv, next to this file, for each run that has none yet, and draws SCHEDULE_PANEL.png: clean
 accuracy against certified accuracy at l1 = 1 and 4.
 """

@@ -48,7 +48,8 @@ def main() -> None:
   tasks = jobs.tasks_of(jobs.read_sweep(args.folder), args.schedule, args.workdir)
   jobs.refuse_other_configs(tasks, results.Results())
   finished = [task for task in tasks if final(task)]
-  before = {(row.key, row.digest): row.test_accuracy for row in results.read(args.folder).rows}
+  known = [row for row in results.read(args.folder).rows if row.outcome == "finished"]
+  before = {(row.key, row.digest): row.test_accuracy for row in known}
   accuracies = {t.key: before[t.key, t.digest] for t in tasks if (t.key, t.digest) in before}
   accuracies |= {task.key: final(task)["test_accuracy"] for task in finished}
   rows = read(args.out)

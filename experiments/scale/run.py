@@ -186,6 +186,9 @@ def main() -> None:
   parser.add_argument("--machines", default=",".join(CORES))
   parser.add_argument("--forms", default=",".join(FORMS))
   args = parser.parse_args()
+  for given, known in ((args.programs, PROGRAMS), (args.machines, CORES), (args.forms, FORMS)):
+    if unknown := set(given.split(",")) - set(known):
+      parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(known)}")
   rows, decode, console = read(), decode_rates(), Console()
   known = {(row["program"], row["machine"], row["forms"]) for row in rows}
   wanted = [

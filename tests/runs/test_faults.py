@@ -92,7 +92,7 @@ def test_what_happens_to_one_of_four_hosts_changes_no_bit(data_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_goes_at_any_moment_is_told_by_the_other(data_dir, tmp_path):
+def test_a_process_that_goes_outside_of_training_is_told_by_the_other(data_dir, tmp_path):
   gone = injections.HOSTS_GONE
   result = injections.one_of_several(data_dir, tmp_path, len(gone), 2, gone)
   assert result.all_survived, result.note

@@ -88,15 +88,18 @@ def test_a_network_that_no_term_is_known_for_says_why(price, measure, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("digest, ioc", [("", "0.5"), ("another", "")])
+@pytest.mark.parametrize(
+  "digest, outcome, ioc",
+  [("", "finished", "0.5"), ("another", "finished", ""), ("", "diverged", "")],
+)
 def test_a_twin_trained_elsewhere_counts_if_it_is_of_the_same_config(
-  price, measure, monkeypatch, tmp_path, digest, ioc
+  price, measure, monkeypatch, tmp_path, digest, outcome, ioc
 ):
   """The accuracies in results.csv stand in for runs that are not there."""
   tasks = jobs.tasks_of(jobs.read_sweep(str(measure.folder)), "tiny", str(tmp_path))
   (twin,) = (task for task in tasks if task.job.variant == "ioc")
   row = results.Result(
-    *twin.key, digest or twin.digest, "finished", parameters=1, epochs=1.0, batch_size=1,
+    *twin.key, digest or twin.digest, outcome, parameters=1, epochs=1.0, batch_size=1,
     test_accuracy=0.5
   )  # fmt: skip
   results.write(results.Results((row,)), str(tmp_path))

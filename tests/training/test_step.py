@@ -70,7 +70,7 @@ def test_several_steps_a_call_are_the_same_steps(tiny_config, few_digits):
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_the_update_is_a_branch_on_a_cpu_alone(tiny_config, few_digits, monkeypatch, platform):
-  """Elsewhere gradients would be stored for it in float32, and a GPU would wait for the host."""
+  """Elsewhere gradients would be stored for it in float32."""
   monkeypatch.setattr(mesh, "target", lambda: (platform, 1))
   job = program.Program(tiny_config, few_digits, mesh.make_mesh(jax.devices()[:1]))
   plan, arrays = job.batches(range(1)), job.splits["train"].arrays
