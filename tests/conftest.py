@@ -1,6 +1,7 @@
 """Eight simulated CPU devices for every test; cheap compilation; real digits."""
 
 import dataclasses
+import gc
 import os
 import signal
 
@@ -10,7 +11,20 @@ import pytest
 if hasattr(signal, "SIGHUP"):  # Under nohup it is ignored, also by the processes that tests start.
   signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_num_cpu_devices", 8)
+# Most of the time goes into compiling small programs once: these two halve it, also in the commands
+# that tests run.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+if jax.__version_info__ < (0, 11):  # Later ones have no such flag.
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+gc.disable()  # Until all is imported and collected.
+
+
+def pytest_collection_finish():
+  """What is there now stays: a collection of garbage that looks at it costs a sixth of the suite."""
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 20)
+  gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
