@@ -114,7 +114,16 @@ PUBLISHED = [  # Parameters and 10^9 multiply-accumulates of public implementati
 ]
 
 
-@pytest.mark.parametrize("name,size,classes,px,parameters,giga", PUBLISHED)
+LARGE = [("densenet", "161"), ("densenet", "169"), ("densenet", "201"), ("densenet", "100-12")]
+LARGE += [("densenet", size) for size in ("100-24", "BC-250-24", "BC-190-40")]
+LARGE += [("cycle_mlp", "B4"), ("cycle_mlp", "B5")]
+LARGE += [("efficientnet", f"B{i}") for i in (2, 4, 5, 6, 7)]
+
+
+@pytest.mark.parametrize(
+  "name,size,classes,px,parameters,giga",
+  [pytest.param(*row, marks=[pytest.mark.slow] * (row[:2] in LARGE)) for row in PUBLISHED],
+)
 def test_parameters_and_work_equal_the_published(name, size, classes, px, parameters, giga):
   count, work = overview.describe(name, size, "base", classes, px)
   assert count == parameters
