@@ -7,6 +7,7 @@ import signal
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 if hasattr(signal, "SIGHUP"):  # Under nohup it is ignored, also by the processes that tests start.
   signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -29,10 +30,14 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_this_session(tmp_path_factory):
-  """Commands that tests run find each other's compiled programs, and nobody else's."""
+  """Tests, and the commands that they run, find each other's compiled programs, and nobody else's."""
   base = tmp_path_factory.getbasetemp()
   shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
   os.environ["XDG_CACHE_HOME"] = str(shared / "cache")
+  # A folder of this worker alone: JAX writes an entry where another may be reading it.
+  jax.config.update("jax_compilation_cache_dir", str(base / "compiled"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  compilation_cache.reset_cache()  # It has been looked for where a module compiled something.
 
 
 @pytest.fixture(scope="session")
