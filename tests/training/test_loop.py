@@ -20,7 +20,7 @@ from convex_jax.runs.workdir import FIRST_KEYS, FORMAT, FREE_KEYS
 from convex_jax.training import loop, program, recorder
 from tests.support import PATIENCE, ROOT, of
 from tests.support.injections import free_port, rows_without_clock
-from tests.support.running import run_main
+from tests.support.running import run_here, run_main
 
 TINY = [
   "--config=configs/mixer_ioc.py:digits",
@@ -33,9 +33,12 @@ TINY = [
 ]
 
 
-def command(data_dir, workdir, *more):
-  program = [sys.executable, "-m", "convex_jax.main", *TINY]
-  return [*program, f"--config.data.dir={data_dir}", f"--workdir={workdir}", *more]
+def options(data_dir, workdir, *more):
+  return [*TINY, f"--config.data.dir={data_dir}", f"--workdir={workdir}", *more]
+
+
+def command(*settings):
+  return [sys.executable, "-m", "convex_jax.main", *options(*settings)]
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +72,15 @@ def test_a_run_ends_with_its_figures_and_where_it_lies(finished):
 def test_the_same_command_on_a_finished_run_tells_its_figures_again(finished, data_dir):
   workdir, _ = finished
   before = rows_without_clock(workdir)
-  result = run_main(command(data_dir, workdir, "--config.steps=120", *SAVES))
+  result = run_here(*options(data_dir, workdir, "--config.steps=120", *SAVES))
   assert result.returncode == 0 and "generalisation gap" in result.stdout
   assert rows_without_clock(workdir) == before
 
 
 def test_another_config_in_the_same_workdir_is_refused(finished, data_dir):
   workdir, _ = finished
-  args = command(data_dir, workdir, "--config.steps=120", *SAVES, "--config.seed=3")
-  result = run_main(args)
+  args = options(data_dir, workdir, "--config.steps=120", *SAVES, "--config.seed=3")
+  result = run_here(*args)
   assert result.returncode == 2
   assert "config.seed: 0 there, 3 now" in result.stderr and "--workdir" in result.stderr
 
@@ -93,7 +96,7 @@ def test_a_run_older_than_some_keys_loads_and_is_no_other(finished, data_dir, tm
     del (content["config"][section[0]] if section else content["config"])[last]
   files.write_json(str(path), content)
   assert convex_jax.load(str(old)).config.data.classes == ()
-  assert run_main(command(data_dir, old, "--config.steps=120", *SAVES)).returncode == 0
+  assert run_here(*options(data_dir, old, "--config.steps=120", *SAVES)).returncode == 0
 
 
 def test_a_fresh_process_predicts_the_same_logits(finished, digits, tmp_path):
@@ -192,7 +195,7 @@ def test_a_run_that_waits_for_its_images_says_so(
 )
 def test_a_mistake_exits_2_with_one_line_each_and_no_traceback(args, words, tmp_path):
   workdir = tmp_path / "run"
-  result = run_main([sys.executable, "-m", "convex_jax.main", f"--workdir={workdir}", *args])
+  result = run_here(f"--workdir={workdir}", *args)
   assert result.returncode == 2
   for word in words:
     assert word in result.stderr
