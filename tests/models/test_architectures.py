@@ -21,6 +21,7 @@ def tiny(name, twin="base", classes=3, **changes):
   return catalog.create_model(name, "tiny", twin, classes, **changes)
 
 
+@functools.cache
 def abstract(model, px=8, channels=3):
   """The shapes of a network's variables, in their boxes."""
   return jax.eval_shape(lambda: init_variables(model, jax.random.key(0), (px, px, channels)))
