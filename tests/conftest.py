@@ -1,6 +1,7 @@
 """Eight simulated CPU devices for every test; cheap compilation; real digits."""
 
 import dataclasses
+import functools
 import gc
 import os
 import signal
@@ -38,6 +39,14 @@ def cache_of_this_session(tmp_path_factory):
   jax.config.update("jax_compilation_cache_dir", str(base / "compiled"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   compilation_cache.reset_cache()  # It has been looked for where a module compiled something.
+
+
+@pytest.fixture
+def usual_emitters(monkeypatch):
+  """What is compiled at the outermost level is so as outside the tests: for what is so to the bit."""
+  if jax.__version_info__ < (0, 11):
+    options = {"xla_cpu_use_fusion_emitters": True}
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
 
 
 @pytest.fixture(scope="session")
