@@ -13,6 +13,9 @@ from convex_jax.proof import rounding_errors
 from convex_jax.proof.radii import Certifier
 from convex_jax.proof.rounding_errors import ARITHMETICS, Arithmetic, Ball, Program
 
+# Their bounds are of the programs that users compile.
+pytestmark = pytest.mark.usefixtures("usual_emitters")
+
 F32 = ARITHMETICS["float32"]
 RADIUS = {"l1": 1.0, "l2": 0.3, "linf": 0.1}
 
