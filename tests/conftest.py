@@ -1,24 +1,52 @@
 """Eight simulated CPU devices for every test; cheap compilation; real digits."""
 
 import dataclasses
+import functools
+import gc
 import os
 import signal
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 if hasattr(signal, "SIGHUP"):  # Under nohup it is ignored, also by the processes that tests start.
   signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_num_cpu_devices", 8)
+# Most of the time goes into compiling small programs once: these two halve it, also in the commands
+# that tests run.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+if jax.__version_info__ < (0, 11):  # Later ones have no such flag.
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+gc.disable()  # Until all is imported and collected.
+
+
+def pytest_collection_finish():
+  """What is there now stays: a collection of garbage that looks at it costs a sixth of the suite."""
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 20)
+  gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_this_session(tmp_path_factory):
-  """Commands that tests run find each other's compiled programs, and nobody else's."""
+  """Tests, and the commands that they run, find each other's compiled programs, and nobody else's."""
   base = tmp_path_factory.getbasetemp()
   shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
   os.environ["XDG_CACHE_HOME"] = str(shared / "cache")
+  # A folder of this worker alone: JAX writes an entry where another may be reading it.
+  jax.config.update("jax_compilation_cache_dir", str(base / "compiled"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  compilation_cache.reset_cache()  # It has been looked for where a module compiled something.
+
+
+@pytest.fixture
+def usual_emitters(monkeypatch):
+  """What is compiled at the outermost level is so as outside the tests: for what is so to the bit."""
+  if jax.__version_info__ < (0, 11):
+    options = {"xla_cpu_use_fusion_emitters": True}
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ def tiny(name, twin="base", classes=3, **changes):
   return catalog.create_model(name, "tiny", twin, classes, **changes)
 
 
+@functools.cache
 def abstract(model, px=8, channels=3):
   """The shapes of a network's variables, in their boxes."""
   return jax.eval_shape(lambda: init_variables(model, jax.random.key(0), (px, px, channels)))
@@ -114,7 +115,16 @@ PUBLISHED = [  # Parameters and 10^9 multiply-accumulates of public implementati
 ]
 
 
-@pytest.mark.parametrize("name,size,classes,px,parameters,giga", PUBLISHED)
+LARGE = [("densenet", "161"), ("densenet", "169"), ("densenet", "201"), ("densenet", "100-12")]
+LARGE += [("densenet", size) for size in ("100-24", "BC-250-24", "BC-190-40")]
+LARGE += [("cycle_mlp", "B4"), ("cycle_mlp", "B5")]
+LARGE += [("efficientnet", f"B{i}") for i in (2, 4, 5, 6, 7)]
+
+
+@pytest.mark.parametrize(
+  "name,size,classes,px,parameters,giga",
+  [pytest.param(*row, marks=[pytest.mark.slow] * (row[:2] in LARGE)) for row in PUBLISHED],
+)
 def test_parameters_and_work_equal_the_published(name, size, classes, px, parameters, giga):
   count, work = overview.describe(name, size, "base", classes, px)
   assert count == parameters

@@ -62,6 +62,7 @@ def optimized():
   jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.mark.usefixtures("usual_emitters")
 @pytest.mark.parametrize("name", ["clamp", "exponentiate", "shift"])
 def test_a_link_holds_in_the_program_that_the_compiler_makes_of_a_whole_step(name, optimized):
   """With Adam's products fused in: a head once ended a run at -1.5e-11."""

@@ -54,10 +54,11 @@ def network(name, size, px, keys, scale=1.0):
 def check(f, weights, x, tolerance=1e-13):
   """Raises unless f + t is proved, and has f's softmax to within the rounding of numbers as large."""
   found = convexify(f, weights, x)
+  # Compiled as a whole: operation by operation, the small programs of a network take far longer.
   logits, convex, common = (
-    np.asarray(getattr(found, name)(x)) for name in ("logits", "convex_logits", "common")
+    np.asarray(jax.jit(getattr(found, name))(x)) for name in ("logits", "convex_logits", "common")
   )
-  np.testing.assert_array_equal(logits, f(weights, x))
+  np.testing.assert_array_equal(logits, jax.jit(functools.partial(f, weights))(x))
   assert common.shape == (*logits.shape[:-1], 1)
   rounding = tolerance * (1 + np.abs(convex).max())
   np.testing.assert_allclose(convex, logits + common, rtol=0, atol=rounding)
@@ -68,7 +69,7 @@ def check(f, weights, x, tolerance=1e-13):
 
 
 def worst_midpoint(f, shape):
-  gaps = midpoint_gaps(jax.vmap(f), shape, pairs=40, sizes=(0.3, 3), steps=(0.1, 1))
+  gaps = midpoint_gaps(jax.jit(jax.vmap(f)), shape, pairs=40, sizes=(0.3, 3), steps=(0.1, 1))
   assert not np.isnan(gaps).any()
   return gaps.max()
 
@@ -79,7 +80,7 @@ def test_every_architecture_has_convex_logits(case):
     f, weights, x = network(*case)
     found = check(f, weights, x, 1e-12)
     convex = found.convex_logits
-    size = float(np.abs(convex(x)).max())
+    size = float(np.abs(jax.jit(convex)(x)).max())
     assert worst_midpoint(convex, x.shape) <= 1e-12 * (1 + size)
     assert not certify(f, weights, x, search_steps=0)  # It is not convex to begin with.
 

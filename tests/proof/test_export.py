@@ -99,10 +99,13 @@ def size_of(name):
   return 36 if name == "convolutions" else N
 
 
+compiled = functools.cache(jax.jit)
+
+
 def exact(function, x):
   """The function in float64, flat."""
   with jax.enable_x64(True):
-    return np.ravel(jax.jit(lambda x: function(x))(jnp.asarray(x, jnp.float64)))
+    return np.ravel(compiled(function)(jnp.asarray(x, jnp.float64)))
 
 
 def solve(program, objective, constraints):

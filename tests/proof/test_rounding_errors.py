@@ -17,6 +17,9 @@ from convex_jax.proof.rounding_errors import Program
 from convex_jax.proof.rounding_walk import Ball, Walk
 from convex_jax.proof.source import Place
 
+# Their bounds are of the programs that users compile.
+pytestmark = pytest.mark.usefixtures("usual_emitters")
+
 F32 = ARITHMETICS["float32"]
 RADIUS = {"l1": 1.0, "l2": 0.3, "linf": 0.1}
 

@@ -46,9 +46,15 @@ def infer(model, weights, x, dtype=jnp.float32):
   return step.apply(model.clone(parts=parts), weights, x)
 
 
+@functools.cache
+def shapes(model):
+  """Those of a network's variables, in their boxes."""
+  return jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0), SHAPE))
+
+
 def feasible(model, seed=0):
   """(weights, tags): free weights of either sign, tagged ones > 0, averages other than 0 and 1."""
-  boxed = jax.eval_shape(lambda: step.init_variables(model, jax.random.key(0), SHAPE))
+  boxed = shapes(model)
   kinds, rng = constraints_of(boxed["params"]), np.random.default_rng(seed)
 
   def draw(leaf, kind):

@@ -20,7 +20,7 @@ from convex_jax.runs.workdir import FIRST_KEYS, FORMAT, FREE_KEYS
 from convex_jax.training import loop, program, recorder
 from tests.support import PATIENCE, ROOT, of
 from tests.support.injections import free_port, rows_without_clock
-from tests.support.running import run_main
+from tests.support.running import run_here, run_main
 
 TINY = [
   "--config=configs/mixer_ioc.py:digits",
@@ -33,21 +33,24 @@ TINY = [
 ]
 
 
-def command(data_dir, workdir, *more):
-  program = [sys.executable, "-m", "convex_jax.main", *TINY]
-  return [*program, f"--config.data.dir={data_dir}", f"--workdir={workdir}", *more]
+def options(data_dir, workdir, *more):
+  return [*TINY, f"--config.data.dir={data_dir}", f"--workdir={workdir}", *more]
+
+
+def command(*settings):
+  return [sys.executable, "-m", "convex_jax.main", *options(*settings)]
 
 
 @pytest.fixture(scope="module")
 def finished(data_dir, tmp_path_factory):
-  """An unbroken run of 120 steps, and what it printed."""
+  """An unbroken run of three epochs, and what it printed."""
   workdir = tmp_path_factory.mktemp("unbroken") / "run"
-  result = run_main(command(data_dir, workdir, "--config.steps=120", *SAVES))
+  result = run_main(command(data_dir, workdir, "--config.steps=54", *SAVES))
   assert result.returncode == 0, result.stderr
   return workdir, result.stdout
 
 
-SAVES = ["--config.checkpoint.every_steps=7"]
+SAVES = ["--config.checkpoint.every_steps=18"]
 
 
 def test_a_run_ends_with_its_figures_and_where_it_lies(finished):
@@ -57,27 +60,27 @@ def test_a_run_ends_with_its_figures_and_where_it_lies(finished):
   assert "generalisation gap" in out and "exactly 0" in out and str(workdir) in out
   rows = rows_without_clock(workdir)
   final = rows[-1]
-  assert final["kind"] == "final" and final["step"] == 120
+  assert final["kind"] == "final" and final["step"] == 54
   assert final["smallest_constrained"] >= 0
   assert {"train_accuracy", "train_loss", "test_accuracy", "test_loss", "gap"} <= final.keys()
   assert any(name.startswith("events.out.tfevents") for name in os.listdir(workdir))
   for kind in ("train", "eval"):
     steps = [row["step"] for row in rows if row["kind"] == kind]
-    assert steps == sorted(set(steps)) and steps[-1] == 120
+    assert steps == sorted(set(steps)) and steps[-1] == 54
 
 
 def test_the_same_command_on_a_finished_run_tells_its_figures_again(finished, data_dir):
   workdir, _ = finished
   before = rows_without_clock(workdir)
-  result = run_main(command(data_dir, workdir, "--config.steps=120", *SAVES))
+  result = run_main(command(data_dir, workdir, "--config.steps=54", *SAVES))
   assert result.returncode == 0 and "generalisation gap" in result.stdout
   assert rows_without_clock(workdir) == before
 
 
 def test_another_config_in_the_same_workdir_is_refused(finished, data_dir):
   workdir, _ = finished
-  args = command(data_dir, workdir, "--config.steps=120", *SAVES, "--config.seed=3")
-  result = run_main(args)
+  args = options(data_dir, workdir, "--config.steps=54", *SAVES, "--config.seed=3")
+  result = run_here(*args)
   assert result.returncode == 2
   assert "config.seed: 0 there, 3 now" in result.stderr and "--workdir" in result.stderr
 
@@ -93,7 +96,7 @@ def test_a_run_older_than_some_keys_loads_and_is_no_other(finished, data_dir, tm
     del (content["config"][section[0]] if section else content["config"])[last]
   files.write_json(str(path), content)
   assert convex_jax.load(str(old)).config.data.classes == ()
-  assert run_main(command(data_dir, old, "--config.steps=120", *SAVES)).returncode == 0
+  assert run_here(*options(data_dir, old, "--config.steps=54", *SAVES)).returncode == 0
 
 
 def test_a_fresh_process_predicts_the_same_logits(finished, digits, tmp_path):
@@ -115,7 +118,7 @@ def test_a_fresh_process_predicts_the_same_logits(finished, digits, tmp_path):
   accuracy = np.mean(run.predict(digits.test.images) == digits.test.labels)
   assert accuracy == pytest.approx(run.metrics("final")[-1]["test_accuracy"], abs=1e-6)
   assert run.class_names == tuple("0123456789") and run.config.model.parts == "ioc"
-  assert run.certificate["verdict"] == "PROVED" and "mixer" in repr(run) and run.step == 120
+  assert run.certificate["verdict"] == "PROVED" and "mixer" in repr(run) and run.step == 54
   with pytest.raises(ValueError, match="uint8 of shape"):
     run.logits(digits.test.images / 255)
   best = convex_jax.load(str(workdir), step="best")
@@ -127,7 +130,7 @@ def test_loading_what_is_not_there_says_what_is(finished, tmp_path):
   workdir, _ = finished
   with pytest.raises(UserError, match="does not contain a run"):
     convex_jax.load(str(tmp_path))
-  with pytest.raises(UserError, match=r"no checkpoint 999 in .*expected one of .*120"):
+  with pytest.raises(UserError, match=r"no checkpoint 999 in .*expected one of .*54"):
     convex_jax.load(str(workdir), step=999)
   with pytest.raises(UserError, match="no averaged weights"):
     convex_jax.load(str(workdir), weights="ema")
@@ -192,7 +195,7 @@ def test_a_run_that_waits_for_its_images_says_so(
 )
 def test_a_mistake_exits_2_with_one_line_each_and_no_traceback(args, words, tmp_path):
   workdir = tmp_path / "run"
-  result = run_main([sys.executable, "-m", "convex_jax.main", f"--workdir={workdir}", *args])
+  result = run_here(f"--workdir={workdir}", *args)
   assert result.returncode == 2
   for word in words:
     assert word in result.stderr

@@ -48,7 +48,7 @@ def test_world_sizes_agree(tiny_config, few_digits, changes):
     assert figures["test_accuracy"] * 50 == pytest.approx(round(figures["test_accuracy"] * 50))
 
 
-def test_resident_and_sent_batches_train_to_the_same_bits(tiny_config, few_digits):
+def test_resident_and_sent_batches_train_to_the_same_bits(tiny_config, few_digits, usual_emitters):
   calls = [range(i, i + 1) for i in range(3)]
   (_, resident, losses), (_, sent, others) = (
     run_steps(of(tiny_config, data__loader=loader), few_digits, 2, calls)
