@@ -13,13 +13,21 @@ from jax.experimental.compilation_cache import compilation_cache
 if hasattr(signal, "SIGHUP"):  # Under nohup it is ignored, also by the processes that tests start.
   signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_num_cpu_devices", 8)
-# Most of the time goes into compiling small programs once: these two halve it, also in the commands
-# that tests run.
 jax.config.update("jax_disable_most_optimizations", True)
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-if jax.__version_info__ < (0, 11):  # Later ones have no such flag.
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 gc.disable()  # Until all is imported and collected.
+
+
+def pytest_configure(config):
+  """Most of the time goes into compiling small programs once: these two halve it.
+
+  They hold for the commands that tests run as well, though not for those of slow tests, which are
+  compiled as a user's are.
+  """
+  if config.option.markexpr == "not slow":
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+    if jax.__version_info__ < (0, 11):  # Later ones have no such flag.
+      flags = os.environ.get("XLA_FLAGS", "")
+      os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_collection_finish():
