@@ -257,7 +257,8 @@ def test_a_network_that_is_gone_ends_a_run_in_bounded_time(bucket, data_dir, tmp
 
 @pytest.mark.slow
 def test_what_happens_to_one_of_four_hosts_changes_no_bit(bucket, data_dir, tmp_path):
-  result = bucket_faults.one_of_several(bucket, data_dir, tmp_path, len(injections.HOST_FAULTS))
+  faults = "killed", "late"
+  result = bucket_faults.one_of_several(bucket, data_dir, tmp_path, len(faults), 4, faults)
   assert result.all_survived, result.note
 
 

@@ -87,13 +87,15 @@ def test_a_run_moves_between_numbers_of_devices(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_what_happens_to_one_of_four_hosts_changes_no_bit(data_dir, tmp_path):
-  result = injections.one_of_several(data_dir, tmp_path, len(injections.HOST_FAULTS), 4)
+  """The other faults in a bucket, and all in both places in experiments/faults."""
+  faults = "first killed", "warned"
+  result = injections.one_of_several(data_dir, tmp_path, len(faults), 4, faults)
   assert result.all_survived, result.note
 
 
 @pytest.mark.slow
 def test_a_process_that_goes_outside_of_training_is_told_by_the_other(data_dir, tmp_path):
-  gone = injections.HOSTS_GONE
+  gone = "first gone at: start", "gone at: evaluate", "first gone at: gather"
   result = injections.one_of_several(data_dir, tmp_path, len(gone), 2, gone)
   assert result.all_survived, result.note
 
