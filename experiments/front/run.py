@@ -62,7 +62,10 @@ def main() -> None:
       table = csv.DictWriter(file, FIELDS, lineterminator="\n")
       table.writeheader()
       table.writerows(rows)
+  drawn = jobs.read_sweep(str(FOLDER)).SCHEDULES  # Of other sweeps a table says as much.
   for schedule, panel in dict.fromkeys((row["schedule"], row["panel"]) for row in rows):
+    if schedule not in drawn:
+      continue
     own = [row for row in rows if (row["schedule"], row["panel"]) == (schedule, panel)]
     draw(args.out / f"{jobs.file_name(f'{schedule} {panel}')}.png", panel, own)
 
