@@ -29,7 +29,9 @@ def test_make_takes_the_newest_python_that_runs(tmp_path, commands, chosen):
     (tmp_path / name).write_text(text)
     (tmp_path / name).chmod(0o755)
   words = ["make", "-n", f"VENV={tmp_path}/venv", "lint"]
-  environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+  # What the `make` that runs these tests was given is not for this one.
+  given = {"PYTHON", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"}
+  environment = {name: value for name, value in os.environ.items() if name not in given}
   environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
   printed = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
   assert f"{chosen} -m venv {tmp_path}/venv" in printed.stdout, printed.stderr
