@@ -1,4 +1,4 @@
-"""Which processes train together: the one place that reads the variables of launchers."""
+"""Which processes train together, and joining them: the one place that reads launchers' variables."""
 
 import ctypes
 import dataclasses
@@ -31,10 +31,7 @@ class Launcher:
   needed: tuple[str, ...]  # By JAX, besides.
   address: str | None = None  # What JAX finds process 0 by, where that may be absent.
   per_host: str = ""  # The number of processes on this host.
-  slices: tuple[str, str] = (
-    "",
-    "",
-  )  # The number of such groups, and of this one, if there may be several.
+  slices: tuple[str, str] = ("", "")  # How many such groups there are, and which this one is.
 
 
 LAUNCHERS = (
@@ -180,7 +177,7 @@ def _hosts_of_slice(environment: Mapping[str, str]) -> int:
 
 
 def _metadata(name: str, environment: Mapping[str, str]) -> str | None:
-  """An attribute of this virtual machine; None if it has no such.
+  """An attribute of this virtual machine; None if it has none of that name.
 
   Raises `UserError` where the metadata server does not answer for `METADATA_PATIENCE`.
   """
