@@ -56,8 +56,6 @@ FUNCTIONS: dict[str, int] = {
   "sqrt": 4,
   "rsqrt": 8,
 }
-
-
 _ONCE = {"add": 1, "add_any": 1, "sub": 1, "mul": 1, "square": 1, "div": 2}  # a / b as a (1 / b).
 
 
@@ -118,8 +116,6 @@ SLOPES: dict[str, Callable[[Ends, Ends], Ends]] = {
   "erf": _falling_from_0(_slope_of_erf),
   "erfc": lambda x, y: enclosures.negative(_falling_from_0(_slope_of_erf)(x, y)),
 }
-
-
 BASIC: dict[str, Callable[[Ends, Ends], Ends]] = {
   "add": enclosures.add,
   "add_any": enclosures.add,

@@ -70,25 +70,13 @@ class Overflow(Exception):
 
 
 _EXTREMES = {"max": np.maximum, "min": np.minimum}
-
-
 _MOVES = {"broadcast_in_dim", "concatenate", "dynamic_slice", "dynamic_update_slice", "gather"}
 _MOVES |= {"pad", "reshape", "rev", "slice", "split", "squeeze", "stack", "tile", "transpose"}
-
-
 _LARGEST = {"reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min"}
 _LARGEST |= {"cummax", "cummin"}
-
-
 _SUMS = {"reduce_sum", "reduce_window_sum", "cumsum"}
-
-
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
-
-
 _EXACT_PRODUCTS = ("HIGHEST", "F32_F32_F32")
-
-
 CHUNK = 64  # Columns of the derivative of an affine value at a time.
 
 
