@@ -291,8 +291,8 @@ def _end_as_lost_when_aborted() -> None:
 
 
 _ABORTED = (
-  b"\nThis process was aborted, most likely by JAX because another one is gone or cannot be reached; the"
-  b" message above says more.\n"
+  b"\nThis process was aborted, most likely by JAX because another process is gone or cannot be reached;"
+  b" the message above says more.\n"
   b"  Run the same command on every host to resume from the newest checkpoint. If that ends in the"
   b" same way, the cause is another one.\n"
 )

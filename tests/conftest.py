@@ -51,7 +51,7 @@ def cache_of_this_session(tmp_path_factory):
 
 @pytest.fixture
 def usual_emitters(monkeypatch):
-  """What is compiled at the outermost level is so as outside the tests: for what is so to the bit."""
+  """Compiles jitted functions with XLA's usual emitters, for tests that compare bits."""
   if jax.__version_info__ < (0, 11):
     options = {"xla_cpu_use_fusion_emitters": True}
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
