@@ -162,6 +162,11 @@ _STATUS = re.compile(
 )
 
 
+_BARRIER = "Timeout waiting at barrier"  # Orbax: whatever the reason, a process that is gone too.
+
+
 def is_collective_error(error: Exception) -> bool:
-  """Whether XLA raised this error because an operation across processes failed."""
+  """Whether XLA or Orbax raised this error because an operation across processes failed."""
+  if isinstance(error, TimeoutError):
+    return str(error).startswith(_BARRIER)
   return isinstance(error, ValueError | RuntimeError) and bool(_STATUS.match(str(error)))

@@ -94,6 +94,7 @@ def test_another_error_of_xlas_is_no_full_memory():
   with pytest.raises(JaxRuntimeError):
     command_line.exit_code(fail)
   assert not meshes.is_collective_error(ValueError("INTERNAL: RESOURCE_EXHAUSTED: 7 bytes"))
+  assert not meshes.is_collective_error(TimeoutError("The read operation timed out"))
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from convex_jax import buckets, files
-from convex_jax.errors import Unsaved, UserError
+from convex_jax import mesh as meshes
+from convex_jax.errors import Lost, Unsaved, UserError
 from convex_jax.runs import manifest
 
 _policies = ocp.training.preservation_policies
@@ -150,6 +151,7 @@ class Checkpoints:
       )
     except Exception as error:
       self._clear(step)
+      self._raise_if_lost(error)
       self._fail(step, _words(error))
       return
 
@@ -191,9 +193,19 @@ class Checkpoints:
       if not glob.glob(pattern):
         break
 
+  def _raise_if_lost(self, error: Exception | None) -> None:
+    """Raises `Lost` where a save failed because another process, which takes part, is gone."""
+    if error is not None and jax.process_count() > 1 and meshes.is_collective_error(error):
+      self.abandon()
+      raise Lost(_words(error)) from error
+
   def check(self) -> None:
-    """Raises `Unsaved` where a save failed or is late; with `go_on` reports it, once."""
+    """Raises `Unsaved` where a save failed or is late; with `go_on` reports it, once.
+
+    Raises `Lost` where it failed because another process is gone.
+    """
     if self._save is not None and self._save.step == self._newest:
+      self._raise_if_lost(self._save.error)
       reason = self._save.failure()
       if reason is not None and self._failure is None:
         self._fail(self._save.step, reason)

@@ -205,7 +205,7 @@ ROWS = {
   15: Row("invalid configs", 40, "every error reported, no device used", lambda d, f, n: bad_input.bad_configs(n)),
   16: Row("1, 2, 4, 8 devices in turn", 12, "same order of examples, losses within 1 %", injections.other_devices),
   17: Row(
-    "one of two processes killed, in training, at the start, evaluating, at the end", 8,
+    "one of two processes killed: in training, at the start, restoring, evaluating, saving, at the end", 12,
     "the other exits 75 with a message; started again, same bits and rows",
     lambda d, f, n: injections.one_of_several(d, f, n, 2, (*KILLED, *injections.HOSTS_GONE)),
   ),

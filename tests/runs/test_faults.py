@@ -1,5 +1,6 @@
 """Faults injected, and a run that survives them: a few of each; `experiments/faults` has all."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 import convex_jax
 from convex_jax import files, mesh
-from convex_jax.errors import Diverged, Unsaved, UserError
+from convex_jax.errors import Diverged, Lost, Unsaved, UserError
 from convex_jax.runs import checkpoint_command, manifest
 from convex_jax.runs.checkpoints import Checkpoints
 from convex_jax.runs.workdir import FORMAT, Workdir
@@ -95,7 +96,7 @@ def test_what_happens_to_one_of_four_hosts_changes_no_bit(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_goes_outside_of_training_is_told_by_the_other(data_dir, tmp_path):
-  gone = "first gone at: start", "gone at: evaluate", "first gone at: gather"
+  gone = "first gone at: start", "gone at: restore", "gone at: evaluate", "first gone at: gather"
   result = injections.one_of_several(data_dir, tmp_path, len(gone), 2, gone)
   assert result.all_survived, result.note
 
@@ -219,6 +220,31 @@ def test_an_error_of_a_save_is_told_once_and_at_its_step(
   assert caught.value.code == 74
   with pytest.raises(Unsaved):
     strict.close()
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, Unsaved), (2, Lost)])
+@pytest.mark.parametrize("where", ["begun", "sealed"])
+def test_a_save_that_waits_for_a_process_that_is_gone_says_so(
+  tiny_config, few_digits, tmp_path, monkeypatch, where, processes, expected
+):
+  """Orbax raises a TimeoutError then; of a single process it is the disk's."""
+
+  def late(*_, **__):
+    raise TimeoutError("Timeout waiting at barrier 'x'. The original error raised was: INTERNAL")
+
+  _, state, ours = saved(tiny_config, few_digits, tmp_path, 1)
+  with monkeypatch.context() as patch, pytest.raises(expected):
+    if where == "sealed":
+      patch.setattr(manifest, "seal", late)
+      ours.save(2, state.items(), accuracy=None)
+      ours.wait()
+    patch.setattr(jax, "process_count", lambda: processes)
+    if where == "begun":
+      patch.setattr(ours._checkpointer, "save_checkpointables_async", late)
+      ours.save(2, state.items(), accuracy=None)
+    ours.check()
+  with contextlib.suppress(Unsaved):
+    ours.close()
 
 
 def test_a_late_checkpoint_outlives_the_failure_of_a_later_one(

@@ -592,12 +592,12 @@ def ends_of(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
 
 # What may happen to one of several hosts. The first coordinates the others, and alone writes rows.
 HOST_FAULTS = ("killed", "first killed", "warned", "late")
-# Killed where it begins to do what the last word says.
-HOSTS_GONE = tuple(
-  f"{who} at: {place}"
-  for place in ("start", "evaluate", "gather")
-  for who in ("gone", "first gone")
-)
+# Killed where it begins to do what the last word says: `victim`'s faults.
+PLACES: dict[str, dict[str, Any]] = {
+  place: {"gone": place} for place in ("start", "restore", "evaluate", "gather")
+}
+PLACES["last save"] = {"die": "begun", "at": 5}  # Of 28 steps.
+HOSTS_GONE = tuple(f"{who} at: {place}" for place in PLACES for who in ("gone", "first gone"))
 LATE = 20.0  # Seconds after the others.
 SOON = 150.0  # Seconds in which the others end: 100 until JAX misses one that is silent.
 
@@ -628,10 +628,13 @@ def one_of_several(
     if fault not in ("nothing", "late"):
       chosen = 0 if fault.startswith("first") else rng.randrange(1, count)
       place, reached = fault.partition(" at: ")[2], rng.randrange(8, 20)
-      with hosts(make, count, faults={chosen: {"gone": place}} if place else None) as (
-        run,
-        processes,
-      ):
+      if place == "restore":  # Only a run that was begun restores.
+        with hosts(make, count) as (run, processes):
+          wait_for(lambda r=run, n=reached: len(r.logged()) > n, processes[0])
+          processes[0].terminate()
+          told, address = {code for code, _ in ends_of(processes)} == {75}, run.address
+      gone = {chosen: PLACES[place]} if place else None
+      with hosts(make, count, address, gone) as (run, processes):
         if place:
           processes[chosen].wait(timeout=PATIENCE)
         else:
@@ -642,7 +645,7 @@ def one_of_several(
         spent = time.monotonic() - began
       words = "saved in" if fault == "warned" else "same command on every host"
       left = [end for k, end in enumerate(before) if fault == "warned" or k != chosen]
-      told = all(code == 75 and words in err and "Traceback" not in err for code, err in left)
+      told &= all(code == 75 and words in err and "Traceback" not in err for code, err in left)
       told, address = told and spent < SOON, run.address
     with hosts(make, count, address, late=late) as (run, processes):
       ends = ends_of(processes)

@@ -35,6 +35,7 @@ from convex_jax.training import program
 FAULTS = json.loads(os.environ.get("FAULTS", "{}"))
 PLACES = {
   "start": (manifest, "quarantine_damaged"),
+  "restore": (checkpoints.Checkpoints, "restore"),
   "evaluate": (program.Program, "evaluate"),
   "gather": (program.Program, "gathered"),
 }
