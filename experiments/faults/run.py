@@ -21,6 +21,7 @@ import pathlib
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -230,6 +231,26 @@ ROWS = {
 }  # fmt: skip
 
 
+def lead_group() -> None:
+  """Makes a worker and what it starts one group, and lets SIGTERM unwind it: nothing stays mounted."""
+  os.setpgrp()
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+
+
+def stop_with(pool: concurrent.futures.ProcessPoolExecutor) -> None:
+  """Makes SIGTERM and SIGINT end this command, its workers and all runs that they started."""
+
+  def stop(*_):
+    for worker in list(pool._processes.values()):  # Until Python 3.14, which has `terminate_workers`.
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGTERM)
+    pool.shutdown(cancel_futures=True)
+    raise SystemExit(75)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, stop)
+
+
 def inject(number: int, scale: float) -> tuple[Result, float]:
   """The result of a row, and the seconds it took; runs in its own process."""
   jax.config.update("jax_num_cpu_devices", 8)
@@ -321,9 +342,12 @@ def main() -> None:
   console, failed = Console(), []
   spawn = multiprocessing.get_context("spawn")
   with (
-    concurrent.futures.ProcessPoolExecutor(2, spawn, max_tasks_per_child=1) as pool,
+    concurrent.futures.ProcessPoolExecutor(
+      2, spawn, initializer=lead_group, max_tasks_per_child=1
+    ) as pool,
     Progress(console=console) as progress,
   ):
+    stop_with(pool)
     jobs = {pool.submit(inject, int(n), args.scale): int(n) for n in args.rows.split(",")}
     task = progress.add_task("faults", total=len(jobs))
     for job in concurrent.futures.as_completed(jobs):
