@@ -241,9 +241,13 @@ def stop_with(pool: concurrent.futures.ProcessPoolExecutor) -> None:
   """Makes SIGTERM and SIGINT end this command, its workers and all runs that they started."""
 
   def stop(*_):
-    for worker in list(pool._processes.values()):  # Until Python 3.14, which has `terminate_workers`.
-      with contextlib.suppress(ProcessLookupError):
+    for worker in list(
+      pool._processes.values()
+    ):  # Until Python 3.14, which has `terminate_workers`.
+      try:
         os.killpg(worker.pid, signal.SIGTERM)
+      except ProcessLookupError:  # It has only just begun.
+        worker.terminate()
     pool.shutdown(cancel_futures=True)
     raise SystemExit(75)
 

@@ -232,8 +232,7 @@ def test_a_save_that_waits_for_a_process_that_is_gone_says_so(
   def late(*_, **__):
     raise TimeoutError("Timeout waiting at barrier 'x'. The original error raised was: INTERNAL")
 
-  _, state, ours = saved(tiny_config, few_digits, tmp_path, 1)
-  with monkeypatch.context() as patch, pytest.raises(expected):
+  def fail(patch):
     if where == "sealed":
       patch.setattr(manifest, "seal", late)
       ours.save(2, state.items(), accuracy=None)
@@ -243,6 +242,10 @@ def test_a_save_that_waits_for_a_process_that_is_gone_says_so(
       patch.setattr(ours._checkpointer, "save_checkpointables_async", late)
       ours.save(2, state.items(), accuracy=None)
     ours.check()
+
+  _, state, ours = saved(tiny_config, few_digits, tmp_path, 1)
+  with monkeypatch.context() as patch, pytest.raises(expected):
+    fail(patch)
   with contextlib.suppress(Unsaved):
     ours.close()
 
