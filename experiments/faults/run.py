@@ -237,19 +237,18 @@ def lead_group() -> None:
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 
 
-def stop_with(pool: concurrent.futures.ProcessPoolExecutor) -> None:
+def stop_with(pool: concurrent.futures.ProcessPoolExecutor, progress: Progress) -> None:
   """Makes SIGTERM and SIGINT end this command, its workers and all runs that they started."""
 
   def stop(*_):
-    for worker in list(
-      pool._processes.values()
-    ):  # Until Python 3.14, which has `terminate_workers`.
+    # Before Python 3.14, which has `terminate_workers`, no public name leads to them.
+    for worker in list(pool._processes.values()):
       try:
         os.killpg(worker.pid, signal.SIGTERM)
       except ProcessLookupError:  # It has only just begun.
         worker.terminate()
-    pool.shutdown(cancel_futures=True)
-    raise SystemExit(75)
+    progress.stop()
+    os._exit(75)  # The pool would start the rows that it has queued.
 
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, stop)
@@ -351,7 +350,7 @@ def main() -> None:
     ) as pool,
     Progress(console=console) as progress,
   ):
-    stop_with(pool)
+    stop_with(pool, progress)
     jobs = {pool.submit(inject, int(n), args.scale): int(n) for n in args.rows.split(",")}
     task = progress.add_task("faults", total=len(jobs))
     for job in concurrent.futures.as_completed(jobs):
