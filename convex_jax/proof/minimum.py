@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
+import scipy  # Imports its parts on first use; `optimize` takes 0.2 s, and few need it.
 
 from convex_jax.proof.float64 import float64
 
