@@ -108,6 +108,11 @@ def is_half_or_more(dtype: Any) -> bool:
   return is_float(dtype) and jnp.finfo(dtype).nmant >= jnp.finfo(jnp.bfloat16).nmant
 
 
+def is_step(eqn) -> bool:
+  """Whether an equation rounds a number that it computes to less than half precision."""
+  return any(is_float(v.aval.dtype) and not is_half_or_more(v.aval.dtype) for v in eqn.outvars)
+
+
 def keeps_precision(eqn) -> bool:
   """Whether an equation is a `reduce_precision` to no less than what its dtype has."""
   if eqn.primitive.name != "reduce_precision":
@@ -197,7 +202,7 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
     raise Unknown(f"{name} of a number that is known only to within rounding")
   if name in _INTEGERS and not floats:
     return [_point(_INTEGERS[name](*exact))]
-  outputs = [_point(out) for out in _as_the_program_does(eqn, exact)]
+  outputs = _as_the_program_does(eqn, exact)
   if name in _DISCRETE or not any(map(_has_floats, eqn.outvars)):
     return outputs
   return [_about(name, *out, v.aval.dtype) for out, v in zip(outputs, eqn.outvars, strict=True)]
@@ -263,8 +268,11 @@ def _rounded(low: Any, high: Any, dtype: Any, ulps: Any) -> Ends:
   return np.where(exact, low, down), np.where(exact, high, up)
 
 
-def _as_the_program_does(eqn, arrays: Sequence[Any]) -> list[Any]:
-  """The outputs of an equation in the program's own dtypes; floats then in float64."""
+def _as_the_program_does(eqn, arrays: Sequence[Any]) -> list[Ends]:
+  """The outputs of an equation in the program's own dtypes; floats then in float64.
+
+  One that is subnormal is enclosed together with 0: another device may flush it, or not.
+  """
   given = [
     a if jnp.issubdtype(v.aval.dtype, jax.dtypes.prng_key) else jnp.asarray(a, v.aval.dtype)
     for a, v in zip(arrays, eqn.invars, strict=True)
@@ -274,7 +282,8 @@ def _as_the_program_does(eqn, arrays: Sequence[Any]) -> list[Any]:
   except Exception as error:  # One with a body, say, which cannot be bound alone.
     raise Unknown(f"{eqn.primitive.name}, which cannot be computed by itself") from error
   outputs = out if eqn.primitive.multiple_results else [out]
-  return [number(o, v.aval.dtype).low for o, v in zip(outputs, eqn.outvars, strict=True)]
+  known = [number(o, v.aval.dtype) for o, v in zip(outputs, eqn.outvars, strict=True)]
+  return [(k.low, k.high) for k in known]
 
 
 def bind(eqn, *arrays: Any) -> list[Any]:
@@ -295,7 +304,7 @@ def _by_ends(name: str, eqn, inputs: Sequence[Known]) -> list[Ends]:
   if not all(i.is_exact for i in indices):
     raise Unknown(f"{name} by an index that is known only to within rounding")
   if any(jnp.issubdtype(x.low.dtype, jax.dtypes.prng_key) for x in inputs):
-    return [_point(out) for out in _as_the_program_does(eqn, [x.low for x in inputs])]
+    return _as_the_program_does(eqn, [x.low for x in inputs])
   keys = [i.low for i in indices]
 
   if name not in _MOVES and any(np.any(_may_be_nan(x)) for x in inputs):
@@ -332,7 +341,7 @@ def _move(x: Known, move: Callable[[Any], Any]) -> Ends:
 def _broadcast_in_dim(eqn, x: Known, *_: Known) -> Ends:
   dimensions = eqn.params["broadcast_dimensions"]
   if jnp.issubdtype(x.low.dtype, jax.dtypes.prng_key):
-    return _point(_as_the_program_does(eqn, [x.low])[0])
+    return _as_the_program_does(eqn, [x.low])[0]
   return _move(x, lambda a: broadcast(a, eqn.params["shape"], dimensions))
 
 
@@ -373,7 +382,7 @@ def _select_n(eqn, which: Known, *cases: Known) -> Ends:
   if jnp.issubdtype(cases[0].low.dtype, jax.dtypes.prng_key):
     if not which.is_exact:
       raise Unknown("a random key chosen by a number that is known only to within rounding")
-    return _point(_as_the_program_does(eqn, [which.low, *(c.low for c in cases)])[0])
+    return _as_the_program_does(eqn, [which.low, *(c.low for c in cases)])[0]
   shape = cases[0].shape
   last = len(cases) - 1  # To which XLA clips.
   index = [np.broadcast_to(np.clip(i, 0, last), shape).astype(int) for i in (which.low, which.high)]

@@ -27,7 +27,6 @@ from convex_jax.proof.float64 import float64
 from convex_jax.proof.rounding_errors import Program
 from convex_jax.proof.rounding_walk import Ball
 from convex_jax.proof.values import Value
-from convex_jax.proof.wide import in_float64
 
 NORMS = ("l1", "l2", "linf")
 DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
@@ -61,10 +60,8 @@ class Certifier:
     logits: maps weights and a batch of inputs (B, *shape) to logits (B, K).
     weights: a tree of arrays.
     shape: of one input, without its batch axis.
-    exact: `logits` in a form that computes in float64; by default `logits` itself.
     arithmetic: how `logits` is computed where it is deployed. Then radii hold for that program, at
-      inputs that float32 holds, and `exact` is what the program is over the reals, whatever is
-      given. None: radii hold over the reals.
+      inputs that float32 holds. None: radii hold for what it is over the reals.
     others: with an `arithmetic`, other programs of the same function, any of which may be deployed.
     convexified: for logits that are not convex: certifies them by `convexify`. Their differences,
       so their radii, are those of convex logits, which have a term t in common. The price is
@@ -82,21 +79,19 @@ class Certifier:
     logits: Callable[[Any, jax.Array], jax.Array],
     weights: Any,
     shape: tuple[int, ...],
-    exact: Callable[[Any, jax.Array], jax.Array] | None = None,
     scale: float = 1.0,
     arithmetic: Arithmetic | None = None,
     others: Sequence[Callable[[Any, jax.Array], jax.Array]] = (),
     convexified: bool = False,
   ):
     example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    network = functools.partial(exact or logits, in_float64(weights))
+    every = [Program(f, weights, example, arithmetic=arithmetic) for f in (logits, *others)]
+    network = every[0].exact  # In float64, whatever it casts to.
     self._programs = []
     if arithmetic is not None:
-      every = [Program(f, weights, example, arithmetic=arithmetic) for f in (logits, *others)]
       programs = list({program.text: program for program in reversed(every)}.values())[::-1]
       for program in programs:
         program.error(Ball(np.zeros(shape), "l1", 0.0))  # What has no rule is refused here.
-      network = jax.vmap(lambda x: programs[0].exact(x[None])[0])
       self._programs = programs
     if convexified:
       apart = _value(logits, weights, example)  # The common term is in no difference.

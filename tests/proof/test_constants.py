@@ -199,6 +199,7 @@ FACTORS = [
   ),
   ("an argument of most", lambda: 1.5 - jnp.argmax(jnp.float32([0.1 * 3, 0.3])), True),
   ("bits", lambda: lax.bitcast_convert_type(jnp.uint32(0x3F800000), jnp.float32), True),
+  ("bits of what may be flushed to 0", lambda: -1e38 * jnp.nextafter(jnp.float32(0), 1), False),
   ("exp, far below", lambda: jnp.exp(jnp.float32(-80)), True),
   ("underflow that is compared", lambda: 2 * (jnp.float32(1e-30) * 1e-30 > 0) - 1.0, False),
   ("overflow that is asked for", lambda: 2.0 * jnp.isfinite(jnp.float32(1e30) * 1e30) - 1, False),

@@ -154,6 +154,17 @@ def test_the_radius_of_a_concave_logit_ends_where_its_class_does():
     Certifier(logits, weights, (1,))
 
 
+def test_radii_over_the_reals_know_nothing_of_the_precision_of_the_program():
+  """Of x + y / 3 against 0, which the program computes in bfloat16."""
+
+  def logits(weights, x):
+    return (x.astype(jnp.bfloat16) @ weights.astype(jnp.bfloat16)).astype(jnp.float32)
+
+  weights = np.float32([[1, 0], [1 / 3, 0]])
+  radius = Certifier(logits, weights, (2,)).radius(np.array([0.1, 0.003]), ("l1",))
+  assert 0.1009 < radius.radii["l1"] < 0.101
+
+
 @pytest.mark.slow
 def test_the_deployed_program_of_a_convexified_network_has_smaller_radii():
   run = make_run("mlp", "base")
