@@ -49,7 +49,7 @@ _MOVES = {"transpose", "squeeze", "tile", "rev", "slice", "split", "concatenate"
 _MOVES |= {"max", "min", "floor", "ceil", "sign", "reshape", "broadcast_in_dim", "dynamic_slice"}
 _MOVES |= {"gather", "dynamic_update_slice"}
 _SPECIAL_FUNCTIONS = {"acos", "acosh", "asin", "atan2", "atanh", "bessel_i0e", "bessel_i1e", "tan"}
-_SPECIAL_FUNCTIONS |= {"digamma", "lgamma", "zeta", "log2"}  # Not igamma: it loses all digits.
+_SPECIAL_FUNCTIONS |= {"lgamma", "zeta", "log2"}  # Not igamma, nor digamma near its poles.
 _HUGE = 1e300  # Of a number of which only that is known.
 _SUMS = {"reduce_sum", "cumsum", "reduce_window_sum"}
 # Which compute no float from others: what the program gets of exact numbers is exact.
@@ -66,6 +66,7 @@ _ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
 }
 # By IEEE 754.
 _ROUNDED_ONCE = {*_ARITHMETIC, "square", "sqrt", "abs", "neg", "convert_element_type"} - {"pow"}
+_BY_EXP = {"pow", "exp2", "sinh", "cosh", "erfc"}  # By exp of what was rounded.
 _UPDATES = {"scatter-add": "add", "scatter-sub": "sub", "scatter-mul": "mul"}
 _UPDATES |= {"scatter-max": "max", "scatter-min": "min"}
 _LOOPS = {"scan", "while", "cond"}  # Walked; one that reaches the folding is too long, or unclear.
@@ -153,8 +154,8 @@ def fold(eqn, inputs: Sequence[Known]) -> list[Known]:
     outputs = _enclose(name, eqn, inputs, varies)
     known = []
     for (low, high), var in zip(outputs, eqn.outvars, strict=True):
-      if is_float(var.aval.dtype) and not varies and name not in _BY_ENDS:
-        low, high = _rounded(low, high, var.aval.dtype, _ulps(eqn, high))
+      if is_float(var.aval.dtype) and not varies and name not in (*_BY_ENDS, "select_n"):
+        low, high = _rounded(eqn, low, high, var.aval.dtype)
       known.append(Known(low, high, origins, varies))
   return known
 
@@ -231,38 +232,46 @@ def _point(array: Any) -> Ends:
   return array, array
 
 
-def _ulps(eqn, result: Any) -> Any:
-  """By how many units in the last place the program's own results may miss."""
-  name = eqn.primitive.name
-  if name in _ROUNDED_ONCE:
-    return 1
-  if name in ("reduce_prod", "cumprod"):
-    return 4 * ULPS + math.prod(eqn.invars[0].aval.shape)
-  if name == "integer_pow":
-    return max(4 * ULPS, abs(eqn.params["y"]))
-  if name == "pow":  # As exp(b log a): the error of the exponent counts by its size.
-    return 4 * ULPS * (1 + np.abs(np.log(np.maximum(np.abs(result), 1e-300))))
+def _error(eqn, result: Any, eps: float) -> Any:
+  """How far from a real result the program's own may be, over- and underflow aside."""
+  name, size = eqn.primitive.name, np.abs(result)
   if name in ("sin", "cos"):  # Of 1, not of the result, at zeros.
-    return 4 * ULPS / np.maximum(np.abs(result), 1e-300)
-  return 4 * ULPS
+    return np.full_like(size, 4 * ULPS * eps)
+  if name in _ROUNDED_ONCE:
+    units: Any = 1
+  elif name in ("reduce_prod", "cumprod"):
+    units = 4 * ULPS + math.prod(eqn.invars[0].aval.shape)
+  elif name == "integer_pow":
+    units = max(4 * ULPS, abs(eqn.params["y"]))
+  elif name in _BY_EXP:  # The error of the exponent counts by its size.
+    units = 4 * ULPS * (1 + np.abs(np.log(np.maximum(size, 1e-300))))
+  elif name == "erf_inv":  # By log(1 - x^2), of which the error counts by 1 / (1 - x^2).
+    units = 4 * ULPS + np.exp(np.minimum(size, 26) ** 2)
+  else:
+    units = (64 if name == "log1p" else 4) * ULPS
+  return units * eps * size
 
 
-def _rounded(low: Any, high: Any, dtype: Any, ulps: Any) -> Ends:
-  """Ends that contain all that rounding to a dtype makes of the numbers between them."""
+def _rounded(eqn, low: Any, high: Any, dtype: Any) -> Ends:
+  """Ends that contain all that the program, in a dtype, makes of the numbers between them."""
   if low is high or np.array_equal(low, high):
     low = high
-    if dtype == np.float64:
-      return low, low
-  if dtype == np.float64:
-    return low, high
-  info = jnp.finfo(dtype)
-  normal = (low == 0) | (np.abs(low) >= float(info.smallest_normal))
+  name, info = eqn.primitive.name, jnp.finfo(dtype)
+  tiny, largest, eps = float(info.smallest_normal), float(info.max), float(info.eps)
+  normal = (low == 0) | (np.abs(low) >= tiny)
   exact = (low == high) & (low.astype(dtype).astype(np.float64) == low) & normal
   if exact.all():
     return low, low
-  margin = ulps * float(info.eps)
-  down, up = low - margin * np.abs(low), high + margin * np.abs(high)
-  tiny, largest = float(info.smallest_normal), float(info.max)
+  errors = [_error(eqn, end, eps) for end in (low, high)]
+  # Of what may be off by its own size, the greater number may come out as the less.
+  wide = np.maximum(errors[0] - np.abs(low) / 4, errors[1] - np.abs(high) / 4) > 0
+  errors = [np.where(wide, np.maximum(*errors), e) + float(info.smallest_subnormal) for e in errors]
+  down, up = low - errors[0], high + errors[1]
+  if name not in ("sin", "cos"):  # All others keep the sign.
+    down = np.where(low >= 0, np.maximum(down, 0), down)
+    up = np.where(high <= 0, np.minimum(up, 0), up)
+  if name == "integer_pow" and eqn.params["y"] < 0:  # 1 over what may be flushed to 0.
+    largest = min(largest, 1 / tiny)
   down = np.where((down > 0) & (down < tiny), 0, np.where(down < -largest, -np.inf, down))
   up = np.where((up < 0) & (up > -tiny), 0, np.where(up > largest, np.inf, up))
   return np.where(exact, low, down), np.where(exact, high, up)

@@ -87,6 +87,31 @@ def test_functions_contain_what_jax_computes_between_the_ends(name):
   assert (found[1] - found[0] <= np.ptp(values, 0) * 1.5 + 1).all(), "an empty promise"
 
 
+NARROW = [*sorted(set(enclosures.FUNCTIONS) - {"neg"}), "acosh", "atanh", "lgamma", "tan"]
+POWERS = [lambda x: lax.integer_pow(x, -3), lambda x: 1.37**x, lambda x: jnp.abs(x) ** -30.7]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_functions_contain_what_the_program_computes_in_its_dtype(dtype):
+  """Also where it rounds the argument of an exp, loses digits, and under- or overflows."""
+  scales = (1e-10, 1e-4, 0.3, 1, 3, 10, 30, 90, 300, 1e4)
+  ends = 1 - 10.0 ** RNG.uniform(-8, 0, 300)
+  x = np.concatenate([*(RNG.standard_normal(100) * s for s in scales), ends, -ends])
+  functions = [*(getattr(lax, name) for name in NARROW), *POWERS]
+
+  def program(x):
+    return [f(x) for f in functions]
+
+  with jax.enable_x64(dtype == "float64"):
+    x = jnp.asarray(x, dtype)
+    found, _ = interpreter.analyse(lambda x, _: program(x), x, X)
+    for i, (k, value) in enumerate(zip(found, jax.jit(program)(x), strict=True)):
+      if isinstance(k, Known) and not np.isnan(k.low + k.high).all():
+        y = np.asarray(value, np.float64)
+        outside = (y < k.low) | (y > k.high)
+        assert not outside.any(), (i, x[outside][0], y[outside][0], k.low[outside][0])
+
+
 PROGRAMS = [
   ("products", lambda a, b: a * b / (jnp.abs(a) + 1)),
   ("matrices", lambda a, b: a.reshape(4, 4) @ b.reshape(4, 4)),
