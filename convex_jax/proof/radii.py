@@ -42,6 +42,7 @@ KEPT = 0.9  # Of a radius, with which one bound for all norms is good enough.
 EXACT = 1 / 4096  # Of an l1 radius, to which it is found.
 STEPS = 100  # Of the search for it, at most.
 EVERY = slice(None)
+ASIDE = 2.0**-30  # In units of `scale`: how far from an input its tangents are taken, at random.
 ROUNDING = 1e-9  # Relative to the logits; more than the error of their float64 evaluation.
 
 
@@ -107,9 +108,11 @@ class Certifier:
     def one(x):
       return network(x[None])[0]
 
-    def with_slopes(x):
-      y, pull = jax.vjp(one, x)
-      return y, jax.vmap(pull)(jnp.eye(len(y)))[0].reshape(len(y), -1)
+    def with_slopes(x, near):
+      """The logits and tangents that lie below them: their values at x, and their slopes."""
+      y, pull = jax.vjp(one, near)
+      slopes_KxD = jax.vmap(pull)(jnp.eye(len(y)))[0].reshape(len(y), -1)
+      return one(x), y + slopes_KxD @ jnp.ravel(x - near), slopes_KxD
 
     self._slopes = int(apart.shape[-1] * np.prod(shape))  # How many an input has.
     with float64():
@@ -151,10 +154,12 @@ class Certifier:
     for start in range(0, len(images), together):
       part = np.asarray(images[start : start + together], np.float64)
       padded = np.pad(part, [(0, together - len(part)), *[(0, 0)] * (part.ndim - 1)], "edge")
+      # At a kink, as at a pixel of 0, what JAX gives for a slope may be that of no tangent.
+      aside = np.random.default_rng(0).uniform(-ASIDE, ASIDE, padded.shape) * self._scale
       with float64():
-        y_BxK, slopes_BxKxD = map(np.asarray, self._with_slopes(padded))
-      for x, y_K, slopes_KxD in zip(part, y_BxK, slopes_BxKxD, strict=False):
-        around = _Around(y_K, slopes_KxD, self._evaluator(x))
+        found = map(np.asarray, self._with_slopes(padded, padded + aside))
+      for x, y_K, tangents_K, slopes_KxD in zip(part, *found, strict=False):
+        around = _Around(y_K, tangents_K, slopes_KxD, self._evaluator(x))
         real = self._radius(around, norms)
         yield self._deployed(x, around, real) if self._programs else real
 
@@ -236,17 +241,24 @@ class Certifier:
 
 
 class _Around:
-  """The logits y near an input: their values and slopes there, and what was seen along rays.
+  """The logits y near an input: their values and tangents there, and what was seen along rays.
 
   Ray i of 2 D goes along e_i, ray D + i against it.
   """
 
-  def __init__(self, y_K: np.ndarray, slopes_KxD: np.ndarray, evaluate: Callable[..., np.ndarray]):
+  def __init__(
+    self,
+    y_K: np.ndarray,
+    tangents_K: np.ndarray,
+    slopes_KxD: np.ndarray,
+    evaluate: Callable[..., np.ndarray],
+  ):
     self.k = k = int(y_K.argmax())
     self.rivals = rivals = np.delete(np.arange(len(y_K)), k)
-    self.slopes_KxD, self._evaluate, self._y_k = slopes_KxD, evaluate, y_K[k]
+    self.slopes_KxD, self._evaluate = slopes_KxD, evaluate
+    self._y_k = min(y_K[k], tangents_K[k])
     self._slope_N = np.concatenate([slopes_KxD[k], -slopes_KxD[k]])
-    self.margins_R = y_K[k] - y_K[rivals] - ROUNDING * (1 + np.abs(y_K).max())
+    self.margins_R = self._y_k - y_K[rivals] - ROUNDING * (1 + np.abs(y_K).max())
     falls_DxR = (slopes_KxD[rivals] - slopes_KxD[k]).T
     self.falls_NxR = np.concatenate([falls_DxR, -falls_DxR])  # Of the slack, at 0.
     self.seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # Rays, steps, slack.
