@@ -53,7 +53,7 @@ _SPECIAL_FUNCTIONS |= {"lgamma", "zeta", "log2"}  # Not igamma, nor digamma near
 _HUGE = 1e300  # Of a number of which only that is known.
 _SUMS = {"reduce_sum", "cumsum", "reduce_window_sum"}
 # Which compute no float from others: what the program gets of exact numbers is exact.
-_DISCRETE = {"iota", "bitcast_convert_type", "sort", "scatter-max", "scatter-min"}
+_DISCRETE = {"bitcast_convert_type", "sort", "scatter-max", "scatter-min"}
 _DISCRETE |= {"real", "imag", "complex", "conj", "rem", "nextafter", "select_and_gather_add"}
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
 _ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
@@ -65,7 +65,8 @@ _ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
   "pow": enclosures.power,
 }
 # By IEEE 754.
-_ROUNDED_ONCE = {*_ARITHMETIC, "square", "sqrt", "abs", "neg", "convert_element_type"} - {"pow"}
+_ROUNDED_ONCE = {*_ARITHMETIC, "square", "sqrt", "abs", "neg", "iota", "convert_element_type"}
+_ROUNDED_ONCE -= {"pow"}
 _BY_EXP = {"pow", "exp2", "sinh", "cosh", "erfc"}  # By exp of what was rounded.
 _UPDATES = {"scatter-add": "add", "scatter-sub": "sub", "scatter-mul": "mul"}
 _UPDATES |= {"scatter-max": "max", "scatter-min": "min"}
@@ -406,7 +407,15 @@ def _select_n(eqn, which: Known, *cases: Known) -> Ends:
   return low, np.where(possible, highs, least).max(0)
 
 
+def _iota(eqn) -> Ends:
+  """Integers, of which bfloat16 holds those to 256 only; it rounds the others."""
+  shape, dtype, axis = (eqn.params[key] for key in ("shape", "dtype", "dimension"))
+  numbers = np.arange(shape[axis]).astype(np.float64 if is_float(dtype) else dtype)
+  return _point(broadcast(numbers, tuple(shape), (axis,)))
+
+
 _OWN_RULES: dict[str, Callable[..., Ends]] = {
+  "iota": _iota,
   "broadcast_in_dim": _broadcast_in_dim,
   "reshape": _reshape,
   "convert_element_type": _convert_element_type,
