@@ -40,7 +40,7 @@ def settled(test: Value, case: int, x: Any, compute: Callable[[Operation, list[A
     if id(y) not in done:
       done[id(y)] = y
       if op.primitive == "select_n" and len(op.inputs) == 3 and is_test(op.inputs[0]):
-        done[id(y)] = settle(op.inputs[1 + case])
+        done[id(y)] = settle(op.inputs[1 + min(case, 1)])  # An index of one too many is clamped.
       else:
         inputs = [settle(z) for z in op.inputs]
         if any(a is not b for a, b in zip(inputs, op.inputs, strict=True)):

@@ -49,11 +49,11 @@ _MOVES = {"transpose", "squeeze", "tile", "rev", "slice", "split", "concatenate"
 _MOVES |= {"max", "min", "floor", "ceil", "sign", "reshape", "broadcast_in_dim", "dynamic_slice"}
 _MOVES |= {"gather", "dynamic_update_slice"}
 _SPECIAL_FUNCTIONS = {"acos", "acosh", "asin", "atan2", "atanh", "bessel_i0e", "bessel_i1e", "tan"}
-_SPECIAL_FUNCTIONS |= {"digamma", "lgamma", "zeta", "log2"}  # Not igamma: it loses all digits.
+_SPECIAL_FUNCTIONS |= {"lgamma", "zeta", "log2"}  # Not igamma, nor digamma near its poles.
 _HUGE = 1e300  # Of a number of which only that is known.
 _SUMS = {"reduce_sum", "cumsum", "reduce_window_sum"}
 # Which compute no float from others: what the program gets of exact numbers is exact.
-_DISCRETE = {"iota", "bitcast_convert_type", "sort", "scatter-max", "scatter-min"}
+_DISCRETE = {"bitcast_convert_type", "sort", "scatter-max", "scatter-min"}
 _DISCRETE |= {"real", "imag", "complex", "conj", "rem", "nextafter", "select_and_gather_add"}
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
 _ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
@@ -65,7 +65,9 @@ _ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
   "pow": enclosures.power,
 }
 # By IEEE 754.
-_ROUNDED_ONCE = {*_ARITHMETIC, "square", "sqrt", "abs", "neg", "convert_element_type"} - {"pow"}
+_ROUNDED_ONCE = {*_ARITHMETIC, "square", "sqrt", "abs", "neg", "iota", "convert_element_type"}
+_ROUNDED_ONCE -= {"pow"}
+_BY_EXP = {"pow", "exp2", "sinh", "cosh", "erfc"}  # By exp of what was rounded.
 _UPDATES = {"scatter-add": "add", "scatter-sub": "sub", "scatter-mul": "mul"}
 _UPDATES |= {"scatter-max": "max", "scatter-min": "min"}
 _LOOPS = {"scan", "while", "cond"}  # Walked; one that reaches the folding is too long, or unclear.
@@ -108,6 +110,11 @@ def is_half_or_more(dtype: Any) -> bool:
   return is_float(dtype) and jnp.finfo(dtype).nmant >= jnp.finfo(jnp.bfloat16).nmant
 
 
+def is_step(eqn) -> bool:
+  """Whether an equation rounds a number that it computes to less than half precision."""
+  return any(is_float(v.aval.dtype) and not is_half_or_more(v.aval.dtype) for v in eqn.outvars)
+
+
 def keeps_precision(eqn) -> bool:
   """Whether an equation is a `reduce_precision` to no less than what its dtype has."""
   if eqn.primitive.name != "reduce_precision":
@@ -148,8 +155,8 @@ def fold(eqn, inputs: Sequence[Known]) -> list[Known]:
     outputs = _enclose(name, eqn, inputs, varies)
     known = []
     for (low, high), var in zip(outputs, eqn.outvars, strict=True):
-      if is_float(var.aval.dtype) and not varies and name not in _BY_ENDS:
-        low, high = _rounded(low, high, var.aval.dtype, _ulps(eqn, high))
+      if is_float(var.aval.dtype) and not varies and name not in (*_BY_ENDS, "select_n"):
+        low, high = _rounded(eqn, low, high, var.aval.dtype)
       known.append(Known(low, high, origins, varies))
   return known
 
@@ -197,7 +204,7 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
     raise Unknown(f"{name} of a number that is known only to within rounding")
   if name in _INTEGERS and not floats:
     return [_point(_INTEGERS[name](*exact))]
-  outputs = [_point(out) for out in _as_the_program_does(eqn, exact)]
+  outputs = _as_the_program_does(eqn, exact)
   if name in _DISCRETE or not any(map(_has_floats, eqn.outvars)):
     return outputs
   return [_about(name, *out, v.aval.dtype) for out, v in zip(outputs, eqn.outvars, strict=True)]
@@ -226,45 +233,56 @@ def _point(array: Any) -> Ends:
   return array, array
 
 
-def _ulps(eqn, result: Any) -> Any:
-  """By how many units in the last place the program's own results may miss."""
-  name = eqn.primitive.name
-  if name in _ROUNDED_ONCE:
-    return 1
-  if name in ("reduce_prod", "cumprod"):
-    return 4 * ULPS + math.prod(eqn.invars[0].aval.shape)
-  if name == "integer_pow":
-    return max(4 * ULPS, abs(eqn.params["y"]))
-  if name == "pow":  # As exp(b log a): the error of the exponent counts by its size.
-    return 4 * ULPS * (1 + np.abs(np.log(np.maximum(np.abs(result), 1e-300))))
+def _error(eqn, result: Any, eps: float) -> Any:
+  """How far from a real result the program's own may be, over- and underflow aside."""
+  name, size = eqn.primitive.name, np.abs(result)
   if name in ("sin", "cos"):  # Of 1, not of the result, at zeros.
-    return 4 * ULPS / np.maximum(np.abs(result), 1e-300)
-  return 4 * ULPS
+    return np.full_like(size, 4 * ULPS * eps)
+  if name in _ROUNDED_ONCE:
+    units: Any = 1
+  elif name in ("reduce_prod", "cumprod"):
+    units = 4 * ULPS + math.prod(eqn.invars[0].aval.shape)
+  elif name == "integer_pow":
+    units = max(4 * ULPS, abs(eqn.params["y"]))
+  elif name in _BY_EXP:  # The error of the exponent counts by its size.
+    units = 4 * ULPS * (1 + np.abs(np.log(np.maximum(size, 1e-300))))
+  elif name == "erf_inv":  # By log(1 - x^2), of which the error counts by 1 / (1 - x^2).
+    units = 4 * ULPS + np.exp(np.minimum(size, 26) ** 2)
+  else:
+    units = (64 if name == "log1p" else 4) * ULPS
+  return units * eps * size
 
 
-def _rounded(low: Any, high: Any, dtype: Any, ulps: Any) -> Ends:
-  """Ends that contain all that rounding to a dtype makes of the numbers between them."""
+def _rounded(eqn, low: Any, high: Any, dtype: Any) -> Ends:
+  """Ends that contain all that the program, in a dtype, makes of the numbers between them."""
   if low is high or np.array_equal(low, high):
     low = high
-    if dtype == np.float64:
-      return low, low
-  if dtype == np.float64:
-    return low, high
-  info = jnp.finfo(dtype)
-  normal = (low == 0) | (np.abs(low) >= float(info.smallest_normal))
+  name, info = eqn.primitive.name, jnp.finfo(dtype)
+  tiny, largest, eps = float(info.smallest_normal), float(info.max), float(info.eps)
+  normal = (low == 0) | (np.abs(low) >= tiny)
   exact = (low == high) & (low.astype(dtype).astype(np.float64) == low) & normal
   if exact.all():
     return low, low
-  margin = ulps * float(info.eps)
-  down, up = low - margin * np.abs(low), high + margin * np.abs(high)
-  tiny, largest = float(info.smallest_normal), float(info.max)
+  errors = [_error(eqn, end, eps) for end in (low, high)]
+  # Of what may be off by its own size, the greater number may come out as the less.
+  wide = np.maximum(errors[0] - np.abs(low) / 4, errors[1] - np.abs(high) / 4) > 0
+  errors = [np.where(wide, np.maximum(*errors), e) + float(info.smallest_subnormal) for e in errors]
+  down, up = low - errors[0], high + errors[1]
+  if name not in ("sin", "cos"):  # All others keep the sign.
+    down = np.where(low >= 0, np.maximum(down, 0), down)
+    up = np.where(high <= 0, np.minimum(up, 0), up)
+  if name == "integer_pow" and eqn.params["y"] < 0:  # 1 over what may be flushed to 0.
+    largest = min(largest, 1 / tiny)
   down = np.where((down > 0) & (down < tiny), 0, np.where(down < -largest, -np.inf, down))
   up = np.where((up < 0) & (up > -tiny), 0, np.where(up > largest, np.inf, up))
   return np.where(exact, low, down), np.where(exact, high, up)
 
 
-def _as_the_program_does(eqn, arrays: Sequence[Any]) -> list[Any]:
-  """The outputs of an equation in the program's own dtypes; floats then in float64."""
+def _as_the_program_does(eqn, arrays: Sequence[Any]) -> list[Ends]:
+  """The outputs of an equation in the program's own dtypes; floats then in float64.
+
+  One that is subnormal is enclosed together with 0: another device may flush it, or not.
+  """
   given = [
     a if jnp.issubdtype(v.aval.dtype, jax.dtypes.prng_key) else jnp.asarray(a, v.aval.dtype)
     for a, v in zip(arrays, eqn.invars, strict=True)
@@ -274,7 +292,8 @@ def _as_the_program_does(eqn, arrays: Sequence[Any]) -> list[Any]:
   except Exception as error:  # One with a body, say, which cannot be bound alone.
     raise Unknown(f"{eqn.primitive.name}, which cannot be computed by itself") from error
   outputs = out if eqn.primitive.multiple_results else [out]
-  return [number(o, v.aval.dtype).low for o, v in zip(outputs, eqn.outvars, strict=True)]
+  known = [number(o, v.aval.dtype) for o, v in zip(outputs, eqn.outvars, strict=True)]
+  return [(k.low, k.high) for k in known]
 
 
 def bind(eqn, *arrays: Any) -> list[Any]:
@@ -295,7 +314,7 @@ def _by_ends(name: str, eqn, inputs: Sequence[Known]) -> list[Ends]:
   if not all(i.is_exact for i in indices):
     raise Unknown(f"{name} by an index that is known only to within rounding")
   if any(jnp.issubdtype(x.low.dtype, jax.dtypes.prng_key) for x in inputs):
-    return [_point(out) for out in _as_the_program_does(eqn, [x.low for x in inputs])]
+    return _as_the_program_does(eqn, [x.low for x in inputs])
   keys = [i.low for i in indices]
 
   if name not in _MOVES and any(np.any(_may_be_nan(x)) for x in inputs):
@@ -332,7 +351,7 @@ def _move(x: Known, move: Callable[[Any], Any]) -> Ends:
 def _broadcast_in_dim(eqn, x: Known, *_: Known) -> Ends:
   dimensions = eqn.params["broadcast_dimensions"]
   if jnp.issubdtype(x.low.dtype, jax.dtypes.prng_key):
-    return _point(_as_the_program_does(eqn, [x.low])[0])
+    return _as_the_program_does(eqn, [x.low])[0]
   return _move(x, lambda a: broadcast(a, eqn.params["shape"], dimensions))
 
 
@@ -373,7 +392,7 @@ def _select_n(eqn, which: Known, *cases: Known) -> Ends:
   if jnp.issubdtype(cases[0].low.dtype, jax.dtypes.prng_key):
     if not which.is_exact:
       raise Unknown("a random key chosen by a number that is known only to within rounding")
-    return _point(_as_the_program_does(eqn, [which.low, *(c.low for c in cases)])[0])
+    return _as_the_program_does(eqn, [which.low, *(c.low for c in cases)])[0]
   shape = cases[0].shape
   last = len(cases) - 1  # To which XLA clips.
   index = [np.broadcast_to(np.clip(i, 0, last), shape).astype(int) for i in (which.low, which.high)]
@@ -388,7 +407,15 @@ def _select_n(eqn, which: Known, *cases: Known) -> Ends:
   return low, np.where(possible, highs, least).max(0)
 
 
+def _iota(eqn) -> Ends:
+  """Integers, of which bfloat16 holds those to 256 only; it rounds the others."""
+  shape, dtype, axis = (eqn.params[key] for key in ("shape", "dtype", "dimension"))
+  numbers = np.arange(shape[axis]).astype(np.float64 if is_float(dtype) else dtype)
+  return _point(broadcast(numbers, tuple(shape), (axis,)))
+
+
 _OWN_RULES: dict[str, Callable[..., Ends]] = {
+  "iota": _iota,
   "broadcast_in_dim": _broadcast_in_dim,
   "reshape": _reshape,
   "convert_element_type": _convert_element_type,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from convex_jax.proof.constants import is_step
 from convex_jax.proof.linear import is_defined
 from convex_jax.proof.rules import RULES
 from convex_jax.proof.values import Known, Operation, Value
@@ -64,13 +65,15 @@ def _fault(op: Operation, kind: str) -> str:
   values = [_curvature(x) for x in op.inputs if isinstance(x, Value) and x.is_real]
   if not any(isinstance(x, Value) for x in op.inputs):
     return f"{op.eqn.primitive.name}, whose result is not known exactly enough"
+  if op.eqn and is_step(op.eqn):
+    return f"{name} in {op.eqn.outvars[0].aval.dtype}, a step function"
   if op.note:
     return f"an activation that is neither convex nor concave: {op.note}"
   if not is_defined(name, op.inputs):
     bad = next(x for x in known if not is_defined(name, [x]))
     return f"{name}: {_count(bad, lambda a: ~np.isfinite(a))} not finite"
   if name in ("dot_general", "conv_general_dilated", "mul", "div"):
-    if len(values) == 2:
+    if not known:
       noun = "quotient" if name == "div" else "product"
       return f"{name}: a {noun} of two values that both depend on the input"
     if isinstance(op.inputs[-1], Value) and name == "div":

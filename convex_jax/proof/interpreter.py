@@ -20,6 +20,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import primitives
 
 from convex_jax.proof import (
   activations,
@@ -39,6 +40,7 @@ from convex_jax.proof.constants import (
   is_float,
   is_half_or_more,
   is_pure,
+  is_step,
   keeps_precision,
   number,
 )
@@ -91,6 +93,7 @@ def trace(f: Callable[..., Any], *args: Any, argnums: int = -1) -> tuple[jex.Clo
       _check_number(name, leaf)
   with fresh():
     jaxpr, shape = jax.make_jaxpr(lambda *a: f(*a), return_shape=True)(*args)
+  _check_primitives(jaxpr.jaxpr)
   return jaxpr, jax.tree.structure(shape)
 
 
@@ -163,6 +166,21 @@ def _check_number(name: str, leaf: Any) -> None:
     raise ValueError(
       f"{name} is a {what}; expected an array or a number (functools.partial binds other arguments)"
     )
+
+
+# The rules go by the names of primitives, and so would mistake another package's `exp` for jax's.
+_OF_JAX = {p.name: p for p in vars(primitives).values() if isinstance(p, jex.Primitive)}
+
+
+def _check_primitives(jaxpr) -> None:
+  for eqn in jaxpr.eqns:
+    name = eqn.primitive.name
+    if _OF_JAX.get(name, eqn.primitive) is not eqn.primitive:
+      raise ValueError(
+        f"the function uses a primitive named {name!r} that is not jax's own; expected another name"
+      )
+    for inner in jex.jaxprs_in_params(eqn.params):
+      _check_primitives(layouts.parts_of(inner)[0])
 
 
 def _names(f: Callable[..., Any], args: Sequence[Any]) -> list[str]:
@@ -263,11 +281,12 @@ class Walk:
     self._order += 1
     name = eqn.primitive.name
     op = Operation(name, eqn, tuple(inputs), place, self._order)
-    reals = [jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.outvars]
+    reals = [is_float(v.aval.dtype) for v in eqn.outvars]
     known = all(isinstance(x, Known) for x in inputs)  # It cannot be enclosed, nor looked through.
     if known:
       op = dataclasses.replace(op, primitive="unknown")
-    if known or len(eqn.outvars) != 1 or not all(reals) or not all(map(_is_real, inputs[1:])):
+    steps = is_step(eqn) and name not in linear.MOVES
+    if known or steps or len(reals) != 1 or not all(reals) or not all(map(_is_real, inputs[1:])):
       if name == "split" and not known:
         return _split(eqn, inputs[0], op)
       nothing = [uniform(True, v.aval.shape) for v in eqn.outvars]

@@ -429,7 +429,7 @@ def _softening(x: Any) -> tuple[str, Any] | None:
 def _joined(larger: Term, soft: Term) -> Term | None:
   """max(a, b) + c log1p(exp(-|a - b|)) as one term, convex and non-decreasing in a and b."""
   op, found = larger.root.made_by, _softening(soft.root)
-  if op is None or op.primitive != "max" or found is None:
+  if op is None or op.primitive != "max" or found is None or not is_defined("", op.inputs):
     return None
   base, d = found
   extra = list(soft.factors)

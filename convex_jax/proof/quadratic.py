@@ -76,6 +76,8 @@ class _Form:
     if self._degree(x) != 2:
       raise _NoFormError
     n = self._size
+    if n == 0:  # Of arrays without elements.
+      raise _NoFormError
     if n * n * x.not_convex.size > ENTRIES or n * self._largest > BLOCK:
       raise _NoFormError
 

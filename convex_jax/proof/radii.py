@@ -27,7 +27,6 @@ from convex_jax.proof.float64 import float64
 from convex_jax.proof.rounding_errors import Program
 from convex_jax.proof.rounding_walk import Ball
 from convex_jax.proof.values import Value
-from convex_jax.proof.wide import in_float64
 
 NORMS = ("l1", "l2", "linf")
 DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
@@ -43,6 +42,7 @@ KEPT = 0.9  # Of a radius, with which one bound for all norms is good enough.
 EXACT = 1 / 4096  # Of an l1 radius, to which it is found.
 STEPS = 100  # Of the search for it, at most.
 EVERY = slice(None)
+ASIDE = 2.0**-30  # In units of `scale`: how far from an input its tangents are taken, at random.
 ROUNDING = 1e-9  # Relative to the logits; more than the error of their float64 evaluation.
 
 
@@ -61,10 +61,8 @@ class Certifier:
     logits: maps weights and a batch of inputs (B, *shape) to logits (B, K).
     weights: a tree of arrays.
     shape: of one input, without its batch axis.
-    exact: `logits` in a form that computes in float64; by default `logits` itself.
     arithmetic: how `logits` is computed where it is deployed. Then radii hold for that program, at
-      inputs that float32 holds, and `exact` is what the program is over the reals, whatever is
-      given. None: radii hold over the reals.
+      inputs that float32 holds. None: radii hold for what it is over the reals.
     others: with an `arithmetic`, other programs of the same function, any of which may be deployed.
     convexified: for logits that are not convex: certifies them by `convexify`. Their differences,
       so their radii, are those of convex logits, which have a term t in common. The price is
@@ -82,21 +80,19 @@ class Certifier:
     logits: Callable[[Any, jax.Array], jax.Array],
     weights: Any,
     shape: tuple[int, ...],
-    exact: Callable[[Any, jax.Array], jax.Array] | None = None,
     scale: float = 1.0,
     arithmetic: Arithmetic | None = None,
     others: Sequence[Callable[[Any, jax.Array], jax.Array]] = (),
     convexified: bool = False,
   ):
     example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    network = functools.partial(exact or logits, in_float64(weights))
+    every = [Program(f, weights, example, arithmetic=arithmetic) for f in (logits, *others)]
+    network = every[0].exact  # In float64, whatever it casts to.
     self._programs = []
     if arithmetic is not None:
-      every = [Program(f, weights, example, arithmetic=arithmetic) for f in (logits, *others)]
       programs = list({program.text: program for program in reversed(every)}.values())[::-1]
       for program in programs:
         program.error(Ball(np.zeros(shape), "l1", 0.0))  # What has no rule is refused here.
-      network = jax.vmap(lambda x: programs[0].exact(x[None])[0])
       self._programs = programs
     if convexified:
       apart = _value(logits, weights, example)  # The common term is in no difference.
@@ -112,9 +108,11 @@ class Certifier:
     def one(x):
       return network(x[None])[0]
 
-    def with_slopes(x):
-      y, pull = jax.vjp(one, x)
-      return y, jax.vmap(pull)(jnp.eye(len(y)))[0].reshape(len(y), -1)
+    def with_slopes(x, near):
+      """The logits and tangents that lie below them: their values at x, and their slopes."""
+      y, pull = jax.vjp(one, near)
+      slopes_KxD = jax.vmap(pull)(jnp.eye(len(y)))[0].reshape(len(y), -1)
+      return one(x), y + slopes_KxD @ jnp.ravel(x - near), slopes_KxD
 
     self._slopes = int(apart.shape[-1] * np.prod(shape))  # How many an input has.
     with float64():
@@ -156,10 +154,12 @@ class Certifier:
     for start in range(0, len(images), together):
       part = np.asarray(images[start : start + together], np.float64)
       padded = np.pad(part, [(0, together - len(part)), *[(0, 0)] * (part.ndim - 1)], "edge")
+      # At a kink, as at a pixel of 0, what JAX gives for a slope may be that of no tangent.
+      aside = np.random.default_rng(0).uniform(-ASIDE, ASIDE, padded.shape) * self._scale
       with float64():
-        y_BxK, slopes_BxKxD = map(np.asarray, self._with_slopes(padded))
-      for x, y_K, slopes_KxD in zip(part, y_BxK, slopes_BxKxD, strict=False):
-        around = _Around(y_K, slopes_KxD, self._evaluator(x))
+        found = map(np.asarray, self._with_slopes(padded, padded + aside))
+      for x, y_K, tangents_K, slopes_KxD in zip(part, *found, strict=False):
+        around = _Around(y_K, tangents_K, slopes_KxD, self._evaluator(x))
         real = self._radius(around, norms)
         yield self._deployed(x, around, real) if self._programs else real
 
@@ -241,17 +241,24 @@ class Certifier:
 
 
 class _Around:
-  """The logits y near an input: their values and slopes there, and what was seen along rays.
+  """The logits y near an input: their values and tangents there, and what was seen along rays.
 
   Ray i of 2 D goes along e_i, ray D + i against it.
   """
 
-  def __init__(self, y_K: np.ndarray, slopes_KxD: np.ndarray, evaluate: Callable[..., np.ndarray]):
+  def __init__(
+    self,
+    y_K: np.ndarray,
+    tangents_K: np.ndarray,
+    slopes_KxD: np.ndarray,
+    evaluate: Callable[..., np.ndarray],
+  ):
     self.k = k = int(y_K.argmax())
     self.rivals = rivals = np.delete(np.arange(len(y_K)), k)
-    self.slopes_KxD, self._evaluate, self._y_k = slopes_KxD, evaluate, y_K[k]
+    self.slopes_KxD, self._evaluate = slopes_KxD, evaluate
+    self._y_k = min(y_K[k], tangents_K[k])
     self._slope_N = np.concatenate([slopes_KxD[k], -slopes_KxD[k]])
-    self.margins_R = y_K[k] - y_K[rivals] - ROUNDING * (1 + np.abs(y_K).max())
+    self.margins_R = self._y_k - y_K[rivals] - ROUNDING * (1 + np.abs(y_K).max())
     falls_DxR = (slopes_KxD[rivals] - slopes_KxD[k]).T
     self.falls_NxR = np.concatenate([falls_DxR, -falls_DxR])  # Of the slack, at 0.
     self.seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # Rays, steps, slack.

@@ -47,13 +47,15 @@ class Program:
   Args:
     f: any JAX function, in the dtypes that are deployed.
     *args: its arguments, as for `certify`; argnums: which is the input, a `jax.ShapeDtypeStruct`.
-    arithmetic: how it is computed.
+    arithmetic: how it is computed; None where no bound on its error is asked for.
 
   Raises:
     ValueError: the arguments are unfit, or the function does not return one array.
   """
 
-  def __init__(self, f: Callable[..., Any], *args: Any, arithmetic: Arithmetic, argnums: int = -1):
+  def __init__(
+    self, f: Callable[..., Any], *args: Any, arithmetic: Arithmetic | None, argnums: int = -1
+  ):
     self._jaxpr, _ = interpreter.trace(f, *args, argnums=argnums)
     if len(self._jaxpr.out_avals) != 1:
       raise ValueError(f"the function returns {len(self._jaxpr.out_avals)} arrays; expected one")
@@ -106,6 +108,7 @@ class Program:
 
   def _output(self, ball: Ball) -> Rounded | None:
     """The output over a ball; None where nothing is known of it."""
+    assert self._arithmetic is not None
     walk = Walk(self._arithmetic, ball, self._spreads)
     arguments = [
       walk.input(aval.shape) if i == self._at else number(x, aval.dtype)

@@ -289,7 +289,13 @@ def cells(piece: Piece, value: Value, narrow: float = 0.0) -> Cells:
     low, high = np.concatenate([low, middle]), np.concatenate([middle, high])
     todo = [_read(piece, value, low, high)]
   parts = [part for part in (*done, *todo) if len(part.low)]
-  joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+  # Some may hold the numbers of each element, others one for all.
+  shape = np.broadcast_shapes(*(a.shape[1:] for part in parts for a in jax.tree.leaves(part)))
+
+  def join(*arrays):
+    return np.concatenate([np.broadcast_to(a, (len(a), *shape)) for a in arrays])
+
+  joined = jax.tree.map(join, *parts)
   return joined.chosen(np.argsort(joined.low.reshape(len(joined.low), -1)[:, 0]))
 
 

@@ -26,7 +26,7 @@ BOUND = {"bitcast_convert_type", "nextafter", "rng_uniform"}
 def widened(jaxpr: Any, consts: Sequence[Any] = ()) -> Callable[..., list[jax.Array]]:
   """The program of a jaxpr in float64: jittable, and differentiable where the program is.
 
-  Custom derivatives are those of what is computed. To be traced under `float64`.
+  Derivatives are those of what is computed, also of custom ones and of `stop_gradient`. To be traced under `float64`.
 
   Args:
     jaxpr: an open or a closed one, traced in the program's own dtypes.
@@ -66,7 +66,7 @@ def equation(eqn, inputs) -> Sequence[Any]:
     return other(*inputs)
   if (eqn.effects and not has_body) or "callback" in name or "ffi_call" in name:
     raise Impure(f"{name} has side effects or reads what may change")
-  if is_rounding(eqn):
+  if is_rounding(eqn) or name == "stop_gradient":
     return inputs
   if has_body or not _is_bound(eqn):
     try:

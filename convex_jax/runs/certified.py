@@ -173,7 +173,7 @@ def certifier(run: Run, arithmetic: str = REALS, convexified: bool = False) -> C
   options: dict[str, Any] = {"scale": PIXEL, "convexified": convexified}
   with _only_proved(run, convexified):
     if arithmetic == REALS:
-      return Certifier(run.apply, weights, shape, _exact(run), **options)
+      return Certifier(run.apply, weights, shape, **options)
     deployed = ARITHMETICS[arithmetic]
     apply = functools.partial(run.apply, dtype=deployed.dtype)
     # Convolutions have another form on the CPU than elsewhere, which rounds differently.

@@ -54,6 +54,10 @@ def pinball(x, q=0.25):
   return jnp.where(x >= 0, q * x, (q - 1) * x)
 
 
+def over_one_number(x):
+  return jnp.where(x > 0, x * x, -x * x) / jnp.broadcast_to(jnp.float32([0.3]), x.shape)
+
+
 SPELLINGS = [  # (name, function, curvature)
   ("huber", huber, "convex"),
   ("huber by minimum", huber_by_minimum, "convex"),
@@ -151,6 +155,7 @@ SPELLINGS = [  # (name, function, curvature)
   ("no number less itself", lambda x: nn.relu(x) ** 2 + (jnp.sqrt(x) - jnp.sqrt(x)), "unknown"),
   ("root of a negative number", lambda x: nn.relu(x) + jnp.sqrt((x - x) - 1.0), "unknown"),
   ("slope falls at the second kink", lambda x: nn.relu(x) - nn.relu(x - 5), "unknown"),
+  ("by one number, spread", lambda x: over_one_number(over_one_number(x)), "unknown"),
 ]
 
 

@@ -87,6 +87,32 @@ def test_functions_contain_what_jax_computes_between_the_ends(name):
   assert (found[1] - found[0] <= np.ptp(values, 0) * 1.5 + 1).all(), "an empty promise"
 
 
+NARROW = [*sorted(set(enclosures.FUNCTIONS) - {"neg"}), "acosh", "atanh", "lgamma", "tan"]
+POWERS = [lambda x: lax.integer_pow(x, -3), lambda x: 1.37**x, lambda x: jnp.abs(x) ** -30.7]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_functions_contain_what_the_program_computes_in_its_dtype(dtype):
+  """Also where it rounds the argument of an exp, loses digits, and under- or overflows."""
+  scales = (1e-10, 1e-4, 0.3, 1, 3, 10, 30, 90, 300, 1e4)
+  rng = np.random.default_rng(0)
+  ends = 1 - 10.0 ** rng.uniform(-8, 0, 300)
+  x = np.concatenate([*(rng.standard_normal(100) * s for s in scales), ends, -ends])
+  functions = [*(getattr(lax, name) for name in NARROW), *POWERS]
+
+  def program(x):
+    return [f(x) for f in functions]
+
+  with jax.enable_x64(dtype == "float64"):
+    x = jnp.asarray(x, dtype)
+    found, _ = interpreter.analyse(lambda x, _: program(x), x, X)
+    for i, (k, value) in enumerate(zip(found, jax.jit(program)(x), strict=True)):
+      if isinstance(k, Known):
+        y = np.asarray(value, np.float64)
+        outside = (y < k.low) | (y > k.high)
+        assert not outside.any(), (i, x[outside][0], y[outside][0], k.low[outside][0])
+
+
 PROGRAMS = [
   ("products", lambda a, b: a * b / (jnp.abs(a) + 1)),
   ("matrices", lambda a, b: a.reshape(4, 4) @ b.reshape(4, 4)),
@@ -199,6 +225,9 @@ FACTORS = [
   ),
   ("an argument of most", lambda: 1.5 - jnp.argmax(jnp.float32([0.1 * 3, 0.3])), True),
   ("bits", lambda: lax.bitcast_convert_type(jnp.uint32(0x3F800000), jnp.float32), True),
+  ("an integer that its dtype rounds", lambda: 256.5 - lax.iota("bfloat16", 300)[257], False),
+  ("one that it holds", lambda: 256.5 - lax.iota("bfloat16", 300)[256], True),
+  ("bits of what may be flushed to 0", lambda: -1e38 * jnp.nextafter(jnp.float32(0), 1), False),
   ("exp, far below", lambda: jnp.exp(jnp.float32(-80)), True),
   ("underflow that is compared", lambda: 2 * (jnp.float32(1e-30) * 1e-30 > 0) - 1.0, False),
   ("overflow that is asked for", lambda: 2.0 * jnp.isfinite(jnp.float32(1e30) * 1e30) - 1, False),

@@ -369,6 +369,15 @@ def test_unknown_primitives_and_long_loops_are_not_guessed():
   assert curvature_of(scanned(weights)) == "unknown"
 
 
+@pytest.mark.parametrize("call", [lambda f: f, jax.jit], ids=["at once", "in a call"])
+def test_a_primitive_of_that_name_alone_has_no_rule(call):
+  """Another package's `exp` may be anything."""
+  other = jax.extend.core.Primitive("exp")
+  other.def_abstract_eval(lambda x: x)
+  with pytest.raises(ValueError, match="named 'exp' that is not jax's own"):
+    certify(call(other.bind), X)
+
+
 MISSING = {"0.12": {"closed_call"}}  # By jax version.
 
 

@@ -181,6 +181,11 @@ SPELLINGS = [  # (name, function, curvature)
   ("too sharp a bend", functools.partial(softened, bend=lambda x: 2 * x), "unknown"),
   ("too heavy in base 2", functools.partial(softened, weight=1.443, exp=jnp.exp2), "unknown"),
   ("logaddexp of concave", lambda x: jnp.logaddexp(x, -nn.relu(x)), "unknown"),
+  (
+    "logaddexp of infinity, written out",
+    lambda x: jnp.maximum(x, np.inf) + jnp.log1p(jnp.exp(-jnp.abs(x - np.inf))),
+    "unknown",
+  ),
   ("cumlogsumexp of concave", lambda x: lax.cumlogsumexp(-nn.relu(x), axis=1), "unknown"),
   ("difference of two", lambda x: nn.logsumexp(x, 1) - nn.logsumexp(x[::-1], 1), "unknown"),
   ("log softmax of convex", lambda x: nn.log_softmax(nn.relu(x)), "unknown"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from convex_jax.proof import certify, powers, quadratic
-from tests.support.curvature import check_curvature, worst_gap
+from tests.support.curvature import check_curvature, curvature_of, worst_gap
 
 X = jax.ShapeDtypeStruct((4,), jnp.float32)
 MATRIX = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -203,6 +203,10 @@ def test_what_is_proved_of_powers_norms_and_forms(name, function, expected):
 @pytest.mark.parametrize("name,function,expected", MATRICES, ids=[row[0] for row in MATRICES])
 def test_what_is_proved_of_functions_of_a_matrix(name, function, expected):
   check_curvature(function, MATRIX, expected)
+
+
+def test_a_form_of_no_numbers_is_not_read():
+  assert curvature_of(lambda x: x @ (x + 1), jax.ShapeDtypeStruct((0,), jnp.float32)) == "unknown"
 
 
 def test_the_midpoint_test_can_fail():

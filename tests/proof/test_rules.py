@@ -149,6 +149,11 @@ def guarded(x, test, root=jnp.sqrt, otherwise=0.0):
   return jnp.where(test(s), root(jnp.where(test(s), s, 1.0)), otherwise)
 
 
+def of_three(x):
+  i = jnp.floor(x).astype(jnp.int32)
+  return lax.select_n(i, x, x**2, lax.select_n(i, x, jnp.exp(x)))
+
+
 CHOICES = [
   ("norm, guarded", lambda x: guarded(x, lambda s: s > 0), "convex"),
   ("by !=", lambda x: guarded(x, lambda s: s != 0), "convex"),
@@ -175,6 +180,7 @@ CHOICES = [
     "unknown",
   ),
   ("elu, guarded", lambda x: jnp.where(x > 0, x, jnp.expm1(jnp.where(x > 0, 0.0, x))), "convex"),
+  ("of three, the last again of two", of_three, "unknown"),
 ]
 
 
@@ -249,6 +255,10 @@ def largest(x, k=2, axis=-1):
   return lax.top_k(x, k, axis=axis)[0]
 
 
+def dot(x, y, dtype):
+  return lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+
+
 SCALARS = [
   ("quotient by an exp", lambda x: 3 / jnp.exp(x), "convex"),
   ("by a power of 2", lambda x: 1 / jnp.exp2(-x), "convex"),
@@ -268,6 +278,8 @@ SCALARS = [
   ("NaN of infinities", lambda x: jnp.where(jnp.isnan(x + INF - INF), x[0], x), "unknown"),
   ("NaN of a quotient", lambda x: jnp.where(jnp.isnan(x / x), 1.0, x * x), "unknown"),
   ("not equal to another element", lambda x: jnp.where(x != x[::-1], x, 0.0), "unknown"),
+  ("a sum in 8 bits", lambda x: dot(x, jnp.ones(4), jnp.float8_e4m3fn).astype(x.dtype), "unknown"),
+  ("by its own integers", lambda x: dot(x.astype(jnp.int8), x, x.dtype), "unknown"),
 ]
 
 LARGEST = [
