@@ -155,7 +155,7 @@ class Certifier:
       part = np.asarray(images[start : start + together], np.float64)
       padded = np.pad(part, [(0, together - len(part)), *[(0, 0)] * (part.ndim - 1)], "edge")
       # At a kink, as at a pixel of 0, what JAX gives for a slope may be that of no tangent.
-      aside = np.random.default_rng(0).uniform(-ASIDE, ASIDE, padded.shape) * self._scale
+      aside = np.random.default_rng(0).uniform(-ASIDE, ASIDE, padded.shape[1:]) * self._scale
       with float64():
         found = map(np.asarray, self._with_slopes(padded, padded + aside))
       for x, y_K, tangents_K, slopes_KxD in zip(part, *found, strict=False):
