@@ -142,7 +142,8 @@ def table(rows: list[dict[str, str]]) -> str:
   lines = []
   for row in rows:
     if row["forms"] == "native":
-      lines.append([*_named(row), _fit(row), *[row[name] for name in COLUMNS if name != "gib"]])
+      cells = [_plain(row[name]) for name in COLUMNS if name != "gib"]
+      lines.append([*_named(row), _fit(row), *cells])
   return tables.markdown(["program, batch", "machine", *COLUMNS.values()], lines)
 
 
@@ -156,8 +157,8 @@ def changes(rows: list[dict[str, str]]) -> str:
       both = (before, row)
       lines.append([
         *_named(row),
-        *[each["gb"] or _fit(each) for each in both],
-        *[_device_ms(each) for each in both],
+        *[_plain(each["gb"]) or _fit(each) for each in both],
+        *[_plain(_device_ms(each)) for each in both],
       ])  # fmt: skip
   header = ["GB per device, before", "after", "about ms per step, before", "after"]
   return tables.markdown(["program, batch", "machine", *header], lines)
@@ -165,6 +166,11 @@ def changes(rows: list[dict[str, str]]) -> str:
 
 def _named(row: dict[str, str]) -> list[str]:
   return [f"{row['program']}, {int(row['batch']):,}", row["machine"]]
+
+
+def _plain(text: str) -> str:
+  """A number without an exponent."""
+  return f"{float(text):,.0f}" if "e+" in text else text
 
 
 def _fit(row: dict[str, str]) -> str:
