@@ -25,9 +25,11 @@ def describe(name: str, size: str, twin: str, classes: int, image_size: int) -> 
   fields = {**module.SIZES[size], **getattr(module, "PUBLISHED", {})}
   model = module.Model(classes=classes, parts=parts, **fields)
   image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-  variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)
+  # Traced once, with the forward pass that finds the shapes.
+  traced = jax.make_jaxpr(model.init_with_output, return_shape=True)
+  program, (_, variables) = traced(jax.random.key(0), image)
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
-  return count, macs(jax.make_jaxpr(model.apply)(variables, image).jaxpr)
+  return count, macs(program.jaxpr)
 
 
 def macs(jaxpr: Any) -> int:

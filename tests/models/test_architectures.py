@@ -12,6 +12,7 @@ from convex_jax.models import catalog, layers, overview
 from convex_jax.models.constraints import FREE, PENALISED, constraints_of
 from convex_jax.models.parts import TWINS, Parts
 from convex_jax.models.variables import apply, init_variables
+from tests.support import draws
 from tests.support.midpoints import midpoint_gaps
 
 EVERY_TWIN = [(name, twin) for name in catalog.names() for twin in TWINS]
@@ -58,9 +59,9 @@ def worst_gap(f, weights, seed=0, pairs=200, shape=(8, 8, 1)):
   return midpoint_gaps(functools.partial(f, weights), shape, pairs=pairs, seed=seed).max()
 
 
-def training_pass(model, weights, images, seed):
+def training_pass(model, weights, images, key):
   variables = {"params": weights["params"], "batch_stats": weights["stats"]}
-  rngs = {"dropout": jax.random.key(seed)}
+  rngs = {"dropout": key}
   return model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)[0]
 
 
@@ -245,12 +246,12 @@ def test_shapes_and_finite_gradients_everywhere(name, twin):
     weights = nn.meta.unbox(init_variables(model, key, (8, 8, 2)))
 
     def loss(params):
-      logits = training_pass(model, {**weights, "params": params}, images, 2)
+      logits = training_pass(model, {**weights, "params": params}, images, draws.key(2))
       return (logits * jnp.arange(12.0).reshape(4, 3)).sum()
 
     return weights, jax.grad(loss)(weights["params"])
 
-  weights, grads = gradient(jax.random.key(1))
+  weights, grads = gradient(draws.key(1))
   assert jax.eval_shape(network(model), weights, images).shape == (4, 3)
   assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
@@ -270,8 +271,8 @@ def test_dropout_is_off_in_evaluation(name):
 
   # Two programs: their sums may be rounded in another order.
   np.testing.assert_allclose(keyed(weights, images), network(model)(weights, images), rtol=1e-5)
-  train = jax.jit(lambda seed: training_pass(model, weights, images, seed))
-  assert bool(jnp.any(train(0) != train(1))) == bool(fields)
+  train = jax.jit(lambda key: training_pass(model, weights, images, key))
+  assert bool(jnp.any(train(draws.key(0)) != train(draws.key(1)))) == bool(fields)
 
 
 REMATERIALISED = [
@@ -289,7 +290,7 @@ def test_rematerialisation_changes_nothing(name):
     model = tiny(name, "ioc", remat=remat)
 
     def loss(params, model=model):
-      return (training_pass(model, {**weights, "params": params}, images, 2) ** 2).sum()
+      return (training_pass(model, {**weights, "params": params}, images, draws.key(2)) ** 2).sum()
 
     results.append(jax.jit(jax.value_and_grad(loss))(weights["params"]))
   leaves = [jax.tree.leaves(result) for result in results]

@@ -11,6 +11,7 @@ from configs import base
 from convex_jax.models import catalog, constraints
 from convex_jax.models.variables import init_variables
 from convex_jax.training import optimizer, step
+from tests.support import draws
 
 
 def adversarial_pairs(n=100_000):
@@ -71,18 +72,19 @@ def test_a_link_holds_in_the_program_that_the_compiler_makes_of_a_whole_step(nam
   )
   start = 0.01 * jnp.abs(jax.random.normal(jax.random.key(0), (128, 10)))
 
-  def body(carry, key):
+  def body(carry, i):
     params, state = carry
-    updates, state = tx.update(jax.random.normal(key, params.shape), state, params)
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), params.shape)
+    updates, state = tx.update(noise, state, params)
     params = optax.apply_updates(params, updates)
     return (params, state), params.min()
 
   step = jax.jit(body)
   carry, smallest = (start, tx.init(start)), []
   for i in range(500):
-    carry, low = step(carry, jax.random.key(i))
-    smallest.append(float(low))
-  assert min(smallest) >= 0  # Exact: no tolerance.
+    carry, low = step(carry, i)
+    smallest.append(low)
+  assert min(map(float, smallest)) >= 0  # Exact: no tolerance.
   assert carry[0].max() < 1
 
 
@@ -171,14 +173,14 @@ def test_a_link_without_parameters_is_refused():
 
 def make_run(config, constraint="clamp", dtype=jnp.float32, average=True, enforce=True):
   """A tiny Mixer's jitted train_step and its first state, with batches of noise."""
-  model = catalog.create_model("mixer", "tiny", "ioc", 3, dtype, constraint=constraint)
+  model = catalog.create_model("mixer", "tiny", "ioc", 3, dtype, constraint=constraint, depth=1)
   shape = (8, 8, 1)
   boxed = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), shape))["params"]
   kinds = constraints.constraints_of(boxed)
   tx = optimizer.make_optimizer(
     config, 100, kinds if enforce else jax.tree.map(lambda _: "free", kinds)
   )
-  state = step.init_state(model, tx, jax.random.key(0), shape, average)
+  state = jax.jit(lambda: step.init_state(model, tx, draws.key(0), shape, average))()
 
   @jax.jit
   def update(state, key):
@@ -219,9 +221,9 @@ def test_every_tagged_value_is_feasible_after_every_step(name, constraint, accum
   update, state, kinds = make_run(config, constraint, jnp.dtype(dtype))
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
   for i in range(6):
-    state = update(state, jax.random.key(i))
+    state = update(state, draws.key(i))
     leaves = tagged(state.params, kinds) + tagged(state.ema["params"], kinds)
-    assert len(leaves) > 20
+    assert len(leaves) > 15
     assert all((leaf >= 0).all() for leaf in leaves)  # Exact: no tolerance.
 
 
@@ -231,7 +233,7 @@ def test_without_the_last_link_weights_turn_negative():
   config.learning_rate = 0.3
   update, state, kinds = make_run(config, enforce=False)
   for i in range(6):
-    state = update(state, jax.random.key(i))
+    state = update(state, draws.key(i))
   assert min(leaf.min() for leaf in tagged(state.params, kinds)) < -0.1
 
 

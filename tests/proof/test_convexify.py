@@ -52,20 +52,23 @@ def network(name, size, px, keys, scale=1.0):
 
 
 def check(f, weights, x, tolerance=1e-13):
-  """Raises unless f + t is proved, and has f's softmax to within the rounding of numbers as large."""
+  """(convexified, size of its logits); raises unless f + t is proved and has f's softmax.
+
+  To within the rounding of numbers as large.
+  """
   found = convexify(f, weights, x)
   # Compiled as a whole: operation by operation, the small programs of a network take far longer.
-  logits, convex, common = (
-    np.asarray(jax.jit(getattr(found, name))(x)) for name in ("logits", "convex_logits", "common")
-  )
-  np.testing.assert_array_equal(logits, jax.jit(functools.partial(f, weights))(x))
+  functions = (found.logits, found.convex_logits, found.common, functools.partial(f, weights))
+  values = jax.jit(lambda x: [function(x) for function in functions])(x)
+  logits, convex, common, own = map(np.asarray, values)
+  np.testing.assert_array_equal(logits, own)
   assert common.shape == (*logits.shape[:-1], 1)
   rounding = tolerance * (1 + np.abs(convex).max())
   np.testing.assert_allclose(convex, logits + common, rtol=0, atol=rounding)
   softmax = [jax.nn.softmax(values) for values in (logits, convex)]
   np.testing.assert_allclose(*softmax, rtol=0, atol=max(rounding, 1e-15))
   assert found.certificate.verdict == "PROVED", found.certificate.reason
-  return found
+  return found, float(np.abs(convex).max())
 
 
 def worst_midpoint(f, shape):
@@ -78,10 +81,8 @@ def worst_midpoint(f, shape):
 def test_every_architecture_has_convex_logits(case):
   with jax.enable_x64(True):
     f, weights, x = network(*case)
-    found = check(f, weights, x, 1e-12)
-    convex = found.convex_logits
-    size = float(np.abs(jax.jit(convex)(x)).max())
-    assert worst_midpoint(convex, x.shape) <= 1e-12 * (1 + size)
+    found, size = check(f, weights, x, 1e-12)
+    assert worst_midpoint(found.convex_logits, x.shape) <= 1e-12 * (1 + size)
     assert not certify(f, weights, x, search_steps=0)  # It is not convex to begin with.
 
 
@@ -194,8 +195,7 @@ def test_every_operation_that_has_a_rule(name):
   function, shape = FUNCTIONS[name]
   with jax.enable_x64(True):
     x = jnp.asarray(np.random.default_rng(2).normal(size=shape))
-    found = check(lambda _, x: function(x), None, x)
-    size = float(np.abs(found.convex_logits(x)).max())
+    found, size = check(lambda _, x: function(x), None, x)
     assert worst_midpoint(found.convex_logits, shape) <= 1e-11 * (1 + size)
 
 

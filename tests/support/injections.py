@@ -29,6 +29,7 @@ import pytest
 from tensorboard.compat.proto import event_pb2
 
 import convex_jax
+from convex_jax import files
 from convex_jax.errors import UserError
 from convex_jax.runs import manifest
 from convex_jax.runs.workdir import Workdir
@@ -86,13 +87,16 @@ class Run:
   def start(self, faults: dict[str, Any] | None = None, **env: str) -> subprocess.Popen:
     """The process; `faults` are `victim`'s."""
     faults = {"log": str(self.log), **(faults or {})}
+    # `victim` imports JAX before `main` would choose the folder.
+    compiled = {"JAX_COMPILATION_CACHE_DIR": os.path.join(files.cache_folder(), "victims")}
+    compiled["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     return subprocess.Popen(
       [sys.executable, "-m", "tests.support.victim", *self.arguments, f"--workdir={self.address}"],
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
-      env={**os.environ, "FAULTS": json.dumps(faults), **env},
+      env={**os.environ, "FAULTS": json.dumps(faults), **compiled, **env},
     )
 
   def finish(self, faults: dict[str, Any] | None = None, **env: str) -> tuple[int, str, str]:

@@ -20,6 +20,7 @@ from convex_jax.models import catalog
 from convex_jax.models.constraints import FREE, constraints_of, enforce
 from convex_jax.proof.wide import in_float64
 from convex_jax.training import optimizer, step
+from tests.support import draws
 from tests.support.midpoints import midpoint_gaps
 
 SHAPE = (8, 8, 3)
@@ -142,18 +143,18 @@ def of_twin(model, **changes):
 def of_parts(name) -> Iterator[Mutant]:
   """Another activation, LayerNorm for BatchNorm, the architecture's gates."""
   plain = build(name)
+  weights, _ = feasible(plain)
   for label, (activation, keeps) in ACTIVATIONS.items():
     model = of_twin(plain, activation=activation)
-    weights, _ = feasible(model)
     yield Mutant(name, "activation", label, keeps, functools.partial(infer, model), weights)
   for label, fields in {
     "LayerNorm for BatchNorm": {"norm_kind": "layer"},
     "gates kept": {"gates": True},
   }.items():
     model = of_twin(plain, **fields)
-    weights, _ = feasible(model)
-    if paths(weights) != paths(feasible(plain)[0]):  # The architecture has some.
-      yield Mutant(name, label, "everywhere", False, functools.partial(infer, model), weights)
+    own, _ = feasible(model)
+    if paths(own) != paths(weights):  # The architecture has some.
+      yield Mutant(name, label, "everywhere", False, functools.partial(infer, model), own)
 
 
 def min_pooled(y):
@@ -211,7 +212,7 @@ def of_wiring(name, rng) -> Iterator[Mutant]:
 
 def after_training(model, tx, steps=4):
   """Weights after a few large updates on noise."""
-  rng, key = np.random.default_rng(0), jax.random.key(0)
+  rng, key = np.random.default_rng(0), draws.key(0)
   fixed = dict(augment=lambda keys, image: image, key=key, label_smoothing=0.0, ema_decay=0.0)
   update = jax.jit(functools.partial(step.train_step, model=model, tx=tx, **fixed))
   state = jax.jit(lambda: step.init_state(model, tx, key, SHAPE, average=False))()
