@@ -72,7 +72,8 @@ class Certifier:
 
   Raises:
     convex_jax.proof.certificate.NotProved: a logit is not proved convex in the input, or its slope has no bound.
-    ValueError: the rounding error of an operation has no bound; no convex form of it is known.
+    ValueError: the rounding error of an operation has no bound; no convex form of it is known;
+      the function returns something else than two or more logits.
   """
 
   def __init__(
@@ -88,6 +89,12 @@ class Certifier:
     example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     every = [Program(f, weights, example, arithmetic=arithmetic) for f in (logits, *others)]
     network = every[0].exact  # In float64, whatever it casts to.
+    returned = jax.eval_shape(lambda x: logits(weights, x), example).shape
+    if len(returned) != 2 or returned[1] < 2:
+      raise ValueError(
+        f"the function returns an array of shape {returned} for one input; expected (1, K), two or"
+        " more logits (of one logit z, the two logits are 0 and z)"
+      )
     self._programs = []
     if arithmetic is not None:
       programs = list({program.text: program for program in reversed(every)}.values())[::-1]
@@ -103,7 +110,7 @@ class Certifier:
       network = jax.vmap(lambda x: convex.convex_logits(x[None])[0])
     else:
       apart = output = proved(logits, weights, example)
-    self._scale = scale
+    self._scale, self._shape = scale, tuple(shape)
 
     def one(x):
       return network(x[None])[0]
@@ -143,7 +150,7 @@ class Certifier:
     The l1 radius alone takes about one evaluation of each of the 2 D vertices, `SWEEPS` more are
     for the other norms.
 
-    Raises `ValueError` for an unknown norm.
+    Raises `ValueError` for an unknown norm, and for an input of another shape.
     """
     if isinstance(norms, str) or not set(norms) <= set(NORMS):
       raise ValueError(f"norms are {norms!r}; expected some of {', '.join(NORMS)}, in a tuple")
@@ -153,6 +160,8 @@ class Certifier:
     together = int(np.clip(SLOPES // self._slopes, 1, IMAGES))
     for start in range(0, len(images), together):
       part = np.asarray(images[start : start + together], np.float64)
+      if part.shape[1:] != self._shape:
+        raise ValueError(f"an input has the shape {part.shape[1:]}; expected {self._shape}")
       padded = np.pad(part, [(0, together - len(part)), *[(0, 0)] * (part.ndim - 1)], "edge")
       # At a kink, as at a pixel of 0, what JAX gives for a slope may be that of no tangent.
       aside = np.random.default_rng(0).uniform(-ASIDE, ASIDE, padded.shape[1:]) * self._scale
@@ -176,8 +185,9 @@ class Certifier:
       radii = self._radius(around, norms, np.max(off, 0)).radii
       return {n: min(radii[n], balls[n]) for n in norms}
 
-    best = within(tuple(real.radii), real.radii)
-    for norm, ball in real.radii.items():
+    balls = {n: r if np.isfinite(r) else FURTHEST for n, r in real.radii.items()}
+    best = within(tuple(balls), balls)
+    for norm, ball in balls.items():
       for _ in range(BALLS if best[norm] < KEPT * ball else 0):
         best[norm] = max(best[norm], within((norm,), {norm: ball})[norm])
         if best[norm] >= ball / 2:

@@ -9,6 +9,7 @@ import numpy as np
 
 from convex_jax.proof.constants import Unknown
 from convex_jax.proof.enclosures import Ends, size_of
+from convex_jax.proof.merged import NOTHING, Merged
 from convex_jax.proof.values import Known
 
 
@@ -38,6 +39,7 @@ class Rounded:
   made_by: "tuple[Any, Sequence[Any]] | None" = None  # Equation and operands.
   chains: tuple[Chain, ...] = ()
   around: Ends | None = None  # What its operation makes of all that its operands are between.
+  merged: Merged = NOTHING
   shift: Any = None  # Where all of the error is known: computed - real, unless it is 0.
 
   @property

@@ -32,6 +32,7 @@ from convex_jax.proof.constants import (
 )
 from convex_jax.proof.enclosures import Ends, size_of
 from convex_jax.proof.float64 import float64
+from convex_jax.proof.merged import NOTHING, kept, merge
 from convex_jax.proof.rounded import (
   Chain,
   Condition,
@@ -101,6 +102,14 @@ def _run(eqn: Any, *arrays: Any) -> Any:
   if name == "reduce_sum":
     return np.sum(arrays[0], tuple(params["axes"]))
   return _all(eqn, *arrays)[0]
+
+
+def _terms(eqn: Any) -> int:
+  """How many numbers a sum or an extreme is of, at most."""
+  params, shape = eqn.params, eqn.invars[0].aval.shape
+  if "axes" in params:
+    return math.prod(shape[i] for i in params["axes"])
+  return shape[params["axis"]] if "axis" in params else math.prod(params["window_dimensions"])
 
 
 def _all(eqn: Any, *arrays: Any) -> list[Any]:
@@ -192,7 +201,11 @@ class Walk(interpreter.Walk):
     if name in _LARGEST:
       x = operands[0]
       error = _run(eqn, x.error) if "max" in name else -_run(eqn, -x.error)
-      return [self._made(eqn, operands, (_run(eqn, x.low), _run(eqn, x.high)), error)]
+      ends = _run(eqn, x.low), _run(eqn, x.high)
+      error = np.maximum(error, 0.0)  # Of no number at all.
+      return [
+        self._made(eqn, operands, ends, error, merged=x.merged if _terms(eqn) == 1 else NOTHING)
+      ]
     if name in _SUMS:
       return [self._checked(self._summed(eqn, operands[0]), dtype)]
     if name in _PRODUCTS:
@@ -254,8 +267,9 @@ class Walk(interpreter.Walk):
     if any(np.isnan(part).any() for part in parts[2]):
       raise Overflow  # Beyond the array, where `gather` fills in NaN.
     affine = all(x.is_affine or not x.varies for x in operands) and len(eqn.outvars) == 1
+    merged = kept(operands)
     return [
-      self._made(eqn, [*operands, *keys], (low, high), error, affine, shift=shift)
+      self._made(eqn, [*operands, *keys], (low, high), error, affine, shift=shift, merged=merged)
       for low, high, error, shift in zip(*parts, shifts, strict=True)
     ]
 
@@ -269,15 +283,10 @@ class Walk(interpreter.Walk):
     if not x.varies and x.known.is_exact:
       shift = np.asarray(x.low).astype(target).astype(np.float64) - x.low
       return self._made(eqn, [x], x.ends, np.abs(shift) + smallest_normal(target), shift=shift)
-    return self._made(eqn, [x], x.ends, error, affine=x.is_affine)
+    return self._made(eqn, [x], x.ends, error, affine=x.is_affine, merged=x.merged)
 
   def _summed(self, eqn, x: Rounded) -> Rounded:
-    name, params = eqn.primitive.name, eqn.params
-    if name == "reduce_sum":
-      n = math.prod(x.shape[i] for i in params["axes"])
-    else:
-      n = x.shape[params["axis"]] if name == "cumsum" else math.prod(params["window_dimensions"])
-    dtype = eqn.outvars[0].aval.dtype
+    n, dtype = _terms(eqn), eqn.outvars[0].aval.dtype
     size = _run(eqn, size_of(x.ends) + x.error)
     error = (
       _run(eqn, x.error)
@@ -288,7 +297,7 @@ class Walk(interpreter.Walk):
     ends = tuple(_run(eqn, end) for end in x.ends)
     slack = 1e-12 * size
     ends = self._within_ball(eqn, [x], (ends[0] - slack, ends[1] + slack), x.is_affine)
-    return self._made(eqn, [x], ends, error, x.is_affine)
+    return self._made(eqn, [x], ends, error, x.is_affine, merged=x.merged if n == 1 else NOTHING)
 
   def _product(self, name: str, eqn, a: Rounded, b: Rounded) -> Rounded:
     if name == "dot_general":
@@ -329,9 +338,13 @@ class Walk(interpreter.Walk):
     ends = self._within_ball(
       eqn, [a, b], (middle - radius - slack, middle + radius + slack), affine
     )
+    merged = NOTHING
+    if n == 1 or math.prod(a.shape) == math.prod(b.shape) == n * math.prod(np.shape(ends[0])):
+      merged, own = merge("mul", eqn, [a, b], ends, target)
+      merged, error = merged if n == 1 else NOTHING, error + n * own
     if wide != target:
       error = error + unit_roundoff(target) * (size_of(ends) + error) + smallest_normal(target)
-    return self._made(eqn, [a, b], ends, error, affine)
+    return self._made(eqn, [a, b], ends, error, affine, merged=merged)
 
   def _factors(self, eqn) -> float:
     """The relative error with which a product's factors are read."""
@@ -396,7 +409,8 @@ class Walk(interpreter.Walk):
     slopes = slopes_of(name, eqn, wide, around)
     steep = [size_of(s) for s in slopes]
     passed = sum(product_of(s, x.error) for s, x in zip(steep, operands, strict=True))
-    own = own_error(name, eqn, operands, around, dtype)
+    merged, error = merge(name, eqn, operands, around, dtype)
+    own = own_error(name, eqn, operands, around, dtype) + error
     chains = []
     for root in roots_of(operands):
       parts = [chain_of(x, root) for x in operands]
@@ -407,12 +421,16 @@ class Walk(interpreter.Walk):
       chains.append(Chain(root, slope, error))
     affine = name in (*BASIC, "neg") and keeps_affine(name, operands)
     around = around[0] - own, around[1] + own
-    return self._best(eqn, operands, ends, around, passed + own, chains, affine)
+    best = self._best(eqn, operands, ends, around, passed + own, chains, affine)
+    return dataclasses.replace(best, merged=merged)
 
   def _best(self, eqn, operands, ends, around, error, chains, affine=False) -> Rounded:
     error = functools.reduce(np.minimum, [c.total for c in chains], error)
     error = np.broadcast_to(error, np.shape(ends[0]))
-    return self._made(eqn, operands, ends, error, affine, chains=tuple(chains), around=around)
+    numbers = [x for x in operands if isinstance(x, Rounded)]
+    return self._made(
+      eqn, operands, ends, error, affine, chains=tuple(chains), around=around, merged=kept(numbers)
+    )
 
   def _extreme(self, name: str, eqn, a: Rounded, b: Rounded) -> Rounded:
     """The greater or the lesser: no further off than the further of both, and their slopes' hull."""

@@ -126,6 +126,8 @@ def linear_end(output: Value) -> tuple[Value, np.ndarray] | None:
   h, weights = op.inputs
   if not isinstance(h, Value) or not isinstance(weights, Known) or weights.low.ndim != 2:
     return None
+  if np.prod(h.shape) != len(weights.low):
+    return None  # Of several rows h, each of which makes some of the outputs.
   if not weights.is_exact:
     return None  # Differences of its columns are known only to within rounding.
   contracted, batched = op.params["dimension_numbers"]
