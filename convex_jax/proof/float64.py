@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import jax
 
+ROUNDING = 1e-9  # Relative to values; more than the error of their evaluation in float64.
+
 
 @contextlib.contextmanager
 def float64() -> Iterator[None]:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy  # Imports its parts on first use; `optimize` takes 0.2 s, and few need it.
 
-from convex_jax.proof.float64 import float64
+from convex_jax.proof.float64 import ROUNDING, float64
+from convex_jax.proof.rounding_errors import Program
 
 ASIDE = 2.0**-30  # In widths of the box: how far from a point its tangent is taken, at random.
 
@@ -34,49 +35,57 @@ def minimise(
   start: np.ndarray | None = None,
   steps: int = 1000,
 ) -> Minimum:
-  """The global minimum of a differentiable convex function over the box [low, high].
+  """The global minimum of a convex function over the box [low, high].
 
-  Projected quasi-Newton steps (L-BFGS-B). At any x the tangent bounds the function from
-  below everywhere, and its least value over the box,
+  Projected quasi-Newton steps (L-BFGS-B). A tangent at any z in the box bounds the function from
+  below all over it, and its least value there,
 
-      f(x) + sum_i min(g_i (low_i - x_i), g_i (high_i - x_i)),
+      f(z) + sum_i min(g_i (low_i - z_i), g_i (high_i - z_i)),
 
-  is a lower bound on the global minimum. The best bound of all iterates is returned.
+  is a lower bound on the global minimum. The best bound of all iterates is returned, less what the
+  evaluation in float64 may be off by. Each z lies next to an iterate, inside the box and at random:
+  at a kink, as at an end of the box, the derivative that JAX computes may be no subgradient.
 
   Args:
     function: maps an array of the box's shape to a scalar. Its convexity is not checked: of a
-      function that is not convex, `bound` says nothing.
+      function that is not convex, `bound` says nothing. It is evaluated in float64, and its
+      derivatives are its own, whatever `stop_gradient` or `custom_jvp` in it say.
     low: least entries.
     high: greatest entries.
     start: first point; by default the middle of the box.
     steps: most iterations.
   """
   low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
-  # At a kink, as at an end of the box, what JAX gives for a slope may be that of no tangent.
-  aside = np.random.default_rng(0).uniform(-ASIDE, ASIDE, low.size) * (high - low).ravel()
+  shape, low, high = low.shape, low.ravel(), high.ravel()
+  width = np.where(np.isfinite(high - low), high - low, 1.0)
+  aside = np.random.default_rng(0).uniform(0, ASIDE, low.size) * width
+  first = np.clip(0.0, low, high) if start is None else np.ravel(np.asarray(start, np.float64))
+  if start is None:
+    first = np.where(np.isfinite(high - low), (low + high) / 2, first)
   with float64():
-    slope = jax.jit(jax.value_and_grad(lambda x: jnp.squeeze(function(x))))
+    exact = Program(function, jax.ShapeDtypeStruct(shape, jnp.float64), arithmetic=None).exact
+    slope = jax.jit(jax.value_and_grad(lambda x: jnp.squeeze(exact(x))))
     best = -np.inf
 
     def evaluate(flat):
       nonlocal best
-      flat = flat + aside
-      value, gradient = slope(jnp.asarray(flat.reshape(low.shape)))
+      z = flat + np.where(flat - low <= high - flat, aside, -aside)
+      value, gradient = slope(jnp.asarray(z.reshape(shape)))
       g = np.asarray(gradient, np.float64).ravel()
-      below = np.minimum(g * (low.ravel() - flat), g * (high.ravel() - flat)).sum()
-      best = max(best, float(value) + float(below))
+      with np.errstate(invalid="ignore"):
+        sides = np.minimum(*(np.where(g == 0, 0, g * (end - z)) for end in (low, high)))
+      below = float(value) + float(sides.sum())
+      best = max(best, below - ROUNDING * (1 + abs(float(value)) + float(np.abs(sides).sum())))
       return float(value), g
 
-    first = (low + high) / 2 if start is None else np.asarray(start, np.float64)
     found = scipy.optimize.minimize(
       evaluate,
-      first.ravel(),
+      first,
       jac=True,
       method="L-BFGS-B",
-      bounds=list(zip(low.ravel(), high.ravel(), strict=True)),
+      bounds=list(zip(low, high, strict=True)),
       options={"maxiter": steps, "maxfun": 2 * steps, "ftol": 1e-15, "gtol": 1e-12},
     )
-    x = np.clip(found.x, low.ravel(), high.ravel())
-    evaluate(x)
-    value = float(jnp.squeeze(function(jnp.asarray(x.reshape(low.shape)))))
-  return Minimum(x.reshape(low.shape), value, best)
+    x = np.clip(found.x, low, high).reshape(shape)
+    value, _ = slope(jnp.asarray(x))
+  return Minimum(x, float(value), best)

@@ -23,7 +23,7 @@ from convex_jax.proof import affine_front, interpreter, slopes
 from convex_jax.proof.arithmetic import Arithmetic
 from convex_jax.proof.certificate import NotProved, proved
 from convex_jax.proof.convexified import convexify
-from convex_jax.proof.float64 import float64
+from convex_jax.proof.float64 import ROUNDING, float64
 from convex_jax.proof.rounding_errors import Program
 from convex_jax.proof.rounding_walk import Ball
 from convex_jax.proof.values import Value
@@ -42,8 +42,7 @@ KEPT = 0.9  # Of a radius, with which one bound for all norms is good enough.
 EXACT = 1 / 4096  # Of an l1 radius, to which it is found.
 STEPS = 100  # Of the search for it, at most.
 EVERY = slice(None)
-ASIDE = 2.0**-30  # In units of `scale`: how far from an input its tangents are taken, at random.
-ROUNDING = 1e-9  # Relative to the logits; more than the error of their float64 evaluation.
+ASIDE = 2.0**-30  # Of `scale`, or of a larger entry: how far from an input its tangents are taken.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +162,7 @@ class Certifier:
       if part.shape[1:] != self._shape:
         raise ValueError(f"an input has the shape {part.shape[1:]}; expected {self._shape}")
       padded = np.pad(part, [(0, together - len(part)), *[(0, 0)] * (part.ndim - 1)], "edge")
-      # At a kink, as at a pixel of 0, what JAX gives for a slope may be that of no tangent.
-      aside = np.random.default_rng(0).uniform(-ASIDE, ASIDE, padded.shape[1:]) * self._scale
+      aside = _aside(padded, padded.shape[1:], self._scale)
       with float64():
         found = map(np.asarray, self._with_slopes(padded, padded + aside))
       for x, y_K, tangents_K, slopes_KxD in zip(part, *found, strict=False):
@@ -403,6 +401,14 @@ def _moved(rest, front_U, columns_DxU, rays_N, steps_N):
   return jax.vmap(rest)(at_NxU)
 
 
+def _aside(x: np.ndarray, shape: tuple[int, ...], scale: float) -> np.ndarray:
+  """How far from inputs of a shape, at random, their tangents are taken.
+
+  At a kink, such as a pixel of 0, the derivative that JAX computes may be no subgradient.
+  """
+  return np.random.default_rng(0).uniform(-ASIDE, ASIDE, shape) * np.maximum(scale, np.abs(x))
+
+
 def one_sided_radius(
   logit: Callable[[jax.Array], jax.Array], x: jax.Array, norm: str
 ) -> tuple[float, float]:
@@ -410,11 +416,18 @@ def one_sided_radius(
 
   radius = y(x) / |grad y(x)| in the dual norm: a convex function lies above its tangent
   (Pfrommer et al. 2023, "Asymmetric Certified Robustness via Feature-Convex Neural
-  Networks", theorem 2). In the units of x; 0 where y(x) <= 0, a side
+  Networks", theorem 2), which is taken next to x. In the units of x; 0 where y(x) <= 0, a side
   that has no closed form.
   """
-  value, gradient = jax.value_and_grad(lambda x: jnp.squeeze(logit(x)))(x)
-  size = float(np.linalg.norm(np.ravel(np.asarray(gradient, np.float64)), DUAL[norm]))
-  if value <= 0:
-    return float(value), 0.0
-  return float(value), float(value) / size if size else np.inf
+  exact = Program(logit, jax.ShapeDtypeStruct(x.shape, x.dtype), arithmetic=None).exact
+  at = np.asarray(x, np.float64)
+  near = at + _aside(at, at.shape, 1.0)
+  with float64():
+    y = float(jnp.squeeze(exact(jnp.asarray(at))))
+    value, slope = jax.value_and_grad(lambda x: jnp.squeeze(exact(x)))(jnp.asarray(near))
+  tangent = float(value) + float(np.sum(np.asarray(slope) * (at - near)))
+  margin = min(y, tangent) - ROUNDING * (1 + abs(y))
+  size = float(np.linalg.norm(np.ravel(np.asarray(slope)), DUAL[norm]))
+  if margin <= 0:
+    return y, 0.0
+  return y, margin / size if size else np.inf

@@ -167,9 +167,20 @@ def test_a_tangent_is_that_of_the_function(identity):
 
   radius = Certifier(logits, (), (1,)).radius(np.zeros(1))
   assert all(0.999 < r < 1 for r in radius.radii.values())
-  if identity is not jax.lax.stop_gradient:
-    found = minimum.minimise(identity, np.float64([-1.0]), np.float64([1.0]), np.zeros(1))
-    assert -1 - 1e-6 < found.bound <= -1 <= found.value < -1 + 1e-6
+  found = minimum.minimise(identity, np.float64([-1.0]), np.float64([1.0]), np.zeros(1))
+  assert -1 - 1e-6 < found.bound <= -1 <= found.value < -1 + 1e-6
+  for norm in NORMS:
+    y, closed = one_sided_radius(lambda x: jnp.sum(identity(x)) + 1, jnp.zeros(1), norm)
+    assert y == 1 and 0.999 < closed < 1
+
+
+@pytest.mark.parametrize("at", [1e6, 2.0**24, 1e8])
+def test_a_tangent_is_taken_aside_of_large_inputs_too(at):
+  def logits(_, x):
+    return jnp.concatenate([jnp.where(x == at, at, x) - at + 1, 0 * x], axis=-1)
+
+  radius = Certifier(logits, (), (1,)).radius(np.array([at]))
+  assert all(0.99 < r < 1 for r in radius.radii.values())
 
 
 def test_radii_over_the_reals_know_nothing_of_the_precision_of_the_program():
@@ -430,6 +441,30 @@ def test_the_minimum_of_a_small_network_is_cvxpys():
   found = minimum.minimise(network, -np.ones(4), np.ones(4))
   assert found.value == pytest.approx(problem.value, rel=1e-5)
   assert found.bound <= problem.value + 1e-7 and found.gap < 1e-4 * abs(found.value)
+
+
+BOXED = [  # Function, box, start, least value.
+  (lambda x: jnp.sum(jnp.where(x < 0, 5 - x, x**2)), (0, 1), 0.0, 0.0),  # Convex in the box alone.
+  (lambda x: jnp.sum(x * jnp.log(x)), (0, 1), 0.0, -2 / np.e),
+  (lambda x: jnp.sum(1e6 * x), (0, 1), 0.3, 0.0),
+  (lambda x: -jnp.sum(jnp.sqrt(1 - x)), (0, 1), 0.3, -2.0),
+  (lambda x: jnp.sum(jnp.abs(x)), (2, 2), None, 4.0),  # A point.
+]
+
+
+@pytest.mark.parametrize(("function", "box", "start", "least"), BOXED)
+def test_the_bound_is_never_above_the_least_value_in_the_box(function, box, start, least):
+  low, high = (np.full(2, float(end)) for end in box)
+  found = minimum.minimise(function, low, high, None if start is None else np.full(2, start))
+  assert found.bound <= least and least - found.bound < 1e-5 * (1 + abs(least))
+  assert least <= found.value < least + 1e-5
+
+
+def test_a_box_may_have_no_ends():
+  found = minimum.minimise(
+    lambda x: jnp.sum(jnp.abs(x)), np.array([0, -np.inf]), np.full(2, np.inf), np.ones(2)
+  )
+  assert found.value < 1e-6 and found.bound <= 0
 
 
 def test_the_bound_of_a_concave_function_is_broken():
