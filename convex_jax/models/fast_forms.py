@@ -26,11 +26,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from convex_jax import mesh as meshes
 
 _COPIES = 3  # Patches may take this many times the memory of the map.
+_POINTS = 6  # In each direction, at which tiles are multiplied.
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
 Pair = tuple[int, int]
@@ -161,8 +163,8 @@ def _backward(strides, pads, residuals, g_BxIxJxD):
   _, pull_x = jax.vjp(lambda x: _native(x, kernel, strides, pads), x_BxHxWxC)
 
   side, x, g = kernel.shape[:2], x_BxHxWxC, g_BxIxJxD
-  if g.shape[-1] < x.shape[-1] and strides == (1, 1):
-    kernel_grad = _from_shifted_outputs(x, g, side, pads)
+  if strides == (1, 1) and max(side) < _POINTS:
+    kernel_grad = _from_tiles(x, g, side, pads)
   else:
     kernel_grad = _from_shifted_inputs(x, g, side, strides, pads)
   return *pull_x(g), kernel_grad.astype(kernel.dtype)
@@ -183,28 +185,61 @@ def _from_shifted_inputs(x_BxHxWxC, g_BxIxJxD, side, strides, pads):
   return _sum_rows(row, g_BxIxJxD.shape[1]).reshape(*side, -1, d)
 
 
-def _from_shifted_outputs(x_BxHxWxC, g_BxIxJxD, side, pads):
-  """The same at stride 1, cheaper if D < C: x, transposed, times g shifted the other way.
+def _from_tiles(x_BxHxWxC, g_BxIxJxD, side, pads):
+  """The same at stride 1, by fast correlation of tiles: a quarter of the FLOPs for a 3x3 kernel.
 
-  Rows are padded one at a time: for a padded copy XLA would compute g once more, which in a
-  DenseNet is a long sum of slices.
+  A tile of g, n x n, and the tile of x that it met, 6 x 6, are polynomials in two variables. At
+  the 6 x 6 pairs of points their product is a product of numbers, so all tiles together take 36
+  products of matrices where a 3x3 kernel takes 9 x 16 for the same pixels (Lavin and Gray 2016,
+  arXiv 1509.09308, with the roles of kernel and output exchanged). With points between 0.7 and
+  1.4 the error in float32 is some 6 times that of plain sums.
   """
-  (top, _), (left, right) = pads
-  back = ((0, 0), (side[1] - 1 - left, side[1] - 1 - right))
-  rows, d = g_BxIxJxD.shape[1], g_BxIxJxD.shape[3]
+  tile = (_POINTS + 1 - side[0], _POINTS + 1 - side[1])
+  rows, columns = (-(-n // t) for n, t in zip(g_BxIxJxD.shape[1:3], tile, strict=True))
+  dtype = jnp.promote_types(x_BxHxWxC.dtype, jnp.float32)
+  from_x, from_g, to_kernel = (jnp.asarray(m, dtype) for m in _correlation(side, tile))
+  # Whole tiles of g, of zeros where it ends, and what they meet.
+  high, wide = rows * tile[0], columns * tile[1]
+  g_BxIxJxD = _pad(g_BxIxJxD, [(0, high - g_BxIxJxD.shape[1]), (0, wide - g_BxIxJxD.shape[2])])
+  met = zip((high, wide), side, x_BxHxWxC.shape[1:3], pads, strict=True)
+  x_BxHxWxC = _pad(x_BxHxWxC, [(low, n + k - 1 - h - low) for n, k, h, (low, _) in met])
 
-  def g_row(i):
-    row = lax.dynamic_slice_in_dim(g_BxIxJxD, jnp.clip(i, 0, rows - 1), 1, axis=1)
-    return jnp.where((i >= 0) & (i < rows), row, 0)
+  def at_points(matrix, maps, i, shape):
+    band = lax.dynamic_slice_in_dim(maps, i * tile[0], shape[0], axis=1).astype(dtype)
+    whole = [
+      band[:, j : j + 1, k : k + (columns - 1) * tile[1] + 1 : tile[1]]
+      for j in range(shape[0])
+      for k in range(shape[1])
+    ]
+    values = matrix @ jnp.stack(whole).reshape(len(whole), -1)
+    return values.reshape(len(values), -1, maps.shape[-1])
 
   def row(i):
-    x = lax.dynamic_slice_in_dim(x_BxHxWxC, i, 1, axis=1)
-    met = [g_row(i + top - j) for j in range(side[0] - 1, -1, -1)]
-    g = _pad(jnp.concatenate(met, axis=1), back)
-    return _product(x, jnp.concatenate(_taps(g, side, (1, 1)), axis=-1))
+    x_PxNxC = at_points(from_x, x_BxHxWxC, i, (_POINTS, _POINTS))
+    g_PxNxD = at_points(from_g, g_BxIxJxD, i, tile)
+    return lax.dot_general(x_PxNxC, g_PxNxD, (((1,), (1,)), ((0,), (0,))))
 
-  total = _sum_rows(row, x_BxHxWxC.shape[1]).reshape(-1, *side, d)
-  return total[:, ::-1, ::-1].transpose(1, 2, 0, 3)
+  return jnp.tensordot(to_kernel, _sum_rows(row, rows), 1).reshape(
+    *side, x_BxHxWxC.shape[-1], g_BxIxJxD.shape[-1]
+  )
+
+
+@functools.cache
+def _correlation(side: Pair, tile: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Matrices X, G, K with correlation(x, g) = K ((X x) * (G g)), x, g and the result flattened.
+
+  In one dimension, with V_n the powers 0 to n - 1 of the points: polynomials h of degree k - 1 and
+  g have the product V^-1 ((V_k h) * (V_n g)), so that h^T correlation(x, g) = x^T (product) is
+  h^T V_k^T ((V^-T x) * (V_n g)). Two dimensions are a Kronecker product.
+  """
+  finite = [0, *(sign * 2**power for power in (-0.5, 0.5) for sign in (1, -1))]
+
+  def powers(n):  # The last point is infinity: the leading coefficient.
+    return np.vstack([np.vander(finite, n, increasing=True), np.eye(n)[-1:]])
+
+  from_x = np.linalg.inv(powers(_POINTS)).T
+  from_g, to_kernel = (np.kron(powers(a), powers(b)) for a, b in (tile, side))
+  return np.kron(from_x, from_x), from_g, to_kernel.T
 
 
 def _product(x_NxC, g_NxD):
