@@ -14,8 +14,8 @@ forward and gradients together:
   is another such sum, and that of its weights, one output row at a time, is twice as fast again;
 - for any other kernel XLA makes the gradient of the weights a convolution whose kernel is as large
   as the image, four times slower than sums of matrix products, one output row at a time so that
-  they stay in the cache. At stride 1 such sums are over tiles, by fast correlation: another half
-  (3x3) of that time, and for many features half of the gradient of the map, too;
+  they stay in the cache. At stride 1 and many features such sums are over tiles, by fast
+  correlation: another half (3x3) of that time, and half of the gradient of the map, too;
 - products of maps are products of matrices, up to three times faster: otherwise the gradients
   need transposed copies.
 
@@ -168,7 +168,10 @@ def _backward(strides, pads, residuals, g_BxIxJxD):
     x_grad = _by_tiles(g_BxIxJxD, kernel[::-1, ::-1].swapaxes(2, 3), back)
   else:
     (x_grad,) = jax.vjp(lambda x: _native(x, kernel, strides, pads), x)[1](g_BxIxJxD)
-  if tiled:
+  c, d = kernel.shape[2:]
+  if strides == (1, 1) and d < min(c, _WIDE):
+    kernel_grad = _from_shifted_outputs(x, g_BxIxJxD, side, pads)
+  elif tiled:
     kernel_grad = _from_tiles(x, g_BxIxJxD, side, pads)
   else:
     kernel_grad = _from_shifted_inputs(x, g_BxIxJxD, side, strides, pads)
@@ -190,8 +193,32 @@ def _from_shifted_inputs(x_BxHxWxC, g_BxIxJxD, side, strides, pads):
   return _sum_rows(row, g_BxIxJxD.shape[1]).reshape(*side, -1, d)
 
 
+def _from_shifted_outputs(x_BxHxWxC, g_BxIxJxD, side, pads):
+  """The same at stride 1, cheaper if D < C: x, transposed, times g shifted the other way.
+
+  Rows are padded one at a time: for a padded copy XLA would compute g once more, which in a
+  DenseNet is a long sum of slices.
+  """
+  (top, _), (left, right) = pads
+  back = ((0, 0), (side[1] - 1 - left, side[1] - 1 - right))
+  rows, d = g_BxIxJxD.shape[1], g_BxIxJxD.shape[3]
+
+  def g_row(i):
+    row = lax.dynamic_slice_in_dim(g_BxIxJxD, jnp.clip(i, 0, rows - 1), 1, axis=1)
+    return jnp.where((i >= 0) & (i < rows), row, 0)
+
+  def row(i):
+    x = lax.dynamic_slice_in_dim(x_BxHxWxC, i, 1, axis=1)
+    met = [g_row(i + top - j) for j in range(side[0] - 1, -1, -1)]
+    g = _pad(jnp.concatenate(met, axis=1), back)
+    return _product(x, jnp.concatenate(_taps(g, side, (1, 1)), axis=-1))
+
+  total = _sum_rows(row, x_BxHxWxC.shape[1]).reshape(-1, *side, d)
+  return total[:, ::-1, ::-1].transpose(1, 2, 0, 3)
+
+
 def _from_tiles(x_BxHxWxC, g_BxIxJxD, side, pads):
-  """The same at stride 1, by fast correlation of tiles: a quarter of the FLOPs for a 3x3 kernel.
+  """The same at stride 1 by fast correlation of tiles: a quarter of the FLOPs for a 3x3 kernel.
 
   A tile of g, 4 x 4, and the tile of x that it met, 6 x 6, are polynomials in two variables. At
   the 6 x 6 pairs of points their product is a product of numbers, so all tiles together take 36
