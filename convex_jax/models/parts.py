@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from convex_jax.models.constraints import FREE, PENALISED, constrained
-from convex_jax.models.fast_forms import conv_general_dilated
+from convex_jax.models.fast_forms import conv_general_dilated, resize
 from convex_jax.models.initializers import ELU, Moments, log_normal, log_normal_mean
 from convex_jax.models.layers import (
   Affine,
@@ -160,8 +160,7 @@ class Parts:
     """`passthrough_dense` of a map y, average-pooled to the shape of another map."""
     (h, w), (i, j) = y_BxHxWxE.shape[1:3], like_BxIxJxD.shape[1:3]
     if h % i or w % j:
-      shape = (len(y_BxHxWxE), i, j, y_BxHxWxE.shape[-1])
-      y_BxIxJxE = jax.image.resize(y_BxHxWxE, shape, "linear", antialias=True)
+      y_BxIxJxE = resize(y_BxHxWxE, (i, j))
     else:
       # Not `nn.avg_pool`: a wide window makes its gradient 100 times slower on XLA's CPU backend.
       y_BxIxJxE = y_BxHxWxE.reshape(-1, i, h // i, j, w // j, y_BxHxWxE.shape[-1]).mean((2, 4))

@@ -21,6 +21,7 @@ PADDINGS = ("SAME", "VALID", [(2, 2), (3, 0)])
 FEATURES = {  # (in, out, groups)
   "wider": (4, 6, 1),
   "narrower": (6, 3, 1),
+  "many": (64, 64, 1),  # The gradient of the map has another form, too.
   "depthwise": (4, 4, 4),
   "grouped": (4, 8, 2),
 }
@@ -59,6 +60,33 @@ def test_values_and_gradients_are_those_of_xla(kernel, features):
     actual, expected = (jax.jit(all_forms, static_argnums=0)(f, x, w) for f in (ours, native))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_gradients_by_tiles_are_as_exact_as_float32_allows():
+  def gradients(conv, dtype):
+    form = functools.partial(conv, window_strides=(1, 1), padding="SAME", feature_group_count=1)
+    return jax.jit(lambda x, w, g: jax.vjp(form, x, w)[1](g))(*(v.astype(dtype) for v in (x, w, g)))
+
+  with jax.enable_x64(True):
+    x, w, g = drawn((4, 16, 16, 64)), drawn((3, 3, 64, 64), seed=1), drawn((4, 16, 16, 64), seed=2)
+    native = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    exact = gradients(native, jnp.float64)
+    for got, want in zip(gradients(ours, jnp.float32), exact, strict=True):
+      assert abs(got - want).max() < 5e-6 * abs(want).max()  # 3e-6; points 0, 1, 2: 1e-5.
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 9), (12, 4)], ids=str)
+def test_maps_are_resized_as_by_jax(shape):
+  x = drawn((3, 8, 10, 4), dtype=np.float32)
+
+  def value_and_gradient(f):
+    y, pull = jax.vjp(f, x)
+    return y, *pull(jnp.cos(y))
+
+  want = value_and_gradient(lambda x: jax.image.resize(x, (3, *shape, 4), "linear", antialias=True))
+  got = value_and_gradient(lambda x: fast_forms.resize(x, shape))
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
