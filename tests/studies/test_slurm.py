@@ -33,9 +33,16 @@ time.sleep({seconds})
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-  """submitit waits so many seconds for the result of a job that has ended without one."""
+def as_on_a_cluster(monkeypatch):
+  """submitit waits so many seconds for the result of a job that has ended without one.
+
+  Its local jobs are cancelled by SIGINT, which a shell's background commands, such as
+  `make test &` in a script, are born deaf to.
+  """
   monkeypatch.setattr(slurm.submitit.LocalJob, "_results_timeout_s", 1)
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
 
 
 def start(tmp_path, seconds=PATIENCE):
