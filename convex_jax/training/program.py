@@ -102,7 +102,10 @@ class Computation:
       return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state)]))
 
     layout = meshes.layout(self.mesh, jax.eval_shape(init))
-    self.init = jax.jit(init, out_shardings=layout)
+    # It runs once: on a CPU most of its time goes into making fast code, of the same bits.
+    is_on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 1} if is_on_cpu else None
+    self.init = jax.jit(init, out_shardings=layout, compiler_options=options)
     on_mesh = functools.partial(meshes.traced_on, self.mesh)
     self._train_call = jax.jit(
       on_mesh(train_call), donate_argnums=0, out_shardings=(layout, everywhere)
