@@ -370,12 +370,23 @@ def test_unknown_primitives_and_long_loops_are_not_guessed():
 
 
 @pytest.mark.parametrize("call", [lambda f: f, jax.jit], ids=["at once", "in a call"])
-def test_a_primitive_of_that_name_alone_has_no_rule(call):
+@pytest.mark.parametrize("name", ["exp", *sorted(interpreter.SAME), "tile", "logaddexp"])
+def test_a_primitive_of_that_name_alone_has_no_rule(name, call):
   """Another package's `exp` may be anything."""
-  other = jax.extend.core.Primitive("exp")
+  other = jax.extend.core.Primitive(name)
   other.def_abstract_eval(lambda x: x)
-  with pytest.raises(ValueError, match="named 'exp' that is not jax's own"):
+  with pytest.raises(ValueError, match=f"named '{name}' that is not jax's own"):
     certify(call(other.bind), X)
+
+
+def test_jaxs_own_primitives_of_shardings_have_their_rule():
+  mesh = jax.sharding.AbstractMesh((1,), ("i",))
+  spec = jax.sharding.PartitionSpec()
+  f = jax.shard_map(
+    lambda x: jax.lax.psum(jax.lax.pcast(x, "i", to="varying"), "i"),
+    mesh=mesh, in_specs=spec, out_specs=spec,
+  )  # fmt: skip
+  assert certify(f, X)
 
 
 MISSING = {"0.12": {"closed_call"}}  # By jax version.
