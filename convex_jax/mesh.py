@@ -162,7 +162,8 @@ _STATUS = re.compile(
 )
 
 
-_BARRIER = "Timeout waiting at barrier"  # Orbax: whatever the reason, a process that is gone too.
+# How Orbax words whatever fails at a barrier, also where another process is gone.
+_BARRIER = "Timeout waiting at barrier"
 
 
 def is_collective_error(error: Exception) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from convex_jax.proof.constants import is_step
-from convex_jax.proof.linear import is_defined
+from convex_jax.proof.linear import MOVES, is_defined
 from convex_jax.proof.rules import RULES
 from convex_jax.proof.values import Known, Operation, Value
 
@@ -65,7 +65,7 @@ def _fault(op: Operation, kind: str) -> str:
   values = [_curvature(x) for x in op.inputs if isinstance(x, Value) and x.is_real]
   if not any(isinstance(x, Value) for x in op.inputs):
     return f"{op.eqn.primitive.name}, whose result is not known exactly enough"
-  if op.eqn and is_step(op.eqn):
+  if op.eqn and is_step(op.eqn) and name not in MOVES:
     return f"{name} in {op.eqn.outvars[0].aval.dtype}, a step function"
   if op.note:
     return f"an activation that is neither convex nor concave: {op.note}"

@@ -315,8 +315,8 @@ class Walk:
     known = all(isinstance(x, Known) for x in inputs)  # It cannot be enclosed, nor looked through.
     if known:
       op = dataclasses.replace(op, primitive="unknown")
-    steps = is_step(eqn) and name not in linear.MOVES
-    if known or steps or len(reals) != 1 or not all(reals) or not all(map(_is_real, inputs[1:])):
+    is_one_real = len(eqn.outvars) == 1 and all(reals) and all(map(_is_real, inputs[1:]))
+    if known or not is_one_real or (is_step(eqn) and name not in linear.MOVES):
       if name == "split" and not known:
         return _split(eqn, inputs[0], op)
       nothing = [uniform(True, v.aval.shape) for v in eqn.outvars]

@@ -63,7 +63,7 @@ def minimise(
   if start is None:
     first = np.where(np.isfinite(high - low), (low + high) / 2, first)
   with float64():
-    exact = Program(function, jax.ShapeDtypeStruct(shape, jnp.float64), arithmetic=None).exact
+    exact = Program(function, jax.ShapeDtypeStruct(shape, jnp.float64)).exact
     slope = jax.jit(jax.value_and_grad(lambda x: jnp.squeeze(exact(x))))
     best = -np.inf
 

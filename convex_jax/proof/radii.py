@@ -86,7 +86,8 @@ class Certifier:
     convexified: bool = False,
   ):
     example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    every = [Program(f, weights, example, arithmetic=arithmetic) for f in (logits, *others)]
+    deployed = (logits,) if arithmetic is None else (logits, *others)
+    every = [Program(f, weights, example, arithmetic=arithmetic) for f in deployed]
     network = every[0].exact  # In float64, whatever it casts to.
     returned = jax.eval_shape(lambda x: logits(weights, x), example).shape
     if len(returned) != 2 or returned[1] < 2:
@@ -419,7 +420,7 @@ def one_sided_radius(
   Networks", theorem 2), which is taken next to x. In the units of x; 0 where y(x) <= 0, a side
   that has no closed form.
   """
-  exact = Program(logit, jax.ShapeDtypeStruct(x.shape, x.dtype), arithmetic=None).exact
+  exact = Program(logit, jax.ShapeDtypeStruct(x.shape, x.dtype)).exact
   at = np.asarray(x, np.float64)
   near = at + _aside(at, at.shape, 1.0)
   with float64():

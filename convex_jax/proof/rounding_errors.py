@@ -54,7 +54,7 @@ class Program:
   """
 
   def __init__(
-    self, f: Callable[..., Any], *args: Any, arithmetic: Arithmetic | None, argnums: int = -1
+    self, f: Callable[..., Any], *args: Any, arithmetic: Arithmetic | None = None, argnums: int = -1
   ):
     self._jaxpr, _ = interpreter.trace(f, *args, argnums=argnums)
     if len(self._jaxpr.out_avals) != 1:
@@ -108,7 +108,10 @@ class Program:
 
   def _output(self, ball: Ball) -> Rounded | None:
     """The output over a ball; None where nothing is known of it."""
-    assert self._arithmetic is not None
+    if self._arithmetic is None:
+      raise ValueError(
+        "a bound on rounding errors needs an arithmetic; expected one of ARITHMETICS"
+      )
     walk = Walk(self._arithmetic, ball, self._spreads)
     arguments = [
       walk.input(aval.shape) if i == self._at else number(x, aval.dtype)

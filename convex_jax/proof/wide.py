@@ -26,7 +26,8 @@ BOUND = {"bitcast_convert_type", "nextafter", "rng_uniform"}
 def widened(jaxpr: Any, consts: Sequence[Any] = ()) -> Callable[..., list[jax.Array]]:
   """The program of a jaxpr in float64: jittable, and differentiable where the program is.
 
-  Derivatives are those of what is computed, also of custom ones and of `stop_gradient`. To be traced under `float64`.
+  Derivatives are those of what is computed, also of custom ones and of `stop_gradient`. To be
+  traced under `float64`.
 
   Args:
     jaxpr: an open or a closed one, traced in the program's own dtypes.

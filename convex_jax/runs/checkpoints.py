@@ -252,7 +252,7 @@ def _reached(folder: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if not buckets.holds(folder):
+    if not buckets.holds(folder) or meshes.is_collective_error(error):
       raise
     raise OSError(errno.EIO, f"the bucket cannot be read: {_words(error)}", folder) from error
 

@@ -232,7 +232,7 @@ ROWS = {
 
 
 def lead_group() -> None:
-  """Makes a worker and what it starts one group, and lets SIGTERM unwind it: nothing stays mounted."""
+  """Makes a worker and what it starts one group; SIGTERM unwinds it, so that nothing stays mounted."""
   os.setpgrp()
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 
@@ -242,7 +242,7 @@ def stop_with(pool: concurrent.futures.ProcessPoolExecutor, progress: Progress) 
 
   def stop(*_):
     # Before Python 3.14, which has `terminate_workers`, no public name leads to them.
-    for worker in list(pool._processes.values()):
+    for worker in list((pool._processes or {}).values()):
       try:
         os.killpg(worker.pid, signal.SIGTERM)
       except ProcessLookupError:  # It has only just begun.

@@ -169,8 +169,12 @@ def _named(row: dict[str, str]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-  """A number without an exponent."""
-  return f"{float(text):,.0f}" if "e+" in text else text
+  """A large number with thousands separators, and without an exponent."""
+  try:
+    number = float(text)
+  except ValueError:
+    return text
+  return f"{number:,.0f}" if number >= 1000 else text
 
 
 def _fit(row: dict[str, str]) -> str:

@@ -230,7 +230,7 @@ def test_no_attack_on_the_deployed_program_changes_its_class(name, arithmetic):
     for norm in NORMS:
       radius = found.radii[norm]
       assert 0.9 * (arithmetic == "float32") * over_the_reals[norm] < radius + 1e-12
-      assert radius <= over_the_reals[norm]
+      assert radius < over_the_reals[norm] or arithmetic == "float32"  # There it may cost nothing.
       for inside in (0.3, 0.9999):
         outcome = attacker.attack(x, norm, inside * radius * 255)
         assert outcome.changes == 0

@@ -16,7 +16,7 @@ import pytest
 import convex_jax
 from convex_jax import files, mesh
 from convex_jax.errors import Diverged, Lost, Unsaved, UserError
-from convex_jax.runs import checkpoint_command, manifest
+from convex_jax.runs import checkpoint_command, checkpoints, manifest
 from convex_jax.runs.checkpoints import Checkpoints
 from convex_jax.runs.workdir import FORMAT, Workdir
 from convex_jax.training import loop, program, step
@@ -227,7 +227,7 @@ def test_an_error_of_a_save_is_told_once_and_at_its_step(
 def test_a_save_that_waits_for_a_process_that_is_gone_says_so(
   tiny_config, few_digits, tmp_path, monkeypatch, where, processes, expected
 ):
-  """Orbax raises a TimeoutError then; of a single process it is the disk's."""
+  """Orbax raises a TimeoutError then; in a run of one process it is an error of the disk."""
 
   def late(*_, **__):
     raise TimeoutError("Timeout waiting at barrier 'x'. The original error raised was: INTERNAL")
@@ -248,6 +248,14 @@ def test_a_save_that_waits_for_a_process_that_is_gone_says_so(
     fail(patch)
   with contextlib.suppress(Unsaved):
     ours.close()
+
+
+def test_a_lost_process_is_no_bucket_that_cannot_be_read():
+  lost, refused = TimeoutError("Timeout waiting at barrier 'x'."), TimeoutError("timed out")
+  with pytest.raises(TimeoutError, match="barrier"), checkpoints._reached("gs://bucket/run"):
+    raise lost
+  with pytest.raises(OSError, match="cannot be read"), checkpoints._reached("gs://bucket/run"):
+    raise refused
 
 
 def test_a_late_checkpoint_outlives_the_failure_of_a_later_one(

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -29,10 +30,10 @@ import pytest
 from tensorboard.compat.proto import event_pb2
 
 import convex_jax
-from convex_jax import files
 from convex_jax.errors import UserError
 from convex_jax.runs import manifest
 from convex_jax.runs.workdir import Workdir
+from convex_jax.training import runtime
 from tests.support import PATIENCE, ROOT
 
 SETTINGS = [
@@ -87,16 +88,16 @@ class Run:
   def start(self, faults: dict[str, Any] | None = None, **env: str) -> subprocess.Popen:
     """The process; `faults` are `victim`'s."""
     faults = {"log": str(self.log), **(faults or {})}
-    # `victim` imports JAX before `main` would choose the folder.
-    compiled = {"JAX_COMPILATION_CACHE_DIR": os.path.join(files.cache_folder(), "victims")}
-    compiled["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    with mock.patch.dict(os.environ):
+      runtime.keep_compiled_programs()  # `victim` imports JAX before `main` would do so.
+      inherited = dict(os.environ)
     return subprocess.Popen(
       [sys.executable, "-m", "tests.support.victim", *self.arguments, f"--workdir={self.address}"],
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
-      env={**os.environ, "FAULTS": json.dumps(faults), **compiled, **env},
+      env={**inherited, "FAULTS": json.dumps(faults), **env},
     )
 
   def finish(self, faults: dict[str, Any] | None = None, **env: str) -> tuple[int, str, str]:
@@ -600,7 +601,7 @@ HOST_FAULTS = ("killed", "first killed", "warned", "late")
 PLACES: dict[str, dict[str, Any]] = {
   place: {"gone": place} for place in ("start", "restore", "evaluate", "gather")
 }
-PLACES["last save"] = {"die": "begun", "at": 5}  # Of 28 steps.
+PLACES["last save"] = {"die": "begun", "at": 5}  # The fifth save is that of step 28, the last.
 HOSTS_GONE = tuple(f"{who} at: {place}" for place in PLACES for who in ("gone", "first gone"))
 LATE = 20.0  # Seconds after the others.
 SOON = 150.0  # Seconds in which the others end: 100 until JAX misses one that is silent.
