@@ -448,6 +448,39 @@ def test_a_logit_is_minimised_over_all_images():
     assert np.asarray(exact_logits(run)(corners))[:, 2].min() > found.value
 
 
+def test_logits_may_come_of_several_rows():
+  """Where the last matrix makes two of four logits from each half of the input."""
+  rows = np.float32([[1, -1], [0.5, 2]])
+  radius = Certifier(lambda w, x: (x.reshape(1, 2, 2) @ w).reshape(1, 4), rows, (4,)).radius(
+    np.float32([3, 0, 0, 0])
+  )
+  assert radius.predicted == 0 and radius.radii["linf"] == pytest.approx(3 / 4.5, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+  "f",
+  [lambda w, x: x[:, :1], lambda w, x: x[:, 0], lambda w, x: x[:, :0], lambda w, x: x[0]],
+  ids=["one", "no axis", "none", "no batch"],
+)
+def test_fewer_than_two_logits_are_refused(f):
+  with pytest.raises(ValueError, match="two or more"):
+    Certifier(f, {}, (3,))
+
+
+def test_an_input_of_another_shape_is_refused():
+  certifier = Certifier(lambda w, x: jnp.concatenate([x, -x], 1), {}, (1,))
+  with pytest.raises(ValueError, match="expected \\(1,\\)"):
+    certifier.radius(np.ones(2))
+
+
+def test_a_program_of_margins_that_never_change_has_radii():
+  """Over the reals they are infinite or huge, and so is rounding in such a ball."""
+  radius = Certifier(
+    lambda w, x: 0.5 * x[:, :1] + jnp.float32([2, 1]), {}, (1,), arithmetic=ARITHMETICS["float32"]
+  ).radius(np.zeros(1))
+  assert 10 < radius.radii["l1"] < np.inf
+
+
 def test_norms_are_read_or_refused():
   assert radii_report.norms_of("l1,linf") == ("l1", "linf") and radii_report.norms_of("") == ()
   with pytest.raises(UserError, match="expected some of l1,l2,linf"):
