@@ -10,6 +10,7 @@ import scipy  # Imports its parts on first use; `optimize` takes 0.2 s, and few 
 
 from convex_jax.proof.float64 import float64
 
+ROUNDING = 1e-9  # Relative; more than the error of a bound's float64 evaluation.
 ASIDE = 2.0**-30  # In widths of the box: how far from a point its tangent is taken, at random.
 
 
@@ -41,7 +42,8 @@ def minimise(
 
       f(x) + sum_i min(g_i (low_i - x_i), g_i (high_i - x_i)),
 
-  is a lower bound on the global minimum. The best bound of all iterates is returned.
+  is a lower bound on the global minimum. The best bound of all iterates is returned, less
+  `ROUNDING` of its size: it is evaluated in float64.
 
   Args:
     function: maps an array of the box's shape to a scalar. Its convexity is not checked: of a
@@ -50,8 +52,13 @@ def minimise(
     high: greatest entries.
     start: first point; by default the middle of the box.
     steps: most iterations.
+
+  Raises:
+    ValueError: the box is empty or not finite.
   """
   low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+  if not ((low <= high) & np.isfinite(high - low)).all():
+    raise ValueError("the box is empty or not finite; expected finite ends, low <= high")
   # At a kink, as at an end of the box, what JAX gives for a slope may be that of no tangent.
   aside = np.random.default_rng(0).uniform(-ASIDE, ASIDE, low.size) * (high - low).ravel()
   with float64():
@@ -64,7 +71,8 @@ def minimise(
       value, gradient = slope(jnp.asarray(flat.reshape(low.shape)))
       g = np.asarray(gradient, np.float64).ravel()
       below = np.minimum(g * (low.ravel() - flat), g * (high.ravel() - flat)).sum()
-      best = max(best, float(value) + float(below))
+      size = 1 + abs(float(value)) + abs(float(below))
+      best = max(best, float(value) + float(below) - ROUNDING * size)
       return float(value), g
 
     first = (low + high) / 2 if start is None else np.asarray(start, np.float64)

@@ -1,6 +1,7 @@
 """Certified radii against attacks and brute force, bounds on slopes, global minima."""
 
 import functools
+from fractions import Fraction
 
 import cvxpy as cp
 import flax.linen as nn
@@ -413,6 +414,26 @@ def test_the_minimum_of_a_quadratic_over_a_box_is_known():
   found = minimum.minimise(lambda x: jnp.sum((x - centre) ** 2), -np.ones(3), np.ones(3))
   np.testing.assert_allclose(found.x, [0.5, 1, -1], atol=1e-6)
   assert found.value == pytest.approx(5) and 0 <= found.gap < 1e-6
+
+
+def test_the_bound_is_below_the_minimum_of_affine_functions():
+  """Exactly: float64 rounds it to either side."""
+  for seed in range(10):
+    rng = np.random.default_rng(seed)
+    slope, low = rng.standard_normal((2, 4)) * [[100], [1]]
+    start, high = rng.normal() * 1000, low + rng.uniform(size=4)
+    found = minimum.minimise(lambda x: jnp.sum(jnp.asarray(slope) * x) + start, low, high)
+    least = np.where(slope > 0, low, high)
+    exact = sum(map(lambda a, b: Fraction(a) * Fraction(b), slope, least), Fraction(start))
+    assert Fraction(found.bound) < exact and found.gap < 1e-5
+
+
+@pytest.mark.parametrize("ends", [(-np.inf, np.inf), (0, np.inf), (1, 0), (0, np.nan)])
+def test_a_box_that_is_empty_or_not_finite_is_refused(ends):
+  with pytest.raises(ValueError, match="box"):
+    minimum.minimise(
+      lambda x: jnp.sum(x**2), np.full(2, ends[0], float), np.full(2, ends[1], float)
+    )
 
 
 def test_the_minimum_of_a_small_network_is_cvxpys():
