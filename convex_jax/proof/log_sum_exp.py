@@ -121,8 +121,13 @@ class Form:
   positive: Any = dataclasses.field(default_factory=lambda: YES)
 
   def masks(self, without: Sequence[Term] = ()) -> Masks:
-    """The curvature of all but some of the terms."""
-    each = [t.masks(self.shape) for t in self.terms if t not in without]
+    """The curvature of all but some of the terms; of one that occurs twice, each counts."""
+    left, each = list(without), []
+    for t in self.terms:
+      if t in left:
+        left.remove(t)
+      else:
+        each.append(t.masks(self.shape))
     nc, nk = (either(*masks) for masks in zip(self.rest, *each, strict=True))
     return np.broadcast_to(nc, self.shape), np.broadcast_to(nk, self.shape)
 

@@ -54,14 +54,16 @@ def minimise(
     high: greatest entries.
     start: first point; by default the middle of the box.
     steps: most iterations.
+
+  Raises:
+    ValueError: the box is empty or not finite.
   """
   low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
   shape, low, high = low.shape, low.ravel(), high.ravel()
-  width = np.where(np.isfinite(high - low), high - low, 1.0)
-  aside = np.random.default_rng(0).uniform(0, ASIDE, low.size) * width
-  first = np.clip(0.0, low, high) if start is None else np.ravel(np.asarray(start, np.float64))
-  if start is None:
-    first = np.where(np.isfinite(high - low), (low + high) / 2, first)
+  if not ((low <= high) & np.isfinite(high - low)).all():
+    raise ValueError("the box is empty or not finite; expected finite ends, low <= high")
+  first = (low + high) / 2 if start is None else np.ravel(np.asarray(start, np.float64))
+  aside = np.random.default_rng(0).uniform(0, ASIDE, low.size) * (high - low)
   with float64():
     exact = Program(function, jax.ShapeDtypeStruct(shape, jnp.float64)).exact
     slope = jax.jit(jax.value_and_grad(lambda x: jnp.squeeze(exact(x))))
@@ -72,8 +74,7 @@ def minimise(
       z = flat + np.where(flat - low <= high - flat, aside, -aside)
       value, gradient = slope(jnp.asarray(z.reshape(shape)))
       g = np.asarray(gradient, np.float64).ravel()
-      with np.errstate(invalid="ignore"):
-        sides = np.minimum(*(np.where(g == 0, 0, g * (end - z)) for end in (low, high)))
+      sides = np.minimum(g * (low - z), g * (high - z))
       below = float(value) + float(sides.sum())
       best = max(best, below - ROUNDING * (1 + abs(float(value)) + float(np.abs(sides).sum())))
       return float(value), g

@@ -184,10 +184,11 @@ class Certifier:
       radii = self._radius(around, norms, np.max(off, 0)).radii
       return {n: min(radii[n], balls[n]) for n in norms}
 
-    balls = {n: r if np.isfinite(r) else FURTHEST for n, r in real.radii.items()}
-    best = within(tuple(balls), balls)
-    for norm, ball in balls.items():
-      for _ in range(BALLS if best[norm] < KEPT * ball else 0):
+    best = within(tuple(real.radii), real.radii)
+    for norm, ball in real.radii.items():
+      tries = BALLS if best[norm] < KEPT * ball else 0
+      ball = min(ball, FURTHEST)  # Of an infinite one nothing is known.
+      for _ in range(tries):
         best[norm] = max(best[norm], within((norm,), {norm: ball})[norm])
         if best[norm] >= ball / 2:
           break

@@ -76,6 +76,12 @@ def of_stack(x):
 
 TURNED = np.float32([1, -1, 1])
 
+
+def of_square(f):
+  """f(u, exp(u)) of the concave u = -x^2, where softplus(u) is not convex."""
+  return lambda x: f(u := -(x[0, 0] ** 2), jnp.exp(u))
+
+
 SPELLINGS = [  # (name, function, curvature)
   ("log1p(exp)", lambda x: jnp.log1p(jnp.exp(x)), "convex"),
   ("log(1 + exp)", lambda x: jnp.log(1 + jnp.exp(x)), "convex"),
@@ -232,6 +238,16 @@ SPELLINGS = [  # (name, function, curvature)
     "logaddexp in a choice, of what it chooses",
     lambda x: jnp.where(x[0, 0] > 0, jnp.logaddexp(jnp.where(x[0, 0] > 0, x[0, 0], 0), x[0, 0]), 0),
     "unknown",
+  ),
+  *(
+    (f"a factor that occurs twice, in common but once, {i}", of_square(f), "unknown")
+    for i, f in enumerate(
+      (
+        lambda u, e: jnp.log(e * e + e) - u,
+        lambda u, e: jnp.log(e + e * e) - u,
+        lambda u, e: jnp.log(jnp.exp(u + u) + 3 * e) - u,
+      )
+    )
   ),
 ]
 

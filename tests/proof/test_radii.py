@@ -1,6 +1,7 @@
 """Certified radii against attacks and brute force, bounds on slopes, global minima."""
 
 import functools
+from fractions import Fraction
 
 import cvxpy as cp
 import flax.linen as nn
@@ -426,6 +427,26 @@ def test_the_minimum_of_a_quadratic_over_a_box_is_known():
   assert found.value == pytest.approx(5) and 0 <= found.gap < 1e-6
 
 
+def test_the_bound_is_below_the_minimum_of_affine_functions():
+  """Exactly: float64 rounds it to either side."""
+  for seed in range(10):
+    rng = np.random.default_rng(seed)
+    slope, low = rng.standard_normal((2, 4)) * [[100], [1]]
+    start, high = rng.normal() * 1000, low + rng.uniform(size=4)
+    found = minimum.minimise(lambda x: jnp.sum(jnp.asarray(slope) * x) + start, low, high)
+    least = np.where(slope > 0, low, high)
+    exact = sum(map(lambda a, b: Fraction(a) * Fraction(b), slope, least), Fraction(start))
+    assert Fraction(found.bound) < exact and found.gap < 1e-5
+
+
+@pytest.mark.parametrize("ends", [(-np.inf, np.inf), (0, np.inf), (1, 0), (0, np.nan)])
+def test_a_box_that_is_empty_or_not_finite_is_refused(ends):
+  with pytest.raises(ValueError, match="box"):
+    minimum.minimise(
+      lambda x: jnp.sum(x**2), np.full(2, ends[0], float), np.full(2, ends[1], float)
+    )
+
+
 def test_the_minimum_of_a_small_network_is_cvxpys():
   rng = np.random.default_rng(0)
   w1, w2 = rng.standard_normal((4, 8)), np.abs(rng.standard_normal((8, 8)))
@@ -460,13 +481,6 @@ def test_the_bound_is_never_above_the_least_value_in_the_box(function, box, star
   assert least <= found.value < least + 1e-5
 
 
-def test_a_box_may_have_no_ends():
-  found = minimum.minimise(
-    lambda x: jnp.sum(jnp.abs(x)), np.array([0, -np.inf]), np.full(2, np.inf), np.ones(2)
-  )
-  assert found.value < 1e-6 and found.bound <= 0
-
-
 def test_the_bound_of_a_concave_function_is_broken():
   """The negative control: for a concave function the bound does not hold."""
   found = minimum.minimise(lambda x: -jnp.sum(x**2), -np.ones(2), np.ones(2), start=[0.1, 0.1])
@@ -481,6 +495,39 @@ def test_a_logit_is_minimised_over_all_images():
   with jax.enable_x64(True):
     corners = np.random.default_rng(0).uniform(0, 255, (500, 8, 8, 3))
     assert np.asarray(exact_logits(run)(corners))[:, 2].min() > found.value
+
+
+def test_logits_may_come_of_several_rows():
+  """Where the last matrix makes two of four logits from each half of the input."""
+  rows = np.float32([[1, -1], [0.5, 2]])
+  radius = Certifier(lambda w, x: (x.reshape(1, 2, 2) @ w).reshape(1, 4), rows, (4,)).radius(
+    np.float32([3, 0, 0, 0])
+  )
+  assert radius.predicted == 0 and radius.radii["linf"] == pytest.approx(3 / 4.5, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+  "f",
+  [lambda w, x: x[:, :1], lambda w, x: x[:, 0], lambda w, x: x[:, :0], lambda w, x: x[0]],
+  ids=["one", "no axis", "none", "no batch"],
+)
+def test_fewer_than_two_logits_are_refused(f):
+  with pytest.raises(ValueError, match="two or more"):
+    Certifier(f, {}, (3,))
+
+
+def test_an_input_of_another_shape_is_refused():
+  certifier = Certifier(lambda w, x: jnp.concatenate([x, -x], 1), {}, (1,))
+  with pytest.raises(ValueError, match="expected \\(1,\\)"):
+    certifier.radius(np.ones(2))
+
+
+def test_a_program_of_margins_that_never_change_has_radii():
+  """Over the reals they are infinite or huge, and so is rounding in such a ball."""
+  radius = Certifier(
+    lambda w, x: 0.5 * x[:, :1] + jnp.float32([2, 1]), {}, (1,), arithmetic=ARITHMETICS["float32"]
+  ).radius(np.zeros(1))
+  assert 10 < radius.radii["l1"] < np.inf
 
 
 def test_norms_are_read_or_refused():

@@ -272,6 +272,59 @@ def test_no_error_of_an_operation_exceeds_its_bound(name):
   assert largest_ratio(f, kernel, x) <= 1
 
 
+F, H = np.float32, np.float16
+MERGED = {  # What XLA computes in other numbers than the program's, at some x; the dtype is float32 but for "half".
+  "constants, flushed to 0": (lambda x: x * F(1e-30) * F(1e-15), [1e30]),
+  "constants, too large": (lambda x: x * F(1e20) * F(1e25), [1e-30]),
+  "constants, moved": (lambda x: jnp.broadcast_to(-(x * F(1e-25)), (3, 1)) * F(1e-25), [1e38]),
+  "half": (lambda x: x.astype(H) * H(300) * H(300), [1e-3]),
+  "half, rounded": (lambda x: x.astype(H) * H(1e-4) * H(1e-3) * H(2e3), [6e4]),
+  "a divisor": (lambda x: x / F(3e38), [2e38]),
+  "divisors": (lambda x: x / F(1e25) / F(1e25), [1e38]),
+  "exponentials": (lambda x: jnp.exp(x) * jnp.exp(x + F(3.3)), [39.12, 40.77, 41.3, 38.01]),
+  "exponential of a sum of one": (
+    lambda x: jnp.exp(x).reshape(4, 1).sum(1) * jnp.exp(x + F(0.3)),
+    [39.123, -38.3, 41.7, 40.9],
+  ),
+  "products": (lambda x: (x[0] * F(1e-30)) * (x[1] * F(1e-30)), [1e30, 2e30]),
+  "a sum of products": (lambda x: x[0] * F(2.0**-10) + x[1] * F(2.0**-10), [3e38, 3e38]),
+  "an outer product": (
+    lambda x: x.reshape(4, 1) @ np.full((1, 3), F(1e-25)) * F(1e-25),
+    [1e38] * 4,
+  ),
+  "an inner product": (lambda x: (x[None] * F(1e-25)) @ np.full((4, 1), F(1e-25)), [1e38] * 4),
+  "a convolution": (
+    lambda x: lax.conv_general_dilated(
+      (x * F(1e-25)).reshape(1, 1, 4), np.full((1, 1, 1), F(1e-25)), (1,), "SAME"
+    ),
+    [1e38] * 4,
+  ),
+  "a mean of one": (lambda x: jnp.mean((x * F(1e-25)).reshape(4, 1), 1) * F(1e-25), [1e38] * 4),
+  "a maximum of one": (lambda x: jnp.max((x * F(1e-25)).reshape(4, 1), 1) * F(1e-25), [1e38] * 4),
+  "an empty border": (lambda x: jnp.pad(x * F(1e-25), 0) * F(1e-25), [1e38]),
+  "windows of padding alone": (
+    lambda x: jnp.maximum(
+      lax.reduce_window(x, -np.inf, lax.max, (1,), (2,), ((4, 4),), (1,), (1,)), F(0.1) * x[0]
+    ),
+    [1.0, 2, 3, 4],
+  ),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_no_error_of_what_the_compiler_merges_exceeds_its_bound(name):
+  f, x = MERGED[name]
+  x = np.float32(x)
+  how = ARITHMETICS["float16"] if "half" in name else F32
+  p = program(f, x, arithmetic=how)
+  error = p.error(Ball(np.float64(x), "linf", 0.0))
+  with jax.enable_x64(True):
+    real = np.asarray(p.exact(jnp.asarray(x, jnp.float64)))
+  got = np.asarray(jax.jit(f)(x), np.float64)
+  assert (error >= 0).all()
+  assert (np.isinf(error) | (np.abs(got - real) <= error)).all()
+
+
 LOST = 64, 2048  # Terms of 1, and terms of 2^-24, which are lost beside the sums of the former.
 
 
