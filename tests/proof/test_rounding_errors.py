@@ -276,7 +276,7 @@ F, H = np.float32, np.float16
 MERGED = {  # What XLA computes in other numbers than the program's, at some x; the dtype is float32 but for "half".
   "constants, flushed to 0": (lambda x: x * F(1e-30) * F(1e-15), [1e30]),
   "constants, too large": (lambda x: x * F(1e20) * F(1e25), [1e-30]),
-  "constants, moved": (lambda x: (-(x * F(1e-25))).reshape(2, 2) * F(1e-25), [1e38] * 4),
+  "constants, moved": (lambda x: (x * F(1e-25)).reshape(2, 2) * F(1e-25), [1e38] * 4),
   "half": (lambda x: x.astype(H) * H(300) * H(300), [1e-3]),
   "half, rounded": (lambda x: x.astype(H) * H(1e-4) * H(1e-3) * H(2e3), [6e4]),
   "a divisor": (lambda x: x / F(3e38), [2e38]),
