@@ -276,7 +276,7 @@ F, H = np.float32, np.float16
 MERGED = {  # What XLA computes in other numbers than the program's, at some x; the dtype is float32 but for "half".
   "constants, flushed to 0": (lambda x: x * F(1e-30) * F(1e-15), [1e30]),
   "constants, too large": (lambda x: x * F(1e20) * F(1e25), [1e-30]),
-  "constants, moved": (lambda x: jnp.broadcast_to(-(x * F(1e-25)), (3, 1)) * F(1e-25), [1e38]),
+  "constants, moved": (lambda x: (x * F(1e-25)).reshape(2, 2) * F(1e-25), [1e38] * 4),
   "half": (lambda x: x.astype(H) * H(300) * H(300), [1e-3]),
   "half, rounded": (lambda x: x.astype(H) * H(1e-4) * H(1e-3) * H(2e3), [6e4]),
   "a divisor": (lambda x: x / F(3e38), [2e38]),
@@ -304,7 +304,7 @@ MERGED = {  # What XLA computes in other numbers than the program's, at some x; 
   "an empty border": (lambda x: jnp.pad(x * F(1e-25), 0) * F(1e-25), [1e38]),
   "windows of padding alone": (
     lambda x: jnp.maximum(
-      lax.reduce_window(x, -np.inf, lax.max, (1,), (2,), ((4, 4),), (1,), (1,)), F(0.1) * x[0]
+      lax.reduce_window(x, -np.inf, lax.max, (1,), (2,), ((4, 4),), (1,), (1,)), 0
     ),
     [1.0, 2, 3, 4],
   ),
