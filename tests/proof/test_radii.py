@@ -203,7 +203,9 @@ def test_the_deployed_program_of_a_convexified_network_has_smaller_radii():
     certified.certifier(run, arithmetic, convexified=True).radius(x).radii
     for arithmetic in ("reals", "float32")
   )
-  assert all(0.9 * real[norm] < deployed[norm] < real[norm] for norm in NORMS)
+  # For l2 and linf more has been seen of the rays by then: what rounding costs may be made up for.
+  assert all(0.9 * real[norm] < deployed[norm] <= real[norm] for norm in NORMS)
+  assert deployed["l1"] < real["l1"]
 
 
 def test_what_has_no_convex_form_has_no_radii():
