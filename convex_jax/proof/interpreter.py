@@ -10,7 +10,6 @@ verdicts hold for the function over the reals, on all of R^n.
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,6 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import primitives
 
 from convex_jax.proof import (
   activations,
@@ -30,6 +28,7 @@ from convex_jax.proof import (
   layouts,
   linear,
   log_sum_exp,
+  own_primitives,
   quadratic,
   rules,
 )
@@ -94,7 +93,7 @@ def trace(f: Callable[..., Any], *args: Any, argnums: int = -1) -> tuple[jex.Clo
       _check_number(name, leaf)
   with fresh():
     jaxpr, shape = jax.make_jaxpr(lambda *a: f(*a), return_shape=True)(*args)
-  _check_primitives(jaxpr.jaxpr)
+  own_primitives.check(jaxpr.jaxpr)
   return jaxpr, jax.tree.structure(shape)
 
 
@@ -167,50 +166,6 @@ def _check_number(name: str, leaf: Any) -> None:
     raise ValueError(
       f"{name} is a {what}; expected an array or a number (functools.partial binds other arguments)"
     )
-
-
-# The rules go by the names of primitives, and so would mistake another package's `exp` for jax's.
-_OF_JAX = {
-  p.name: p
-  for module in (primitives, lax)
-  for p in vars(module).values()
-  if isinstance(p, jex.Primitive)
-}
-
-
-def _check_primitives(jaxpr) -> None:
-  for eqn in jaxpr.eqns:
-    name = eqn.primitive.name
-    is_ruled = name in SAME or name in rules.RULES
-    own = _OF_JAX.get(name) or (_of_sharding().get(name) if is_ruled else None)
-    if own is not eqn.primitive and (own or is_ruled):
-      raise ValueError(
-        f"the function uses a primitive named {name!r} that is not jax's own; proofs go by the names"
-        " of primitives: rename it"
-      )
-    for inner in jex.jaxprs_in_params(eqn.params):
-      _check_primitives(layouts.parts_of(inner)[0])
-
-
-@functools.cache
-def _of_sharding() -> dict[str, jex.Primitive]:
-  """`pvary` and `reshard`, which no public module has, by their names."""
-  kinds, spec = jax.sharding.AxisType, jax.sharding.PartitionSpec("i")
-  mesh = jax.sharding.AbstractMesh((1,), ("i",), axis_types=(kinds.Explicit,))
-  varies = jax.shard_map(
-    lambda x: lax.pcast(x, "i", to="varying"),
-    mesh=mesh,
-    in_specs=jax.sharding.PartitionSpec(),
-    out_specs=spec,
-  )
-  x, found = jax.ShapeDtypeStruct((1,), jnp.float32), {}
-  with jax.sharding.use_abstract_mesh(mesh):
-    todo = [jax.make_jaxpr(f)(x).jaxpr for f in (varies, lambda x: jax.sharding.reshard(x, spec))]
-  while todo:
-    for eqn in todo.pop().eqns:
-      found[eqn.primitive.name] = eqn.primitive
-      todo += [layouts.parts_of(inner)[0] for inner in jex.jaxprs_in_params(eqn.params)]
-  return found
 
 
 def _names(f: Callable[..., Any], args: Sequence[Any]) -> list[str]:
