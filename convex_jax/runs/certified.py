@@ -203,9 +203,7 @@ def minimise_logit(
   except (TypeError, ValueError) as error:
     raise UserError(f"box is {box!r}; expected (least, greatest) pixels: {error}") from error
   if not ((low <= high) & np.isfinite(high - low)).all():
-    raise UserError(
-      "box is empty or not finite; expected finite pixels, no least one above the greatest"
-    )
+    raise UserError("box is empty or not finite; expected finite pixels, least <= greatest")
   count = len(run.class_names)
   if not (isinstance(k, int | np.integer) and 0 <= k < count):
     raise UserError(f"k is {k!r}; expected a logit, an integer from 0 to {count - 1}")

@@ -36,8 +36,8 @@ time.sleep({seconds})
 def as_on_a_cluster(monkeypatch):
   """submitit waits so many seconds for the result of a job that has ended without one.
 
-  Its local jobs are cancelled by SIGINT, which a shell's background commands, such as
-  `make test &` in a script, are born deaf to.
+  It cancels its local jobs by SIGINT, which commands that a script runs in the background, such as
+  `make test &`, ignore.
   """
   monkeypatch.setattr(slurm.submitit.LocalJob, "_results_timeout_s", 1)
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
