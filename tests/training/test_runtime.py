@@ -68,6 +68,42 @@ def test_computing_happens_in_the_calling_thread():
   assert out.strip() == str(not GLIBC)
 
 
+GARBAGE = """
+import ctypes, resource
+import jax
+from convex_jax.training import runtime
+runtime.keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+def resident():
+  with open("/proc/self/statm") as file:
+    return int(file.read().split()[1])
+def compiled(event, seconds, **_):  # JAX's own events, of a program that takes long to compile.
+  if event == runtime._COMPILED:
+    events.append(event)
+events = []
+jax.monitoring.register_event_duration_secs_listener(compiled)
+jax.jit(lambda x: x + 1)(1.0)
+blocks = [libc.malloc(1 << 16) for _ in range(1024)]
+for block in blocks:
+  ctypes.memset(block, 1, 1 << 16)
+for i, block in enumerate(blocks):
+  if i % 16:  # The others keep the heap from shrinking.
+    libc.free(block)
+before = resident()
+jax.monitoring.record_event_duration_secs(events[-1], 1.0)
+print((before - resident()) * resource.getpagesize() >> 20)
+"""
+
+
+@pytest.mark.skipif(not GLIBC, reason="glibc's allocator")
+def test_memory_that_the_compiler_freed_is_returned():
+  command = [sys.executable, "-c", GARBAGE]
+  out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+  assert int(out) > 32  # MB, of the 60 that are free.
+
+
 def test_another_c_library_is_left_alone(monkeypatch):
   monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: object())
   assert not runtime.keep_freed_memory()
