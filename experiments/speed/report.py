@@ -16,6 +16,8 @@ COLUMNS = {  # Heading: column of results.csv.
   "ratio to PyTorch's best": "infer_ratio",
   "fraction of peak": "share_of_peak",
   "memory (MB)": "memory_MB",
+  "memory / that of PyTorch's best": "memory_ratio",
+  "memory to the first step (MB)": "start_MB",
   "compilation (s)": "compile_s",
   "to the first step (s)": "to_first_step_s",
 }

@@ -145,6 +145,11 @@ def summaries(rows: list[dict]) -> list[dict[str, str]]:
     if flops and not row["way"].startswith("ioc"):
       line["share_of_peak"] = f"{flops * case.batch / statistics.median(row['train']) / peak:.3f}"
     line["memory_MB"] = f"{row['memory']['bytes'] / 1e6:.0f}"
+    if "train" in best:
+      line["memory_ratio"] = (
+        f"{row['memory']['bytes'] / by_way[best['train']]['memory']['bytes']:.2f}"
+      )
+    line["start_MB"] = f"{row['start_bytes'] / 1e6:.0f}"
     line["compile_s"] = f"{max(0.0, row['first_step'] - statistics.median(row['train'])):.2f}"
     line["to_first_step_s"] = f"{row['to_first_step']:.1f}"
     line["flops_an_image"] = f"{row['facts'].get('flops_an_image', flops or 0):.4g}"

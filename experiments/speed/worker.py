@@ -57,7 +57,7 @@ def serve(make_net) -> None:
     answers.write(json.dumps(fields) + "\n")
 
   net: Net = make_net()
-  answer(first_step=timed(net.train, 1))
+  answer(first_step=timed(net.train, 1), start_bytes=peak_memory())
   for line in sys.stdin:
     what, _, count = line.strip().partition(" ")
     if what == "facts":
