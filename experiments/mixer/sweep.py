@@ -28,47 +28,54 @@ VARIANTS = {
   "paper": TWINS["paper"],
   "ioc": TWINS["ioc"],
 }
-RATES = {"Mixer on CIFAR-10": {}}  # The report's, 1e-3. Convex twins prefer a higher one:
-RATES["Mixer on CIFAR-10, rate 0.01"] = {"optimizer.learning_rate": 0.01}
+# The report's rate is 1e-3; convex twins prefer a higher one.
+PANEL, READOUT = "Mixer on CIFAR-10", "Mixer with a dense readout on CIFAR-10"
+FAST = {"optimizer.learning_rate": 0.01}
 SOURCE = {"base": (0.8572, 0.711), "paper": (0.7857, 0.6797), "ioc": (0.7857, 0.6797)}
 UNKNOWN = (float("nan"), float("nan"))
-SMALL = {"data.image_size": 32, "model.patch": 4, "optimizer.schedule": "cosine"}
-SMALL |= {"optimizer.warmup_steps": 100}
+
+SMALL = {"data.image_size": 32, "model.patch": 4}
+OFTEN = {"eval.every_epochs": 2.0}
+COSINE = {"optimizer.schedule": "cosine", "optimizer.warmup_steps": 100}
+SHORT = SMALL | {"epochs": 10, "batch_size": 128, "data.train_fraction": 0.2}
+LONGER = SMALL | COSINE | OFTEN
+LONGER |= {"epochs": 20, "batch_size": 256, "optimizer.learning_rate": 5e-3}
+LONGER |= {"data.crop_padding": 4, "data.whiten": True, "model.overlap": 2}
+LONGER |= {"model.depth": 2, "model.channels_hidden": 512, "model.parallel": True}
+LONGER |= {"model.dense_readout": True, "model.cells": 2}
+
+
+def _only(*names):
+  return {name: VARIANTS[name] for name in names}
+
+
+FAIR = _only("base, BatchNorm", "ioc")
 OWN_RATES = {"base, BatchNorm": 0.001, "ioc": 0.003}  # With a dense readout.
-READOUT = "Mixer with a dense readout on CIFAR-10"
+
+# By schedule: what all of its runs have, its variants, its panels, the number of seeds.
+PLANS = {
+  "short": (SHORT | COSINE, VARIANTS, {PANEL: {}, f"{PANEL}, rate 0.01": FAST}, 3),
+  "longer": (LONGER, _only("base, BatchNorm", "ioc", "paper"), {READOUT: {}}, 1),
+  "table_1": (SMALL | OFTEN, VARIANTS, {PANEL: {}}, 3),
+  "pixels": (OFTEN | {"epochs": 10}, _only("base", "ioc"), {"Mixer at 72 px": {}}, 1),
+  "readout_rates": (
+    SHORT | {"model.dense_readout": True},
+    FAIR,
+    {f"{READOUT}, rate {r}": {"optimizer.learning_rate": r} for r in (0.001, 0.003, 0.01)},
+    1,
+  ),
+  "readout": (
+    SMALL | OFTEN | {"model.dense_readout": True},
+    {name: FAIR[name] | {"optimizer.learning_rate": rate} for name, rate in OWN_RATES.items()},
+    {READOUT: {}},
+    1,
+  ),
+  "full": ({}, VARIANTS, {PANEL: {}, f"{PANEL}, rate 0.01": FAST}, 3),
+}
 
 
 def get_sweep(schedule):
-  common, variants, rates, seeds = {}, VARIANTS, RATES, range(3)
-  if schedule == "short":
-    common = SMALL | {"epochs": 10, "batch_size": 128, "data.train_fraction": 0.2}
-  if schedule == "longer":
-    common = SMALL | {"epochs": 20, "batch_size": 256, "data.crop_padding": 4}
-    common |= {"optimizer.learning_rate": 5e-3, "eval.every_epochs": 2.0}
-    common |= {"data.whiten": True, "model.overlap": 2, "model.parallel": True}
-    common |= {"model.dense_readout": True, "model.cells": 2}
-    common |= {"model.depth": 2, "model.channels_hidden": 512}
-    variants = {name: VARIANTS[name] for name in ("base, BatchNorm", "ioc", "paper")}
-    rates, seeds = {READOUT: {}}, range(1)
-  if schedule in ("table_1", "readout"):
-    common = {"data.image_size": 32, "model.patch": 4, "eval.every_epochs": 2.0}
-    rates = {"Mixer on CIFAR-10": {}}
-  if schedule == "pixels":
-    common, rates, seeds = {"epochs": 10, "eval.every_epochs": 2.0}, {"Mixer at 72 px": {}}, (0,)
-    variants = {name: VARIANTS[name] for name in ("base", "ioc")}
-  if schedule == "readout_rates":
-    common = {"epochs": 10, "batch_size": 128, "data.train_fraction": 0.2, "data.image_size": 32}
-    common |= {"model.patch": 4, "model.dense_readout": True}
-    variants = {name: VARIANTS[name] for name in ("base, BatchNorm", "ioc")}
-    every = (0.001, 0.003, 0.01)
-    rates = {f"{READOUT}, rate {rate}": {"optimizer.learning_rate": rate} for rate in every}
-    seeds = (0,)
-  if schedule == "readout":
-    common |= {"model.dense_readout": True}
-    rates, seeds = {READOUT: {}}, (0,)
-    variants = {
-      name: VARIANTS[name] | {"optimizer.learning_rate": rate} for name, rate in OWN_RATES.items()
-    }
+  common, variants, panels, seeds = PLANS[schedule]
   return [
     Job(
       panel,
@@ -76,9 +83,9 @@ def get_sweep(schedule):
       "configs/mixer.py",
       common | changed | rate,
       seed,
-      SOURCE.get(name, UNKNOWN) if panel == "Mixer on CIFAR-10" else UNKNOWN,
+      SOURCE.get(name, UNKNOWN) if panel == PANEL else UNKNOWN,
     )
     for seed, (panel, rate), (name, changed) in itertools.product(
-      seeds, rates.items(), variants.items()
+      range(seeds), panels.items(), variants.items()
     )
   ]
