@@ -212,7 +212,7 @@ class Model(nn.Module):
           x_BxHxWxD, side=3, stride=2, padding=1, inputs=NORMED, name=f"down_{stage}"
         )
       z_BxHxWxD = None
-      if parts.twin.passthrough:
+      if parts.twin.passthrough and (stage or depth > 1):  # The first block has no use for it.
         z_BxHxWxD = parts.passthrough_map(y_BxHxWxE, x_BxHxWxD, name=f"passthrough_{stage}")
         z_BxHxWxD = parts.norm(
           z_BxHxWxD, "batch", train=train, free=True, name=f"passthrough_{stage}_norm"

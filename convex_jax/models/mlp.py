@@ -52,7 +52,7 @@ class Model(nn.Module):
       if z_BxR is not None:
         h_BxD += parts.passthrough_dense(z_BxR, self.width, name=f"passthrough_{i}")
       h_BxD = parts.norm(h_BxD, "batch", train=train, name=f"norm_{i}")
-      if first and parts.twin.passthrough:
+      if first and parts.twin.passthrough and self.depth > 1:
         z_BxR = parts.passthrough_dense(h_BxD, self.passthrough_rank, name="passthrough")
       x_BxD = act(h_BxD)
       hidden.append(x_BxD)

@@ -348,6 +348,25 @@ def test_other_forms_are_convex_too(name, fields, float64):
   assert worst_gap(network(model), feasible(model)[0]) <= 1e-12
 
 
+LEAST = [  # Where a part that later layers use has none.
+  ("mlp", dict(depth=1)),
+  ("mixer", dict(depth=1)),
+  ("cycle_mlp", dict(depths=(1,), widths=(8,), ratios=(2,))),
+  ("densenet", dict(blocks=(1,))),
+  ("efficientnet", dict(stages=1)),
+]
+
+
+@pytest.mark.parametrize("name,fields", LEAST, ids=str)
+def test_every_weight_has_an_effect(name, fields):
+  model = tiny(name, "ioc", **fields)
+  weights, _ = feasible(model)
+  images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+  slopes = jax.jit(jax.grad(lambda weights: (network(model)(weights, images) ** 2).sum()))(weights)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(slopes):
+    assert leaf.any(), jax.tree_util.keystr(path)
+
+
 NOT_CONVEX = [(name, "base") for name in catalog.names()]
 NOT_CONVEX += [(name, "paper") for name in ("mixer", "cycle_mlp")]  # Sampling misses SE gates.
 
