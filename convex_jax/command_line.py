@@ -26,7 +26,13 @@ def parser(command: str, summary: str, example: str) -> argparse.ArgumentParser:
 
 
 def path(text: str) -> str:
-  """The type of an option that is a path; see `files.expand`."""
+  """The type of an option that is a path; see `files.expand`.
+
+  An empty one is refused, since it may be a variable that is not set; where a path may be left out,
+  the default is None.
+  """
+  if not text:
+    raise argparse.ArgumentTypeError("'' given; expected a path")
   try:
     return files.expand(text)
   except UserError as error:

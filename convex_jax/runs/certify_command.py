@@ -33,14 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     help="gradient steps of the search for a counterexample; 0: no search (default: 200)",
   )
   parser.add_argument(
-    "--radii", default="", help="norms of radii to certify: some of l1,l2,linf (default: none)"
+    "--radii", help="norms of radii to certify: some of l1,l2,linf (default: none)"
   )
   radii_report.add_options(parser)
   return command_line.exit_code(_certify, parser.parse_args(argv))
 
 
 def _certify(args: argparse.Namespace) -> int:
-  norms = radii_report.norms_of(args.radii, "--radii")
+  norms = () if args.radii is None else radii_report.norms_of(args.radii, "--radii")
   if args.arithmetic != certified.REALS and not norms:
     raise UserError(
       f"--arithmetic={args.arithmetic} says of what radii hold; expected --radii=l1 with it"

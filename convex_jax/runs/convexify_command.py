@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     "--examples", type=command_line.integer(1), default=1000, help="test images (default: 1000)"
   )
   parser.add_argument(
-    "--data_dir", type=command_line.path, default="", help="folder of the data (default: the run's)"
+    "--data_dir", type=command_line.path, help="folder of the data (default: the run's)"
   )
   return command_line.exit_code(_convexify, parser.parse_args(argv))
 
