@@ -70,7 +70,7 @@ def test_a_step_in_any_form_is_found():
     (lambda r: r.replace(params={**r.params, "x": 1}), "x is unknown"),
     (lambda r: r.replace(params=jax.tree.map(lambda p: p[..., :1], r.params)), "has shape"),
     (lambda r: certified.certify_and_write("runs/x"), "expected a run"),
-    (lambda r: certified.certify_and_write(r, "CONVEX"), "expected one of convex"),
+    (lambda r: certified.certify_run(r, "CONVEX"), "expected one of convex"),
     (lambda r: certified.certify_and_write(r.replace(params=r.params)), "not those of its"),
     (lambda r: certified.certifier("runs/x"), "expected a run"),
     (lambda r: certified.minimise_logit(r, 10), "from 0 to 9"),
