@@ -128,7 +128,7 @@ def _no_memory(error: Exception) -> str | None:
     "  expected a program that fits. Training takes less with, in another --workdir, a smaller"
     " --config.batch_size\n  (and --config.optimizer.accumulate=K for updates of K batches),"
     " --config.model.remat=True, or\n  --config.dtype=bfloat16, and with --config.fsdp on several"
-    " devices. What is small, JAX_PLATFORMS=cpu\n  computes on the processor."
+    " devices. Where a GPU\n  is full, JAX_PLATFORMS=cpu computes on the CPU."
   )
 
 

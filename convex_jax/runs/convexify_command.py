@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from convex_jax import command_line, files
 from convex_jax.data import datasets
+from convex_jax.data.progress import track
 from convex_jax.errors import NotProved
 from convex_jax.proof.convexified import Convexified, Layer
 from convex_jax.runs import certified

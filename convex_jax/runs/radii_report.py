@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from convex_jax import command_line, files
 from convex_jax.data import datasets
+from convex_jax.data.progress import track
 from convex_jax.errors import UserError
 from convex_jax.proof.arithmetic import ARITHMETICS
 from convex_jax.proof.radii import NORMS, Radius
