@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from convex_jax import command_line, config_files, files
-from convex_jax.errors import UserError
+from convex_jax.errors import UserError, nearest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -168,7 +168,7 @@ def _explain(file: str, overrides: list[str]) -> list[str]:
       config_files.load([f"--config={file}", override])
       good.append(override)
     except LookupError:
-      lines.append(f"Unknown key config.{path}{schema.nearest(path, rules)}")
+      lines.append(f"Unknown key config.{path}{nearest(path, rules)}")
     except Exception as error:
       why = f"expected {rules[path].expected}" if path in rules else str(error)
       lines.append(f"{override.lstrip('-')}: {why}")
