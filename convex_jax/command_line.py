@@ -26,7 +26,13 @@ def parser(command: str, summary: str, example: str) -> argparse.ArgumentParser:
 
 
 def path(text: str) -> str:
-  """The type of an option that is a path; see `files.expand`."""
+  """The type of an option that is a path; see `files.expand`.
+
+  An empty one is refused, since it may be a variable that is not set; where a path may be left out,
+  the default is None.
+  """
+  if not text:
+    raise argparse.ArgumentTypeError("'' given; expected a path")
   try:
     return files.expand(text)
   except UserError as error:
@@ -122,7 +128,7 @@ def _no_memory(error: Exception) -> str | None:
     "  expected a program that fits. Training takes less with, in another --workdir, a smaller"
     " --config.batch_size\n  (and --config.optimizer.accumulate=K for updates of K batches),"
     " --config.model.remat=True, or\n  --config.dtype=bfloat16, and with --config.fsdp on several"
-    " devices. What is small, JAX_PLATFORMS=cpu\n  computes on the processor."
+    " devices. Where a GPU\n  is full, JAX_PLATFORMS=cpu computes on the CPU."
   )
 
 

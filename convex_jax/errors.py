@@ -1,6 +1,9 @@
 """How a run can end before it is done: exceptions, each with its exit code."""
 
+import difflib
 import signal
+from collections.abc import Iterable
+from typing import Any
 
 # By which terminals and schedulers ask a program to stop, or warn that they will end it: kill and
 # preemption, Ctrl-C, a closed terminal, Slurm's and Grid Engine's own, a limit of processor time.
@@ -57,3 +60,9 @@ class Stopped(Ended):
   """Stopped on request, after saving. Run the same command to resume."""
 
   code = 75
+
+
+def nearest(value: Any, names: Iterable[str]) -> str:
+  """A hint for a message: the name that is closest to a mistyped one; "" if none is close."""
+  close = difflib.get_close_matches(str(value), list(names), n=1, cutoff=0.5)
+  return f". Did you mean {close[0]!r}?" if close else ""

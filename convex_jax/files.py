@@ -49,7 +49,7 @@ def atomic_write(path: str, mode: str = "w", new: bool = False) -> Iterator[Any]
         file.flush()
         buckets.write(path, content.getvalue(), 0 if new else None)
       return
-    with open(part, mode) as file:
+    with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
       yield file
       file.flush()
       os.fsync(file.fileno())

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from convex_jax import command_line, config_files, files
-from convex_jax.errors import UserError
+from convex_jax.errors import UserError, nearest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def configure(file: str | None, overrides: list[str]) -> Any:
 
   Raises `UserError` with everything that is wrong with the config.
   """
-  if file is None:
+  if not file:
     raise UserError("Missing option --config, for example --config=configs/mixer_ioc.py:digits")
   files.refuse_url("--config", file)
   # From here on what the extra `train` installs is needed; `--help` works without it.
@@ -154,9 +154,9 @@ def _explain(file: str, overrides: list[str]) -> list[str]:
   from convex_jax.training import schema
 
   path = config_files.find(file).partition(":")[0]
-  if not os.path.exists(path):
+  if not os.path.isfile(path):
     names = sorted(f"configs/{n}" for n in os.listdir(config_files.bundled()) if n.endswith(".py"))
-    return [f"--config={file} cannot be read: {path} does not exist; bundled: {', '.join(names)}"]
+    return [f"--config={file} cannot be read: {path} is no file; bundled: {', '.join(names)}"]
   try:
     rules = schema.rules_of(config_files.load([f"--config={file}"]))
   except Exception as error:
@@ -168,7 +168,7 @@ def _explain(file: str, overrides: list[str]) -> list[str]:
       config_files.load([f"--config={file}", override])
       good.append(override)
     except LookupError:
-      lines.append(f"Unknown key config.{path}{schema.nearest(path, rules)}")
+      lines.append(f"Unknown key config.{path}{nearest(path, rules)}")
     except Exception as error:
       why = f"expected {rules[path].expected}" if path in rules else str(error)
       lines.append(f"{override.lstrip('-')}: {why}")

@@ -164,6 +164,31 @@ def test_a_user_who_is_not_there_is_told(home, capsys):
     convex_jax.load("~nobody_of_this_name/x")
 
 
+@pytest.mark.parametrize(
+  "command",
+  [
+    "train --config=configs/absent.py --workdir=",
+    "certify --workdir=",
+    "radii --workdir=x --data_dir=",
+    "radii --workdir=x --norms=",
+    "certify --workdir=x --radii=",
+    "report x --out=",
+    "sweep absent --workdir=",
+    "checkpoint verify ",
+    "report ",
+    "data prepare mnist --data_dir=",
+  ],
+)
+def test_an_option_left_empty_is_told(command, capsys):
+  """As by a variable that is not set: nothing is to be done with a default in its place."""
+  try:
+    code = __main__.main(command.split(" "))
+  except SystemExit as end:
+    code = end.code
+  err = capsys.readouterr().err
+  assert code == 2 and re.search("('' given|='');? expected", err), err
+
+
 @pytest.mark.parametrize("path", [None, 3, b"runs/x", ["runs/x"], "runs\0x"], ids=repr)
 def test_what_is_no_path_is_told(path):
   with pytest.raises(UserError, match="is no path"):

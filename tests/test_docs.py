@@ -132,6 +132,8 @@ def test_python_examples_run(capsys):
     exec(compile(block, "example.py", "exec"), {})
     printed = capsys.readouterr().out
     assert "assert " in block or "PROVED" in printed or "REFUTED" in printed, block
+    said = re.findall(r"^print\(.*\)  # ([A-Z]{5,})", block, re.MULTILINE)
+    assert said == re.findall(r"^([A-Z]{5,})", printed, re.MULTILINE)[: len(said)], block
 
 
 def test_the_options_for_several_processes_are_described():

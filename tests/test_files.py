@@ -30,6 +30,14 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
   assert files.read_json(str(path)) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
+def test_text_is_utf_8_in_every_locale(tmp_path):
+  program = "import sys; from convex_jax import files\n"
+  program += "with files.atomic_write(sys.argv[1]) as file: file.write(chr(177))"
+  env = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+  subprocess.run([sys.executable, "-c", program, tmp_path / "a"], cwd=ROOT, env=env, check=True)
+  assert (tmp_path / "a").read_bytes() == "±".encode()
+
+
 def test_a_write_that_the_disk_refuses_says_which_file_and_why(tmp_path):
   path = tmp_path / "absent" / "a.json"
   with pytest.raises(Unsaved, match=r"absent/a\.json could not be written: No such file"):

@@ -125,17 +125,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
       "--data_dir",
       type=command_line.path,
-      default="",
       help="folder of data sets (default: TFDS's own)",
     )
   commands["prepare"].add_argument(
-    "--manual_dir", type=command_line.path, default="", help="folder of the archives"
+    "--manual_dir", type=command_line.path, help="folder of the archives"
   )
   commands["prepare"].add_argument(
     "--from",
     dest="source",
     type=command_line.path,
-    default="",
     help="copy it from a bucket in which it is prepared, gs://BUCKET/FOLDER; an interrupted copy goes"
     " on",
   )
@@ -153,7 +151,6 @@ def _parser() -> argparse.ArgumentParser:
   commands["cache"].add_argument(
     "--to",
     type=command_line.path,
-    default="",
     help="another folder for it, where that of the data is read-only: it is then a --data_dir,"
     " with links to the data",
   )
@@ -171,7 +168,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _act(args: argparse.Namespace) -> int:
-  for option in ("to", "manual_dir"):  # Not all have them; --data_dir is looked at later.
-    files.refuse_url(f"--{option}", getattr(args, option, ""))
+  for option in ("data_dir", "manual_dir", "source", "to"):  # Not all commands have them.
+    setattr(args, option, getattr(args, option, None) or "")
+  for option in ("manual_dir", "to"):  # --data_dir is looked at later.
+    files.refuse_url(f"--{option}", getattr(args, option))
   args.action(args)
   return 0

@@ -172,10 +172,10 @@ def prepare(name: str, data_dir: str, manual_dir: str = "", variant: str = "") -
   try:
     with _without_tensorflow(builder), contextlib.redirect_stdout(io.StringIO()):
       builder.download_and_prepare(download_config=config, file_format="array_record")
-  # requests' connection errors are OSErrors too.
   except (OSError, NonMatchingChecksumError) as error:
     fix = "download the archives elsewhere and pass --manual_dir=<their folder>"
-    if getattr(error, "errno", None) in files.REFUSED:
+    # A file's or a disk's; requests' own errors are OSErrors too, and have no number.
+    if getattr(error, "errno", None) and not isinstance(error, ConnectionError | TimeoutError):
       fix = "pass another folder: --data_dir, or in training --config.data.dir"
     raise UserError(
       f"Data set {name!r} could not be prepared in {builder.data_dir}: {error}\n  {fix}"

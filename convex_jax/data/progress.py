@@ -1,8 +1,20 @@
-"""Progress bars of data commands: on stderr, gone when they are done."""
+"""Progress bars: on a terminal alone, on stderr, gone when they are done."""
 
-import functools
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import rich.progress
 from rich.console import Console
 
-track = functools.partial(rich.progress.track, console=Console(stderr=True), transient=True)
+T = TypeVar("T")
+
+
+def track(
+  sequence: Iterable[T], text: str, total: float | None = None, disable: bool = False
+) -> Iterator[T]:
+  """`rich.progress.track`; elsewhere it would leave an empty line."""
+  console = Console(stderr=True)
+  disable = disable or not console.is_terminal
+  yield from rich.progress.track(
+    sequence, text, total, console=console, transient=True, disable=disable
+  )

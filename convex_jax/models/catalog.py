@@ -11,8 +11,8 @@ An architecture is a module of this package, with all of its twins in one text. 
 """
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
+import numbers
+from collections.abc import Collection, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -20,8 +20,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from convex_jax import config_files
+from convex_jax.errors import nearest
 from convex_jax.models import all_cnn, cycle_mlp, densenet, efficientnet, mixer, mlp
-from convex_jax.models.parts import NORMS, TWINS, Head, Parts, make_parts
+from convex_jax.models.constraints import FREE, PROJECTIONS
+from convex_jax.models.parts import CONVEX_FROM, GATES, NORMS, TWINS, Head, Parts, make_parts
 
 ARCHITECTURES: dict[str, ModuleType] = {  # By `config.model.name`.
   "all_cnn": all_cnn,
@@ -30,6 +32,13 @@ ARCHITECTURES: dict[str, ModuleType] = {  # By `config.model.name`.
   "efficientnet": efficientnet,
   "mixer": mixer,
   "mlp": mlp,
+}
+# What some keys of `config.model` may hold. Of the constraints, `shift` is a head's alone.
+CHOICES: dict[str, Collection[str]] = {
+  "constraint": [name for name in PROJECTIONS if name not in (FREE, "shift")],
+  "norm": NORMS,
+  "gates": GATES,
+  "convex_from": CONVEX_FROM,
 }
 
 
@@ -99,9 +108,8 @@ def shared_keys() -> dict[str, Any]:
 def _require(what: str, value: Any, known: Iterable[str], of: str = "") -> None:
   """Raises `ValueError` with the expected names and the nearest one, if `value` is not known."""
   if value not in (known := sorted(known)):
-    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
-    hint = f". Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"Unknown {what} {value!r}{of}; expected one of {', '.join(known)}{hint}")
+    words = f"expected one of {', '.join(known)}{nearest(value, known)}"
+    raise ValueError(f"Unknown {what} {value!r}{of}; {words}")
 
 
 def model_config(name: str, size: str, twin: str = "base", **changes: Any) -> dict[str, Any]:
@@ -112,7 +120,8 @@ def model_config(name: str, size: str, twin: str = "base", **changes: Any) -> di
   keys = shared_keys()
   for key in changes:
     _require("key", key, {*keys, *fields(name)} - {"name", "size", "parts"}, f" of {name!r}")
-  _require("norm", changes.get("norm", keys["norm"]), NORMS)
+  for key, known in CHOICES.items():
+    _require(key, changes.get(key, keys[key]), known)
   return {**keys, "name": name, "size": size, "parts": twin, **changes}
 
 
@@ -139,6 +148,8 @@ def create_model(
     normalised images (B, H, W, C) to logits (B, classes).
 
   Raises:
-    ValueError: an unknown architecture, size, twin, norm or key.
+    ValueError: an unknown architecture, size, twin or key, or a value that it cannot have.
   """
+  if not (isinstance(classes, numbers.Integral) and classes >= 1):
+    raise ValueError(f"classes is {classes!r}; expected an integer >= 1")
   return build(model_config(name, size, twin, **changes), classes, dtype=dtype)

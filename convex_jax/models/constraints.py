@@ -105,7 +105,12 @@ class Constrained(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
 
 
 def constrained(initializer: Initializer, constraint: str) -> Initializer:
-  """An initializer that tags what `initializer` creates and projects it once."""
+  """An initializer that tags what `initializer` creates and projects it once.
+
+  Raises `ValueError` for an unknown constraint.
+  """
+  if constraint not in PROJECTIONS:
+    raise ValueError(f"Unknown constraint {constraint!r}; expected one of {', '.join(PROJECTIONS)}")
   if constraint == FREE:
     return initializer
 

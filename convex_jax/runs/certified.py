@@ -7,7 +7,6 @@ before it).
 
 import contextlib
 import functools
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from convex_jax.proof.counterexample import Counterexample
 from convex_jax.proof.minimum import Minimum, minimise
 from convex_jax.proof.radii import Certifier
 from convex_jax.proof.wide import in_float64
-from convex_jax.runs.run import Run
+from convex_jax.runs.run import Run, digest
 from convex_jax.runs.workdir import Workdir
 
 FORMAT = 1  # Of certificate.json.
@@ -68,15 +67,6 @@ def _refuse_others(run: Any) -> None:
     raise UserError(f"run is {run!r}; expected a run, as convex_jax.load returns it")
 
 
-def digest(weights: Any) -> str:
-  """SHA-256 over names, dtypes, shapes and bytes of a tree of arrays."""
-  hashed = hashlib.sha256()
-  named = {jax.tree_util.keystr(p): a for p, a in jax.tree_util.tree_leaves_with_path(weights)}
-  for path, leaf in sorted(named.items()):
-    hashed.update(f"{path} {leaf.dtype} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
-  return hashed.hexdigest()
-
-
 def certify_run(
   run: Run, kind: str = "convex", search_steps: int = 200
 ) -> tuple[dict[str, Any], Counterexample | None]:
@@ -85,11 +75,10 @@ def certify_run(
   name, certificate = _certify(run, kind, search_steps)
   content = content_of(run, certificate, name, "each logit", time.perf_counter() - start)
   if (found := certificate.counterexample) is not None:
-    content["counterexample"] = {
-      "file": os.path.basename(Workdir(run.workdir).counterexample_file),
-      "logit": run.class_names[found.output],
-      "gap": found.gap,
-    }
+    content["counterexample"] = {"logit": run.class_names[found.output], "gap": found.gap}
+    if kind == "convex":  # Others are printed alone.
+      name = os.path.basename(Workdir(run.workdir).counterexample_file)
+      content["counterexample"]["file"] = name
   return content, found
 
 
@@ -126,9 +115,9 @@ def write(run: Run, content: dict[str, Any], counterexample: Counterexample | No
   files.write_json(workdir.certificate_file, content)
 
 
-def certify_and_write(run: Run, kind: str = "convex", search_steps: int = 200) -> dict[str, Any]:
+def certify_and_write(run: Run) -> dict[str, Any]:
   """`certify_run`, then `write`; returns the content."""
-  content, counterexample = certify_run(run, kind, search_steps)
+  content, counterexample = certify_run(run)
   write(run, content, counterexample)
   return content
 
@@ -142,9 +131,10 @@ def summary(content: dict[str, Any]) -> str:
   if content["reason"]:
     lines.append(f"first broken by {content['reason']}")
   if found := content["counterexample"]:
+    where = f" ({found['file']})" if "file" in found else ""
     lines.append(
       f"refuted by two inputs: at their midpoint logit {found['logit']} violates the inequality by"
-      f" {found['gap']:.3g} ({found['file']})"
+      f" {found['gap']:.3g}{where}"
     )
   if stopped := content.get("stopped"):
     lines.append(f"the search for a counterexample stopped: {stopped}")

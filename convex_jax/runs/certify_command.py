@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     "certify",
     "Prove, logit by logit, that a trained network is convex in its input, or name the first\n"
     "operation that breaks convexity. Writes certificate.json into the run's folder; where that\n"
-    "is read-only, the verdict is printed alone. With --radii=l1 also the certified radii of test\n"
+    "is read-only, and for another --kind, the verdict is printed alone. With --radii=l1 also the certified radii of test\n"
     "images, as `radii` prints and writes them, once everything is proved.\n"
     "Exit code 0: everything is proved; 4: not proved; 2: invalid input.",
     "python -m convex_jax certify --workdir=runs/mixer_ioc_digits",
@@ -33,14 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     help="gradient steps of the search for a counterexample; 0: no search (default: 200)",
   )
   parser.add_argument(
-    "--radii", default="", help="norms of radii to certify: some of l1,l2,linf (default: none)"
+    "--radii", help="norms of radii to certify: some of l1,l2,linf (default: none)"
   )
   radii_report.add_options(parser)
   return command_line.exit_code(_certify, parser.parse_args(argv))
 
 
 def _certify(args: argparse.Namespace) -> int:
-  norms = radii_report.norms_of(args.radii, "--radii")
+  norms = () if args.radii is None else radii_report.norms_of(args.radii, "--radii")
   if args.arithmetic != certified.REALS and not norms:
     raise UserError(
       f"--arithmetic={args.arithmetic} says of what radii hold; expected --radii=l1 with it"
@@ -56,7 +56,8 @@ def _certify(args: argparse.Namespace) -> int:
     table.add_row(escape(name), f"[{colour}]{verdict}[/]")
   console.print(content["of"], table, sep="\n")
   console.print(certified.summary(content), markup=False, highlight=False)
-  files.try_to_write(certified.write, run, content, counterexample)
+  if args.kind == "convex":  # Of which the run's certificate is.
+    files.try_to_write(certified.write, run, content, counterexample)
   if content["verdict"] != "PROVED":
     return NotProved.code
   if norms:

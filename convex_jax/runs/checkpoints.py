@@ -170,7 +170,7 @@ class Checkpoints:
   def _fail(self, step: int, reason: str) -> None:
     self._failure = (
       f"The checkpoint of step {step} could not be written: {reason}\n"
-      f"  The older ones in {self._folder} are unchanged."
+      f"  The older ones in {self._folder} are unchanged. Run the same command once it can be written."
     )
     if self._go_on:
       self._report(self._failure)
@@ -282,12 +282,17 @@ def read_weights(folder: str, step: int | str, which: str) -> tuple[int, dict[st
   """
   found = manifest.saved_steps(folder)
   chosen = step
-  if step == "latest" and found:
+  if not found:
+    raise UserError(
+      f"There is no checkpoint in {folder}; expected a run that has saved one. Run the command that"
+      " trained it again"
+    )
+  if step == "latest":
     chosen = max(found)
-  if step == "best" and found:
+  if step == "best":
     chosen = max(found, key=lambda s: (found[s] if found[s] is not None else -1.0, s))
   if chosen not in found:
-    names = ", ".join(map(str, found)) or "none"
+    names = ", ".join(map(str, found))
     raise UserError(
       f"There is no checkpoint {step!r} in {folder}; expected one of {names}, 'latest', 'best'"
     )

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from convex_jax import command_line, files
 from convex_jax.data import datasets
+from convex_jax.data.progress import track
 from convex_jax.errors import NotProved
 from convex_jax.proof.convexified import Convexified, Layer
 from convex_jax.runs import certified
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     "--examples", type=command_line.integer(1), default=1000, help="test images (default: 1000)"
   )
   parser.add_argument(
-    "--data_dir", type=command_line.path, default="", help="folder of the data (default: the run's)"
+    "--data_dir", type=command_line.path, help="folder of the data (default: the run's)"
   )
   return command_line.exit_code(_convexify, parser.parse_args(argv))
 

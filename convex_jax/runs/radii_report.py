@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from convex_jax import command_line, files
 from convex_jax.data import datasets
+from convex_jax.data.progress import track
 from convex_jax.errors import UserError
 from convex_jax.proof.arithmetic import ARITHMETICS
 from convex_jax.proof.radii import NORMS, Radius
@@ -24,10 +24,10 @@ from convex_jax.runs.workdir import Workdir
 
 
 def norms_of(text: str, option: str = "--norms") -> tuple[str, ...]:
-  """The norms in a list such as "l1,linf"; raises `UserError` for an unknown one."""
-  names = tuple(filter(None, text.split(",")))
+  """The norms in a list such as "l1,linf", each once; raises `UserError` for an unknown one."""
+  names = tuple(dict.fromkeys(text.split(",")))
   if not set(names) <= set(NORMS):
-    raise UserError(f"{option}={text}; expected some of {','.join(NORMS)}")
+    raise UserError(f"{option}={text or repr(text)}; expected some of {','.join(NORMS)}")
   return names
 
 
@@ -57,7 +57,7 @@ def measure(
   run: Run,
   norms: Sequence[str],
   examples: int,
-  data_dir: str = "",
+  data_dir: str | None = None,
   arithmetic: str = REALS,
   convexified: bool = False,
 ) -> Measured:
@@ -166,12 +166,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     "--examples", type=command_line.integer(1), default=200, help="test images (default: 200)"
   )
   parser.add_argument(
-    "--data_dir", type=command_line.path, default="", help="folder of the data (default: the run's)"
+    "--data_dir", type=command_line.path, help="folder of the data (default: the run's)"
   )
 
 
 def _report(args: argparse.Namespace) -> int:
-  norms = norms_of(args.norms) or NORMS
+  norms = norms_of(args.norms)
   report(load(args.workdir, args.step), norms, args, args.convexified)
   return 0
 

@@ -182,7 +182,7 @@ class Workdir:
     """
     if not buckets.holds(self.path):  # There the lock, an object, tells.
       files.refuse_unwritable("--workdir", self.path)
-    if self.exists():
+    if self.exists() and self._has_begun():
       self._check_same_run(config)
     is_new, lead = not os.path.exists(self.path), jax.process_index() == 0
     with saving():
@@ -208,6 +208,10 @@ class Workdir:
         self.spool.upload(replacing="events.out.tfevents.")
     except UserError as error:  # Credentials that have expired, or a role that was taken away.
       raise Unsaved(str(error)) from error
+
+  def _has_begun(self) -> bool:
+    """Whether there is anything to lose: a row of metrics or a checkpoint, damaged ones included."""
+    return bool(self.rows() or files.folders(self.checkpoints) or files.folders(self.damaged))
 
   def _check_same_run(self, config: Any) -> None:
     saved = self.description()["config"]

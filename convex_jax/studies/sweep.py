@@ -264,13 +264,13 @@ def main(argv: list[str] | None = None) -> int:
   what.add_argument("--list", action="store_true", help="print the runs' options, and end")
   where = parser.add_argument_group("where")
   where.add_argument(
-    "--workdir", type=command_line.path, default="", help="folder of the runs (default: runs/NAME)"
+    "--workdir", type=command_line.path, help="folder of the runs (default: runs/NAME)"
   )
   where.add_argument(
-    "--out", type=command_line.path, default="", help="folder of the report (default: the workdir)"
+    "--out", type=command_line.path, help="folder of the report (default: the workdir)"
   )
   where.add_argument(
-    "--data_dir", type=command_line.path, default="", help="folder of the data (default: TFDS's)"
+    "--data_dir", type=command_line.path, help="folder of the data (default: TFDS's)"
   )
   how = parser.add_argument_group("how")
   how.add_argument(

@@ -4,12 +4,12 @@ import functools
 from typing import Any
 
 import jax
-from rich.progress import track
 
 from convex_jax import mesh as meshes
 from convex_jax.data import preprocess
 from convex_jax.data.batches import batch_of, batches_of
 from convex_jax.data.datasets import Data
+from convex_jax.data.progress import track
 from convex_jax.errors import UserError
 from convex_jax.models.public.importer import Public
 from convex_jax.training import metrics, pretrained, step

@@ -1,7 +1,6 @@
 """What each key of a config may hold; everything that is wrong with one, reported together."""
 
 import dataclasses
-import difflib
 import itertools
 import math
 import typing
@@ -10,10 +9,10 @@ from typing import Any
 
 from convex_jax.config_files import flatten
 from convex_jax.data.catalog import DATASETS, SCALINGS
-from convex_jax.errors import UserError
+from convex_jax.errors import UserError, nearest
 from convex_jax.models import catalog
-from convex_jax.models.constraints import FREE, PENALISED, PROJECTIONS
-from convex_jax.models.parts import CONVEX_FROM, GATES, NORMS, TWINS, Rate
+from convex_jax.models.constraints import PENALISED
+from convex_jax.models.parts import TWINS, Rate
 from convex_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 LARGEST = 2**31 - 1  # Integer, other than a seed.
@@ -39,12 +38,6 @@ class Rule:
     if type(value) is int and value > LARGEST:
       expected += " and < 2**31"
     return f"config.{path} is {value!r}; expected {expected}{nearest(value, self.names)}"
-
-
-def nearest(value: Any, names: Collection[str]) -> str:
-  """A hint: the name that is closest to a mistyped one; "" if none is close."""
-  close = difflib.get_close_matches(str(value), list(names), n=1, cutoff=0.5)
-  return f". Did you mean {close[0]!r}?" if close else ""
 
 
 def integer(low: int) -> Rule:
@@ -161,13 +154,10 @@ RULES = {
   "model.name": one_of(catalog.names()),
   "model.size": TEXT,  # Depends on the name: see `_clashes`.
   "model.parts": one_of(TWINS),
-  "model.constraint": one_of([name for name in PROJECTIONS if name not in (FREE, "shift")]),
+  **{f"model.{key}": one_of(names) for key, names in catalog.CHOICES.items()},
   "model.passthrough": SWITCH,
   "model.log_normal_init": SWITCH,
   "model.branch_scales": SWITCH,
-  "model.norm": one_of(NORMS),
-  "model.gates": one_of(GATES),
-  "model.convex_from": one_of(CONVEX_FROM),
   "model.head_depth": integer(0),
   "model.head_width": integer(1),
   "model.one_logit": SWITCH,

@@ -588,6 +588,13 @@ def test_a_data_set_is_not_prepared_in_a_read_only_folder(tmp_path, capsys):
   assert "pass another folder: --data_dir" in words and "manual_dir" not in words
 
 
+def test_a_data_set_is_not_prepared_in_a_file(tmp_path, capsys):
+  (tmp_path / "data").write_text("")
+  assert command.main(["prepare", "mnist", f"--data_dir={tmp_path / 'data'}"]) == 2
+  assert "Not a directory" in (words := capsys.readouterr().err)
+  assert "pass another folder: --data_dir" in words and "manual_dir" not in words
+
+
 def test_two_commands_do_not_write_one_cache(photo_dir):
   folder = os.path.join(photo_dir, "imagenet2012", "5.1.0")
   path = cache.path_of(folder, "train", 28)

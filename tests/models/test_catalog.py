@@ -43,6 +43,11 @@ def test_every_choice_of_a_network_is_taken():
     (("mlp", "tiny"), {"overlap": 1}, "Unknown key 'overlap' of 'mlp'"),
     (("mlp", "tiny"), {"parts": "ioc"}, "Unknown key 'parts' of 'mlp'"),
     (("mlp", "tiny"), {"norm": "bach"}, "Unknown norm 'bach'; expected one of .*mean 'batch'"),
+    (("mlp", "tiny"), {"constraint": "clmp"}, "Unknown constraint 'clmp'; .*mean 'clamp'"),
+    (("mlp", "tiny"), {"gates": "none"}, "Unknown gates 'none'; expected one of static, twin"),
+    (("mlp", "tiny"), {"convex_from": "heads"}, "Unknown convex_from 'heads'; .*mean 'head'"),
+    (("mlp", "tiny"), {"classes": 0}, "classes is 0; expected an integer >= 1"),
+    (("mlp", "tiny"), {"classes": "ten"}, "classes is 'ten'; expected an integer >= 1"),
   ],
 )
 def test_unknown_names_are_refused_with_the_nearest(args, changes, words):

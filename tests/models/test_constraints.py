@@ -165,6 +165,11 @@ def test_a_tag_follows_the_weight_and_not_its_name():
   assert (nn.meta.unbox(boxed)["any_name_at_all"] >= 0).all()  # Feasible from the start.
 
 
+def test_an_unknown_constraint_is_refused_where_the_layer_is_written():
+  with pytest.raises(ValueError, match=r"Unknown constraint 'clmp'; expected one of free, .*clamp"):
+    constraints.constrained(nn.initializers.ones, "clmp")
+
+
 def test_a_link_without_parameters_is_refused():
   link = constraints.keep(constraints.shift)
   with pytest.raises(ValueError, match="needs `params`"):

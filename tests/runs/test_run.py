@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import pathlib
 import pickle
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import convex_jax
 from convex_jax.errors import UserError
 from convex_jax.runs import certified
+from convex_jax.runs.workdir import Workdir
 from tests.support import ROOT
 
 SAVED = ROOT / "tests" / "fixtures" / "run_1_1"
@@ -70,7 +72,7 @@ def test_a_step_in_any_form_is_found():
     (lambda r: r.replace(params={**r.params, "x": 1}), "x is unknown"),
     (lambda r: r.replace(params=jax.tree.map(lambda p: p[..., :1], r.params)), "has shape"),
     (lambda r: certified.certify_and_write("runs/x"), "expected a run"),
-    (lambda r: certified.certify_and_write(r, "CONVEX"), "expected one of convex"),
+    (lambda r: certified.certify_run(r, "CONVEX"), "expected one of convex"),
     (lambda r: certified.certify_and_write(r.replace(params=r.params)), "not those of its"),
     (lambda r: certified.certifier("runs/x"), "expected a run"),
     (lambda r: certified.minimise_logit(r, 10), "from 0 to 9"),
@@ -173,3 +175,24 @@ def test_a_forked_process_is_told_what_to_do_instead_of_hanging(run, action):
 def test_a_spawned_pool_computes_what_this_process_does(run):
   with multiprocessing.get_context("spawn").Pool(1) as pool:
     np.testing.assert_allclose(pool.map(logits_of, [run])[0], run.logits(IMAGES), atol=1e-5)
+
+
+def test_a_run_without_checkpoints_says_so(tmp_path):
+  folder = shutil.copytree(SAVED, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+  for step in ("latest", 20):
+    with pytest.raises(
+      UserError, match=r"There is no checkpoint in .*expected a run that has saved"
+    ):
+      convex_jax.load(folder, step)
+
+
+def test_a_workdir_in_which_nothing_was_saved_may_be_given_another_config(tmp_path, tiny_config):
+  """As after a memory that was full at the first step: there is nothing to lose."""
+  saved = ("checkpoints", "metrics.jsonl")
+  new = shutil.copytree(SAVED, tmp_path / "new", ignore=shutil.ignore_patterns(*saved))
+  with Workdir(new).claim(tiny_config):
+    pass
+  for kept in saved:
+    begun = shutil.copytree(SAVED, tmp_path / kept, ignore=lambda _, names: {*saved} - {kept})
+    with pytest.raises(UserError, match="contains a run"), Workdir(begun).claim(tiny_config):
+      pass

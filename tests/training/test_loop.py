@@ -181,6 +181,7 @@ def test_a_run_that_waits_for_its_images_says_so(
   [
     (["--config=configs/mixer_ioc.py:digit"], ["Did you mean 'digits'"]),
     (["--config=configs/nothing.py"], ["configs/nothing.py", "cannot be read"]),
+    (["--config=configs/"], ["--config=configs/ cannot be read: configs/ is no file"]),
     ([], ["Missing option --config"]),
     (
       ["--config=configs/mlp.py", "--config.modle.parts=ioc", "--config.batch_size=-4"],
