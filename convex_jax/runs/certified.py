@@ -7,7 +7,6 @@ before it).
 
 import contextlib
 import functools
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -68,15 +67,6 @@ def _refuse_others(run: Any) -> None:
     raise UserError(f"run is {run!r}; expected a run, as convex_jax.load returns it")
 
 
-def digest(weights: Any) -> str:
-  """SHA-256 over names, dtypes, shapes and bytes of a tree of arrays."""
-  hashed = hashlib.sha256()
-  named = {jax.tree_util.keystr(p): a for p, a in jax.tree_util.tree_leaves_with_path(weights)}
-  for path, leaf in sorted(named.items()):
-    hashed.update(f"{path} {leaf.dtype} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
-  return hashed.hexdigest()
-
-
 def certify_run(
   run: Run, kind: str = "convex", search_steps: int = 200
 ) -> tuple[dict[str, Any], Counterexample | None]:
@@ -108,7 +98,7 @@ def content_of(
     "stopped": certificate.stopped,
     "counterexample": None,
     "step": run.step,
-    "weights_sha256": digest(run.weights),
+    "weights_sha256": run.digest,
     "seconds": round(seconds, 2),
     "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "numpy")},
   }

@@ -6,6 +6,7 @@ workdir's config.json has everything.
 
 import dataclasses
 import functools
+import hashlib
 import operator
 import os
 from collections.abc import Callable, Mapping
@@ -157,8 +158,17 @@ class Run:
 
   @property
   def certificate(self) -> dict[str, Any] | None:
-    """The content of certificate.json, or None where the run has none."""
-    return None if self.edited else Workdir(self.workdir).certificate()
+    """The content of certificate.json; None where there is none, or one of other weights.
+
+    Those of another step are others, and so are raw ones where averaged ones were certified.
+    """
+    found = None if self.edited else Workdir(self.workdir).certificate()
+    return found if found and found["weights_sha256"] == self.digest else None
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """The SHA-256 of the weights."""
+    return digest(self.weights)
 
   def __repr__(self) -> str:
     count = optax.tree.size(self.params)
@@ -168,6 +178,15 @@ class Run:
       f" {self.config.data.name}, {count:,} parameters, step {self.step}"
       f"{', with other weights' if self.edited else ''})"
     )
+
+
+def digest(weights: Any) -> str:
+  """SHA-256 over names, dtypes, shapes and bytes of a tree of arrays."""
+  hashed = hashlib.sha256()
+  named = {jax.tree_util.keystr(p): a for p, a in jax.tree_util.tree_leaves_with_path(weights)}
+  for path, leaf in sorted(named.items()):
+    hashed.update(f"{path} {leaf.dtype} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
+  return hashed.hexdigest()
 
 
 def load(workdir: str | os.PathLike[str], step: int | str = "latest", weights: str = "auto") -> Run:
