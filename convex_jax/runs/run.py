@@ -163,7 +163,7 @@ class Run:
     Those of another step are others, and so are raw ones where averaged ones were certified.
     """
     found = None if self.edited else Workdir(self.workdir).certificate()
-    return found if found and found["weights_sha256"] == self.digest else None
+    return found if found and found.get("weights_sha256") == self.digest else None
 
   @functools.cached_property
   def digest(self) -> str:
