@@ -63,6 +63,8 @@ def apply(op: Operation, arrays: list[jax.Array], dtype: Any = np.float64) -> ja
     options = {k: v for k, v in op.params.items() if not k.startswith("update_")}
     return _UPDATES[op.primitive](*arrays, **options)
   changed: dict[str, Any] = {}
+  if "precision" in op.params and dtype != np.float64:
+    changed["precision"] = op.params["precision"]
   if op.params.get("preferred_element_type") is not None:
     changed["preferred_element_type"] = np.dtype(dtype)
   out = op.bind(*arrays, **changed)

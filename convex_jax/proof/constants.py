@@ -303,6 +303,8 @@ def bind(eqn, *arrays: Any) -> list[Any]:
   for key in ("preferred_element_type", "dtype", "out_dtype"):
     if params.get(key) is not None and is_float(params[key]):
       params[key] = np.dtype(np.float64)
+  if "precision" in params:
+    params["precision"] = None
   with float64():
     out = eqn.primitive.bind(*map(jnp.asarray, arrays), **params)
     outputs = out if eqn.primitive.multiple_results else [out]
@@ -445,7 +447,9 @@ def _order(name: str, a: Known, b: Known) -> Ends:
 
 
 def _may_be_nan(x: Known) -> Any:
-  return np.isnan(x.low) | np.isnan(x.high) if x.is_float else np.False_
+  if getattr(x.low.dtype, "kind", None) not in {*"fc"}:
+    return np.False_
+  return np.isnan(x.low) | np.isnan(x.high)
 
 
 def _sum(eqn, x: Known) -> Ends:

@@ -17,7 +17,7 @@ import numpy as np
 
 from convex_jax.proof import interpreter
 from convex_jax.proof.constants import Unknown, is_float, number
-from convex_jax.proof.float64 import float64
+from convex_jax.proof.float64 import float64, plain
 from convex_jax.proof.values import Known
 from convex_jax.proof.wide import Impure, widened
 
@@ -84,10 +84,7 @@ def search(
   try:
     with contextlib.ExitStack() as settings:
       settings.enter_context(interpreter.fresh())
-      settings.enter_context(jax.disable_jit(False))
-      settings.enter_context(jax.debug_nans(False))
-      settings.enter_context(jax.debug_infs(False))
-      settings.enter_context(jax.transfer_guard("allow"))
+      settings.enter_context(plain())
       settings.enter_context(np.errstate(all="ignore"))
       return _Search(jaxpr, inputs, at, open_outputs, kind).run(box, steps, seed), None
   except (_Stopped, Impure) as reason:

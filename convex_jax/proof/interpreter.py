@@ -44,6 +44,7 @@ from convex_jax.proof.constants import (
   keeps_precision,
   number,
 )
+from convex_jax.proof.float64 import plain
 from convex_jax.proof.source import Place, place_of
 from convex_jax.proof.values import (
   Known,
@@ -110,7 +111,8 @@ def values_of(
     else:
       known = number(leaf, aval.dtype)
       inputs.append(dataclasses.replace(known, origins={name: known.low}))
-  return Walk().run(jaxpr.jaxpr, _consts(jaxpr), inputs, Place())
+  with plain():
+    return Walk().run(jaxpr.jaxpr, _consts(jaxpr), inputs, Place())
 
 
 def evaluate(jaxpr: jex.ClosedJaxpr, inputs: Sequence[Known]) -> list[Known]:

@@ -351,10 +351,13 @@ class Walk(interpreter.Walk):
     precision = eqn.params.get("precision")
     each = precision if isinstance(precision, tuple) else (precision,)
     names = {getattr(p, "name", str(p)) for p in each}
-    if names <= set(_EXACT_PRODUCTS) or eqn.invars[0].aval.dtype != jnp.float32:
+    if names <= set(_EXACT_PRODUCTS) or all(v.aval.dtype != jnp.float32 for v in eqn.invars):
       return 0.0
     if not names <= {"None", "DEFAULT", "HIGH", *_EXACT_PRODUCTS}:
       raise Unknown(f"of precision {', '.join(sorted(names))}")
+    if not (names <= {"None", *_EXACT_PRODUCTS} or self._arithmetic.factors):
+      # On GPUs and TPUs the setting jax_default_matmul_precision=highest does not change it.
+      raise Unknown(f"of precision {', '.join(sorted(names))}, not highest, as the program asks")
     return self._arithmetic.factors
 
   def _check_size(self, size, dtype) -> None:

@@ -125,8 +125,10 @@ class Operation:
     return Parameters(self.eqn) if self.eqn else {}
 
   def bind(self, *arrays: Any, **changed: Any) -> Any:
-    """Applies the primitive to other arrays, with some parameters changed."""
-    return self.eqn.primitive.bind(*map(jnp.asarray, arrays), **{**self.params, **changed})
+    """Applies the primitive to other arrays in full precision, with some parameters changed."""
+    full = {"precision": None} if "precision" in self.params else {}
+    params = {**self.params, **full, **changed}
+    return self.eqn.primitive.bind(*map(jnp.asarray, arrays), **params)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from convex_jax.proof.counterexample import Counterexample
 from convex_jax.proof.minimum import Minimum, minimise
 from convex_jax.proof.radii import Certifier
 from convex_jax.proof.wide import in_float64
-from convex_jax.runs.run import Run, digest
+from convex_jax.runs.run import Run
 from convex_jax.runs.workdir import Workdir
 
 FORMAT = 1  # Of certificate.json.
@@ -97,7 +97,7 @@ def content_of(
     "stopped": certificate.stopped,
     "counterexample": None,
     "step": run.step,
-    "weights_sha256": digest(run.weights),
+    "weights_sha256": run.digest,
     "seconds": round(seconds, 2),
     "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "numpy")},
   }

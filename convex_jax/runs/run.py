@@ -158,9 +158,17 @@ class Run:
 
   @property
   def certificate(self) -> dict[str, Any] | None:
-    """The content of certificate.json; None where there is none, or it is of other weights."""
-    content = Workdir(self.workdir).certificate()
-    return content if content and content["weights_sha256"] == digest(self.weights) else None
+    """The content of certificate.json; None where there is none, or it is of other weights.
+
+    Those of another step are others, and so are raw ones where averaged ones were certified.
+    """
+    found = Workdir(self.workdir).certificate()
+    return found if found and found.get("weights_sha256") == self.digest else None
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """The SHA-256 of the weights."""
+    return digest(self.weights)
 
   def __repr__(self) -> str:
     count = optax.tree.size(self.params)

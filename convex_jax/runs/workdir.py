@@ -174,6 +174,15 @@ class Workdir:
         f"  To write it again: python -m convex_jax certify --workdir={self.path}"
       ) from error
 
+  def final_certificate(self) -> dict[str, Any] | None:
+    """The certificate that tells whether the run is convex at its end; None where there is none.
+
+    `certify` may have written that of another step, or of another kind, over it.
+    """
+    found, final = self.certificate(), self.rows("final")
+    about = {"kind": "convex"} | ({"step": final[-1]["step"]} if final else {})
+    return found if found and all(found.get(key, v) == v for key, v in about.items()) else None
+
   @contextlib.contextmanager
   def claim(self, config: Any) -> Iterator[None]:
     """While active, the folder is this run's alone, on one host.

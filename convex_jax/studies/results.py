@@ -118,9 +118,7 @@ def of_workdir(
   if evals:
     best = max(evals, key=lambda row: row["test_accuracy"])
     figures |= {f"peak_{name}": best[name] for name in ("test_accuracy", "train_accuracy", "epoch")}
-  certificate = workdir.certificate()
-  if certificate and final and certificate["step"] != final["step"]:
-    certificate = None  # Of another checkpoint, which somebody asked for.
+  certificate = workdir.final_certificate()
   result = Result(
     panel=panel,
     variant=variant,

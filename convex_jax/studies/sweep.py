@@ -216,14 +216,14 @@ def _stopped_at_the_end(processes: Iterable[Process]) -> Iterator[None]:
 def _lacks_certificate(path: str) -> bool:
   """Whether a finished run is still to be certified; one with weights of any sign need not be convex.
 
-  So is one whose certificate is damaged: certifying writes it again.
+  So is one whose certificate is damaged, or of another step: certifying writes it again.
   """
   workdir = Workdir(path)
   model = workdir.description()["config"]["model"]
   if model["parts"] == "base" or model["constraint"] == PENALISED:
     return False
   try:
-    return workdir.certificate() is None
+    return workdir.final_certificate() is None
   except UserError:
     return True
 

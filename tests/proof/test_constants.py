@@ -401,3 +401,11 @@ def test_casts_to_less_are_steps(step):
 
 def test_a_precision_that_keeps_the_dtype_is_no_step():
   assert certify(lambda x: lax.reduce_precision(x, 8, 23), X, kind="affine", search_steps=0)
+
+
+@pytest.mark.parametrize("real", [np.nan, 1.0])
+def test_a_complex_number_may_be_none(real):
+  """NaN equals nothing, not even itself."""
+  z, like = np.complex64([complex(real, 0)] * 2), jax.ShapeDtypeStruct((2,), jnp.float32)
+  certificate = certify(lambda z, x: jnp.where(z == z, x**2, -(x**2)), z, like, search_steps=0)
+  assert certificate.verdict == ("PROVED" if real == 1 else "UNKNOWN")

@@ -443,6 +443,23 @@ def test_products_of_reduced_precision_count_unless_the_program_asks_for_more():
   np.testing.assert_array_equal(error("tensorfloat32", lax.Precision.HIGHEST), error("float32"))
 
 
+def test_an_asked_for_precision_is_no_highest():
+  """`jax_default_matmul_precision=highest`, of which float32 is, does not change it."""
+  for precision in (lax.Precision.DEFAULT, lax.Precision.HIGH):
+    p = program(lambda w, x: jnp.dot(x, w, precision=precision), np.float32([1, 2]), np.zeros(2))
+    with pytest.raises(ValueError, match=f"of precision {precision.name}, not highest"):
+      p.error(Ball(np.ones(2), "l1", 0.1))
+
+
+@pytest.mark.parametrize("name,bits", [("tensorfloat32", 10), ("float16", 10), ("bfloat16", 7)])
+def test_float32_products_in_any_arithmetic_count_as_their_machine_reads_them(name, bits):
+  w, x, how = np.float32([1 + 2**-bits / 2.01, 1]), np.array([1.0, 1.0]), ARITHMETICS[name]
+
+  read = lax.reduce_precision(w, 8, bits)
+  off = abs(float(np.float64(w).sum()) - float(read.sum()))
+  assert 0 < off <= program(lambda w, x: x @ w, w, x, arithmetic=how).error(Ball(x, "l1", 0.0))
+
+
 def test_sums_in_bfloat16_itself_have_a_bound_up_to_256_terms():
   own = Arithmetic(jnp.bfloat16, accumulator=jnp.bfloat16)
   for n in (100, 256):

@@ -1,12 +1,17 @@
 """Programs in wide arithmetic: floats in float64, all else the program's own."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
+from convex_jax.proof.certificate import certify
 from convex_jax.proof.float64 import float64
+from convex_jax.proof.minimum import minimise
+from convex_jax.proof.radii import Certifier
 from convex_jax.proof.wide import Impure, widened
 
 X = np.linspace(-1.0, 1.0, 8, dtype=np.float32)
@@ -106,3 +111,59 @@ def test_a_tpu_leaves_float64_to_its_host(monkeypatch):
   monkeypatch.setattr(jax, "local_devices", refuse)
   with pytest.raises(ValueError, match="JAX_PLATFORMS=tpu,cpu"), float64():
     pass
+
+
+SETTINGS = {
+  "none": contextlib.nullcontext,
+  "products in bfloat16": lambda: jax.default_matmul_precision("BF16_BF16_F32"),
+  "products that a CPU lacks": lambda: jax.default_matmul_precision("TF32_TF32_F32"),
+  "no promotion of ranks": lambda: jax.numpy_rank_promotion("raise"),
+  "no promotion of dtypes": lambda: jax.numpy_dtype_promotion("strict"),
+  "no transfers": lambda: jax.transfer_guard("disallow"),
+}
+
+
+@pytest.fixture(scope="module")
+def certified():
+  weights = np.random.default_rng(0).uniform(0, 1, (3, 3)).astype(np.float32)
+  box = np.full(3, -1.0), np.full(3, 1.0)
+
+  def logits(weights, x):
+    return jax.nn.relu(x @ weights) @ weights.T
+
+  def all_of(setting):
+    like, x = jax.ShapeDtypeStruct((1, 3), jnp.float32), np.array([0.1, 0.5, -0.3])
+    with SETTINGS[setting]():
+      radius = Certifier(logits, weights, (3,)).radius(x).radii
+      least = minimise(lambda x: logits(weights, x)[0], *box).bound
+      return certify(logits, weights, like, search_steps=0).verdict, *radius.values(), least
+
+  return all_of, all_of("none")
+
+
+@pytest.mark.parametrize("setting", list(SETTINGS)[1:])
+def test_what_is_certified_does_not_depend_on_settings_of_jax(certified, setting):
+  all_of, want = certified
+  assert all_of(setting) == want
+
+
+@pytest.mark.parametrize("precision", ["BF16_BF16_F32", "TF32_TF32_F32", "highest"])
+def test_products_of_weights_are_known_in_full_precision(precision):
+  """Rounded to bfloat16 their factors sum up to 2^-8; they sum up to -0.48 * 2^-7."""
+  a = np.float32([1 + 0.51 * 2**-7, 1 + 0.49 * 2**-7, 2**-8])
+
+  def f(sign, x):
+    return jnp.dot(a, sign * jnp.float32([1, -1, -1]), precision=precision) * x**2
+
+  like = jax.ShapeDtypeStruct((), jnp.float32)
+  assert [certify(f, s, like, search_steps=0).verdict for s in (1, -1)] == ["UNKNOWN", "PROVED"]
+
+
+@pytest.mark.parametrize("precision", ["BF16_BF16_F32", "TF32_TF32_F32", "highest"])
+def test_bounds_on_slopes_are_in_full_precision(precision):
+  def logits(weights, x):
+    return jnp.dot(x, weights, precision=precision) @ np.float32([[1, 0]])
+
+  weights, x = np.float32([[1 + 0.49 * 2**-7]]), np.array([1.0])
+  radius = Certifier(logits, weights, (1,)).radius(x).radii["l1"]
+  assert 0.999 < radius <= 1

@@ -1,5 +1,6 @@
 """The certificate of a run: written with it, asked for by the command."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -21,7 +22,8 @@ from convex_jax.runs import (
   convexify_command,
   radii_report,
 )
-from convex_jax.studies import report, results
+from convex_jax.runs.run import digest
+from convex_jax.studies import report, results, sweep
 from convex_jax.training import loop
 from tests.support import ROOT, injections, of
 
@@ -48,7 +50,7 @@ def test_a_convex_run_ends_with_its_certificate(run_of, capsys):
   run = convex_jax.load(workdir)
   before = run.certificate
   assert before["verdict"] == "PROVED" and set(before["logits"].values()) == {"PROVED"}
-  assert run.certificate["weights_sha256"] == certified.digest(run.weights)
+  assert before["weights_sha256"] == run.digest
   capsys.readouterr()
   assert certify_command.main([f"--workdir={workdir}", "--kind=concave", "--search_steps=0"]) == 4
   assert "UNKNOWN: 0 of 10 logits are concave" in capsys.readouterr().out
@@ -56,17 +58,19 @@ def test_a_convex_run_ends_with_its_certificate(run_of, capsys):
   assert certify_command.main([f"--workdir={workdir}"]) == 0
 
 
-def test_a_certificate_is_of_the_weights_that_it_was_made_of(tmp_path):
+def test_a_certificate_is_of_the_weights_that_it_names(tmp_path):
+  """Of another checkpoint, of raw weights where it is of averaged ones, of a copy's: none."""
   workdir = shutil.copytree(ROOT / "tests" / "fixtures" / "run_1_1", tmp_path / "run")
   run = convex_jax.load(workdir)
   assert run.certificate["verdict"] == "PROVED"
   stats = jax.tree.map(lambda leaf: leaf + 1, core.unfreeze(run.stats))
-  assert run.replace(stats=stats).certificate is None
+  params = jax.tree.map(lambda leaf: leaf * np.float32(2), run.params)
+  for other in (dataclasses.replace(run, params=params), run.replace(stats=stats)):
+    assert other.certificate is None
   assert run.replace(params=core.unfreeze(run.params)).certificate == run.certificate
-  content = run.certificate
-  files.write_json(f"{workdir}/certificate.json", {**content, "step": 1, "weights_sha256": "0"})
-  assert run.certificate is None
-  assert results.of_workdir(str(workdir), "panel", "ioc").rows[0].certificate == ""
+  content = files.read_json(str(workdir / "certificate.json"))
+  files.write_json(str(workdir / "certificate.json"), content | {"weights_sha256": "0" * 64})
+  assert convex_jax.load(workdir).certificate is None
 
 
 def test_a_free_run_has_none_until_asked_and_is_refuted(run_of, capsys):
@@ -116,6 +120,18 @@ def test_radii_are_of_the_convexified_logits_on_request(tmp_path, monkeypatch):
   for option in ([], ["--convexified"]):
     assert radii_report.main([f"--workdir={workdir}", "--norms=l2", *option]) == 0
   assert asked == [False, True]
+
+
+@pytest.mark.parametrize("of", [{"kind": "concave"}, {"step": 10}])
+def test_a_report_tells_whether_the_run_is_convex_at_its_end(tmp_path, of):
+  """No other kind (`certify --kind`), no other step (`--step`): that is certified again."""
+  workdir = shutil.copytree(ROOT / "tests" / "fixtures" / "run_1_1", tmp_path / "run")
+  file = str(workdir / "certificate.json")
+  (row,) = results.of_workdir(str(workdir), "p", "v").rows
+  assert row.certificate == "PROVED" and not sweep._lacks_certificate(str(workdir))
+  files.write_json(file, files.read_json(file) | of)
+  (row,) = results.of_workdir(str(workdir), "p", "v").rows
+  assert row.certificate == "" and sweep._lacks_certificate(str(workdir))
 
 
 def test_a_partly_convex_run_is_certified_in_its_features(run_of):
@@ -193,7 +209,7 @@ def test_the_digest_sees_every_bit():
   weights = {"a": np.ones(3, np.float32), "b": {"c": np.zeros(2, np.float32)}}
   same = {"b": {"c": np.zeros(2, np.float32)}, "a": np.ones(3, np.float32)}
   other = {"a": np.ones(3, np.float32), "b": {"c": np.float32([0, 1e-45])}}
-  assert certified.digest(weights) == certified.digest(same) != certified.digest(other)
+  assert digest(weights) == digest(same) != digest(other)
 
 
 def test_a_class_name_in_brackets_is_printed_as_it_is(monkeypatch, capsys):
