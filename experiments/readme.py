@@ -9,7 +9,9 @@ import csv
 import os
 import pathlib
 import statistics
+import sys
 
+from convex_jax import command_line
 from convex_jax.studies import results, tables
 from experiments.cats_dogs import run as cats_dogs_run
 from experiments.front import run as front_run
@@ -182,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -115,3 +115,14 @@ def test_the_version_is_the_same_everywhere():
   date = re.search(r"^date-released: (\S+)$", citation, re.MULTILINE)[1]
   assert f"\nversion: {convex_jax.__version__}\n" in citation
   assert f"\n## [{convex_jax.__version__}] - {date}\n" in changelog
+
+
+def test_what_an_experiment_is_given_wrongly_is_told_as_by_a_command(tmp_path):
+  programs = [p for p in (ROOT / "experiments").rglob("*.py") if "\ndef main(" in p.read_text()]
+  bare = [p.name for p in programs if "exit(command_line.exit_code(main))" not in p.read_text()]
+  assert bare in ([], ["unpack.py"])  # The latter runs where nothing is installed.
+  if programs:
+    command = [sys.executable, "-m", "experiments.robustness.run", str(tmp_path / "absent")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "absent does not contain a run" in done.stderr

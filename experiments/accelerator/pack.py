@@ -19,6 +19,7 @@ import sys
 import tarfile
 import tempfile
 
+from convex_jax import command_line
 from convex_jax.data import datasets
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -137,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

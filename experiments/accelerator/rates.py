@@ -13,7 +13,9 @@ import csv
 import importlib.util
 import pathlib
 import statistics
+import sys
 
+from convex_jax import command_line
 from experiments.speed.cases import ON_ACCELERATORS
 from experiments.speed.run import Worker
 
@@ -104,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from convex_jax import command_line
 from convex_jax.runs.workdir import Workdir
 from convex_jax.studies import jobs, results, tables
 from experiments.accelerator import rates
@@ -279,4 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -25,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
-from convex_jax import config_files, files
+from convex_jax import command_line, config_files, files
 from convex_jax.data import datasets
 from convex_jax.data.datasets import Data
 from convex_jax.data.splits import Split
@@ -349,4 +350,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -11,6 +11,7 @@ import argparse
 import collections
 import csv
 import pathlib
+import sys
 import time
 
 import hypothesis
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from rich.progress import track
 
+from convex_jax import command_line
 from convex_jax.models import catalog
 from convex_jax.proof import certify
 from tests.proof import test_interpreter
@@ -145,4 +147,4 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -6,15 +6,18 @@ Trains two networks with a checkpoint every 50 steps and without any, in turn, a
 of a save separately. Writes overhead.csv next to this file.
 """
 
+import argparse
 import csv
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 
 import jax
 from rich.console import Console
 
+from convex_jax import command_line
 from convex_jax.runs import manifest
 from convex_jax.runs.checkpoints import Checkpoints
 from convex_jax.training import runtime
@@ -70,6 +73,7 @@ def measure(name: str) -> dict[str, str]:
 
 
 def main() -> None:
+  argparse.ArgumentParser(description=__doc__.partition(":")[0] + ".").parse_args()
   runtime.tune_cpu()
   rows = [measure(name) for name in ("Mixer seed, 128", "MLP 3x800")]
   with open(FOLDER / "overhead.csv", "w", newline="") as file:
@@ -81,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -32,6 +32,7 @@ from absl import logging
 from rich.console import Console
 from rich.progress import Progress
 
+from convex_jax import command_line
 from convex_jax.data import prepare
 from convex_jax.studies import tables
 from convex_jax.training import runtime
@@ -333,10 +334,18 @@ def write(lines: list[dict[str, str]]) -> None:
   (FOLDER / "report.md").write_text("\n".join(text))
 
 
+def _numbers(text: str) -> list[int]:
+  """The type of the option --rows."""
+  known = {str(number): number for number in ROWS}
+  if unknown := [name for name in text.split(",") if name not in known]:
+    raise argparse.ArgumentTypeError(f"{unknown[0]!r} given; expected some of {','.join(known)}")
+  return [known[name] for name in text.split(",")]
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument(
-    "--rows", default=",".join(map(str, ROWS)), help="row numbers, separated by commas"
+    "--rows", type=_numbers, default=",".join(map(str, ROWS)), help="separated by commas"
   )
   parser.add_argument(
     "--scale", type=float, default=1.0, help="factor on how often each fault is injected"
@@ -351,7 +360,7 @@ def main() -> None:
     Progress(console=console) as progress,
   ):
     stop_with(pool, progress)
-    jobs = {pool.submit(inject, int(n), args.scale): int(n) for n in args.rows.split(",")}
+    jobs = {pool.submit(inject, n, args.scale): n for n in args.rows}
     task = progress.add_task("faults", total=len(jobs))
     for job in concurrent.futures.as_completed(jobs):
       number = jobs[job]
@@ -372,4 +381,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -6,6 +6,7 @@ Further arguments go to every run. A finished run is not repeated, an interrupte
 Writes results.csv and curves.png next to this file.
 """
 
+import argparse
 import csv
 import pathlib
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import matplotlib.pyplot as plt
 
 import convex_jax
+from convex_jax import command_line
 
 HERE = pathlib.Path(__file__).parent
 RUNS = ("mlp", "mlp_ioc", "mixer_ioc", "mixer")
@@ -25,7 +27,8 @@ def train(name: str, overrides: list[str]) -> None:
   command = [sys.executable, "-m", "convex_jax", "train", f"--config=configs/{name}.py"]
   command += ["--config.epochs=5", f"--workdir=runs/first_light/{name}", *overrides]
   print(" ".join(command[1:]), flush=True)
-  subprocess.run(command, check=True, cwd=HERE.parent.parent)
+  if code := subprocess.run(command, cwd=HERE.parent.parent).returncode:
+    sys.exit(code)
 
 
 def load(name: str) -> convex_jax.Run:
@@ -72,8 +75,14 @@ def draw() -> None:
   figure.savefig(HERE / "curves.png", dpi=130)
 
 
-if __name__ == "__main__":
-  for run_name in RUNS:
-    train(run_name, sys.argv[1:])
+def main() -> None:
+  parser = argparse.ArgumentParser(description="Trains four networks for five epochs.")
+  _, overrides = parser.parse_known_args()
+  for name in RUNS:
+    train(name, overrides)
   tabulate()
   draw()
+
+
+if __name__ == "__main__":
+  sys.exit(command_line.exit_code(main))

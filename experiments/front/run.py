@@ -12,6 +12,7 @@ accuracy against certified accuracy at l1 = 1 and 4.
 import argparse
 import csv
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 from rich.progress import track
 
 import convex_jax
-from convex_jax import files
+from convex_jax import command_line, files
 from convex_jax.data import datasets
 from convex_jax.runs import certified
 from convex_jax.runs.workdir import Workdir
@@ -159,4 +160,4 @@ def draw(path: pathlib.Path, panel: str, rows: list[dict[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

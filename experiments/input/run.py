@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 
@@ -25,7 +26,7 @@ import numpy as np
 import simplejpeg
 
 from configs import base
-from convex_jax import mesh
+from convex_jax import command_line, mesh
 from convex_jax.data import datasets
 from convex_jax.data.batches import batches_of
 from convex_jax.data.in_memory import InMemory
@@ -181,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

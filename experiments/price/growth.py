@@ -12,6 +12,7 @@ import argparse
 import csv
 import itertools
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -22,6 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from configs import base
+from convex_jax import command_line
 from convex_jax.data import datasets, preprocess
 from convex_jax.models import catalog
 from convex_jax.models.variables import apply
@@ -210,4 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -15,11 +15,12 @@ import csv
 import math
 import pathlib
 import statistics
+import sys
 import time
 
 from ml_collections import ConfigDict
 
-from convex_jax import files
+from convex_jax import command_line, files
 from convex_jax.data import datasets
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
@@ -158,4 +159,4 @@ def geometric(rows: list[dict[str, str]], key: str) -> str:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -13,6 +13,7 @@ import argparse
 import csv
 import functools
 import pathlib
+import sys
 import time
 
 import jax
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict
 from rich.progress import track
 
 import convex_jax
+from convex_jax import command_line
 from convex_jax.data import datasets
 from convex_jax.proof import radii as robustness
 from convex_jax.runs import certified, radii_report
@@ -140,4 +142,4 @@ def draw(name, measured, smallest) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

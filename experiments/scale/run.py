@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import csv
 import pathlib
+import sys
 from collections.abc import Iterator
 from unittest import mock
 
@@ -28,6 +29,7 @@ import jax  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
+from convex_jax import command_line  # noqa: E402
 from convex_jax import main as command  # noqa: E402
 from convex_jax import mesh as meshes  # noqa: E402
 from convex_jax.errors import UserError  # noqa: E402
@@ -215,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

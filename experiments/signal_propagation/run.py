@@ -8,6 +8,7 @@ Writes results.csv and propagation.png next to this file; README.md says what is
 import argparse
 import csv
 import pathlib
+import sys
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configs import base
+from convex_jax import command_line
 from convex_jax.data import datasets, preprocess
 from convex_jax.models import catalog, layers
 from convex_jax.models.parts import Parts, ioc
@@ -127,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -1,5 +1,6 @@
 """The networks that are timed, ours and PyTorch's, each at one batch size."""
 
+import argparse
 import dataclasses
 import importlib
 from typing import Any
@@ -77,6 +78,15 @@ ON_ACCELERATORS = {
   for batch in batches
 }
 EVERY = CASES | ON_ACCELERATORS
+
+
+def names_of(text: str) -> list[str]:
+  """The type of the option --cases: names of `CASES`, separated by semicolons."""
+  names = text.split(";")
+  if unknown := [name for name in names if name not in CASES]:
+    expected = f"expected some of {';'.join(CASES)}"
+    raise argparse.ArgumentTypeError(f"{unknown[0]!r} given; {expected}")
+  return names
 
 
 def config_of(case: Case, parts: str) -> ConfigDict:

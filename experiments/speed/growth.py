@@ -12,12 +12,14 @@ import csv
 import dataclasses
 import pathlib
 import statistics
+import sys
 import time
 
 import matplotlib.pyplot as plt
 import numpy as np
 from rich.progress import track
 
+from convex_jax import command_line
 from convex_jax.training import runtime
 from experiments.speed.cases import CASES, Case
 from experiments.speed.jax_worker import Ours, model_flops
@@ -101,4 +103,4 @@ def draw(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
+from convex_jax import command_line
 from convex_jax.data import augment, preprocess
 from convex_jax.training import runtime, step
 from experiments.speed.cases import CASES, Case
@@ -143,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -11,14 +11,16 @@ import argparse
 import collections
 import pathlib
 import re
+import sys
 import tempfile
 
 import jax
 from rich.console import Console
 from rich.progress import track
 
+from convex_jax import command_line
 from convex_jax.training import runtime
-from experiments.speed.cases import CASES
+from experiments.speed.cases import CASES, names_of
 from experiments.speed.jax_worker import Ours
 from experiments.speed.run import update
 
@@ -84,12 +86,12 @@ def rows_of(name: str, parts: str) -> list[dict[str, str]]:
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--cases", default=";".join(CASES), help="names, separated by semicolons")
+  parser.add_argument("--cases", type=names_of, default=";".join(CASES), help="separated by ;")
   parser.add_argument("--parts", default="base,ioc")
   args = parser.parse_args()
   runtime.tune_cpu()
   console = Console()
-  for name in track(args.cases.split(";"), "tracing", console=console):
+  for name in track(args.cases, "tracing", console=console):
     rows = [row for parts in args.parts.split(",") for row in rows_of(name, parts)]
     update(pathlib.Path(__file__).parent / "profile.csv", rows)
     for row in rows:
@@ -97,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -10,6 +10,7 @@ their noise. Updates the chosen cases in projection.csv next to this file.
 import argparse
 import pathlib
 import statistics
+import sys
 import time
 
 import jax
@@ -18,9 +19,10 @@ import optax
 from rich.console import Console
 from rich.progress import track
 
+from convex_jax import command_line
 from convex_jax.models import constraints
 from convex_jax.training import runtime
-from experiments.speed.cases import CASES
+from experiments.speed.cases import CASES, names_of
 from experiments.speed.jax_worker import Ours
 from experiments.speed.run import update
 
@@ -54,11 +56,11 @@ def projection_seconds(net: Ours) -> float:
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--cases", default=";".join(CASES), help="names, separated by semicolons")
+  parser.add_argument("--cases", type=names_of, default=";".join(CASES), help="separated by ;")
   args = parser.parse_args()
   runtime.tune_cpu()
   console = Console()
-  for name in track(args.cases.split(";"), "projecting", console=console):
+  for name in track(args.cases, "projecting", console=console):
     net = Ours(CASES[name], "ioc")
     net.train(2)  # The first compiles.
     step = statistics.median(timed(net.train, 1) for _ in range(STEPS))
@@ -74,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

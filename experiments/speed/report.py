@@ -1,10 +1,13 @@
 """Writes report.md and speed.png from results.csv: `python -m experiments.speed.report`."""
 
+import argparse
 import csv
 import pathlib
+import sys
 
 import matplotlib.pyplot as plt
 
+from convex_jax import command_line
 from experiments.speed.cases import CASES
 
 FOLDER = pathlib.Path(__file__).parent
@@ -75,6 +78,7 @@ def draw(cases: dict[str, list[dict[str, str]]]) -> None:
 
 
 def main() -> None:
+  argparse.ArgumentParser(description="Writes report.md and speed.png.").parse_args()
   cases = read()
   some = next(iter(cases.values()))[0]
   versions = sorted({row["versions"] for rows in cases.values() for row in rows})
@@ -106,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -26,7 +26,8 @@ import time
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments.speed.cases import CASES
+from convex_jax import command_line
+from experiments.speed.cases import CASES, names_of
 
 FOLDER = pathlib.Path(__file__).parent
 OURS = {"base": ("base",), "base, norm of ioc": ("base", "batch"), "ioc": ("ioc",)}
@@ -194,7 +195,7 @@ def update(path: pathlib.Path, rows: list[dict[str, str]]) -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--cases", default=";".join(CASES), help="names, separated by semicolons")
+  parser.add_argument("--cases", type=names_of, default=";".join(CASES), help="separated by ;")
   parser.add_argument("--ways", default=",".join((*OURS, *THEIRS)).replace(", ", " "))
   parser.add_argument("--rounds", type=int, default=9)
   parser.add_argument(
@@ -204,7 +205,7 @@ def main() -> None:
   args = parser.parse_args()
   wanted, console = args.ways.split(","), Console()
   with Progress(console=console) as progress, open(os.devnull, "w") as log:
-    for name in args.cases.split(";"):
+    for name in args.cases:
       ways = [way for way in ways_of(name) if way.replace(", ", " ") in wanted]
       rows = measure(name, ways, args.rounds, args.patience, progress, log)
       timings = [
@@ -222,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))

@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 
+from convex_jax import command_line
+
 MAIN = [sys.executable, "-m", "convex_jax.main"]
 CONFIG = "--config=configs/mixer_ioc.py:digits"
 
@@ -67,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(command_line.exit_code(main))
