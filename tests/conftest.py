@@ -93,12 +93,12 @@ def bucket(tmp_path_factory):
 
 @pytest.fixture
 def tiny_config(data_dir):
-  """A convex Mixer of a few hundred weights on digits, some steps long."""
+  """A convex Mixer of one block on digits, some steps long; its weights are of every kind."""
   from configs import mixer_ioc
 
   config = mixer_ioc.get_config("digits")
   config.model.size = "tiny"
-  config.model.patch = 4
+  config.model.update(patch=4, depth=1)
   config.data.dir = data_dir
   config.data.crop_padding = 1
   config.batch_size = 16

@@ -104,7 +104,8 @@ class Computation:
     layout = meshes.layout(self.mesh, jax.eval_shape(init))
     # It runs once: on a CPU most of its time goes into making fast code, of the same bits.
     is_on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-    options = {"xla_backend_optimization_level": 1} if is_on_cpu else None
+    is_cheap = jax.config.read("jax_disable_most_optimizations")  # Less effort still.
+    options = {"xla_backend_optimization_level": 1} if is_on_cpu and not is_cheap else None
     self.init = jax.jit(init, out_shardings=layout, compiler_options=options)
     on_mesh = functools.partial(meshes.traced_on, self.mesh)
     self._train_call = jax.jit(

@@ -26,6 +26,7 @@ TINY = [
   "--config=configs/mixer_ioc.py:digits",
   "--config.model.size=tiny",
   "--config.model.patch=4",
+  "--config.model.depth=1",
   "--config.batch_size=16",
   "--config.data.train_fraction=0.2",
   "--config.eval.every_epochs=1.0",
@@ -45,7 +46,7 @@ def command(*settings):
 def finished(data_dir, tmp_path_factory):
   """An unbroken run of three epochs, and what it printed."""
   workdir = tmp_path_factory.mktemp("unbroken") / "run"
-  result = run_main(command(data_dir, workdir, "--config.steps=54", *SAVES))
+  result = run_here(*options(data_dir, workdir, "--config.steps=54", *SAVES))
   assert result.returncode == 0, result.stderr
   return workdir, result.stdout
 
@@ -55,7 +56,7 @@ SAVES = ["--config.checkpoint.every_steps=18"]
 
 def test_a_run_ends_with_its_figures_and_where_it_lies(finished):
   workdir, out = finished
-  for words in ("block_1/token_mixing/dense_0/kernel", "clamp", "shift", "constrained"):
+  for words in ("block_0/token_mixing/dense_1/kernel", "clamp", "shift", "constrained"):
     assert words in out  # The start-up table.
   assert "generalisation gap" in out and "exactly 0" in out and str(workdir) in out
   rows = rows_without_clock(workdir)
@@ -72,7 +73,7 @@ def test_a_run_ends_with_its_figures_and_where_it_lies(finished):
 def test_the_same_command_on_a_finished_run_tells_its_figures_again(finished, data_dir):
   workdir, _ = finished
   before = rows_without_clock(workdir)
-  result = run_main(command(data_dir, workdir, "--config.steps=54", *SAVES))
+  result = run_here(*options(data_dir, workdir, "--config.steps=54", *SAVES))
   assert result.returncode == 0 and "generalisation gap" in result.stdout
   assert rows_without_clock(workdir) == before
 

@@ -37,7 +37,7 @@ RECIPE = {
 )
 def test_world_sizes_agree(tiny_config, few_digits, changes):
   """BatchNorm sees the global batch; order, augmentation and mixing know no devices."""
-  config = of(tiny_config, optimizer__name="sgd", **changes)
+  config = of(tiny_config, model__depth=2, optimizer__name="sgd", **changes)
   calls = [range(i, i + 1) for i in range(4)]
   _, want, losses = run_steps(config, few_digits, 1, calls)
   for devices in (2, 8):
@@ -121,7 +121,8 @@ def test_evaluation_counts_every_example_once_whatever_the_batch(tiny_config, fe
     figures.append(job.evaluate(job.init(), final=True))
   state, model = job.init(), job.model
   prepare = preprocess.make_prepare(8, *few_digits.train.statistics())
-  logits = step.apply(model, state.weights(), prepare(jnp.asarray(few_digits.test.images)))
+  apply = jax.jit(functools.partial(step.apply, model))
+  logits = apply(state.weights(), prepare(jnp.asarray(few_digits.test.images)))
   accuracy = float(np.mean(np.asarray(logits).argmax(-1) == few_digits.test.labels))
   for row in figures:
     assert row["test_accuracy"] == pytest.approx(accuracy, abs=1e-6)
