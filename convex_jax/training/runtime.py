@@ -42,8 +42,8 @@ def keep_freed_memory() -> bool:
     return False
   import jax
 
-  def give_back(event: str, seconds: float, **_) -> None:
-    if event == _COMPILED and seconds > 0.1:  # Small programs leave little.
+  def give_back(event: str, duration_secs: float, **_) -> None:
+    if event == _COMPILED and duration_secs > 0.1:  # Small programs leave little.
       malloc_trim(0)
 
   settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20}
