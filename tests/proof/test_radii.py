@@ -549,3 +549,13 @@ def test_a_report_is_written(tmp_path):
   assert lines[0] == "example,label,predicted,l1,l2,arithmetic"
   assert lines[3] == "2,0,1,0.3,0.15,reals"
   assert (tmp_path / "radii.png").stat().st_size > 5000
+
+
+def test_a_bound_above_the_value_is_none():
+  """Numbers of 1e10 cancel, and leave errors of 1e-6."""
+
+  def f(x):
+    return jnp.sum(x * 1e10 + 1e10) - 2e10 - jnp.sum(x) * 1e10 + 0.5 + jnp.sum(x**2)
+
+  found = minimum.minimise(f, np.full(2, -1.0), np.full(2, 1.0))
+  assert found.bound <= 0.5 and found.bound <= found.value

@@ -104,7 +104,6 @@ def test_radii_are_of_the_convexified_logits_on_request(tmp_path, monkeypatch):
 
 
 def test_a_certificate_is_of_the_weights_that_it_names(tmp_path):
-  """Of another checkpoint, of raw weights where it is of averaged ones, of a copy's: none."""
   workdir = shutil.copytree(ROOT / "tests" / "fixtures" / "run_1_1", tmp_path / "run")
   run = convex_jax.load(workdir)
   assert run.certificate["verdict"] == "PROVED"
@@ -114,6 +113,13 @@ def test_a_certificate_is_of_the_weights_that_it_names(tmp_path):
   content = files.read_json(str(workdir / "certificate.json"))
   files.write_json(str(workdir / "certificate.json"), content | {"weights_sha256": "0" * 64})
   assert convex_jax.load(workdir).certificate is None
+
+
+@pytest.mark.slow
+def test_the_certificate_of_averaged_weights_is_not_of_raw_ones(run_of):
+  workdir = run_of(ema_decay=0.5)
+  assert convex_jax.load(workdir).certificate["verdict"] == "PROVED"
+  assert convex_jax.load(workdir, weights="raw").certificate is None
 
 
 @pytest.mark.parametrize("of", [{"kind": "concave"}, {"step": 10}])
