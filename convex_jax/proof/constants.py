@@ -447,7 +447,7 @@ def _order(name: str, a: Known, b: Known) -> Ends:
 
 
 def _may_be_nan(x: Known) -> Any:
-  if getattr(x.low.dtype, "kind", None) not in {*"fc"}:
+  if getattr(x.low.dtype, "kind", "") not in ("f", "c"):
     return np.False_
   return np.isnan(x.low) | np.isnan(x.high)
 

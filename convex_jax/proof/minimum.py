@@ -43,7 +43,8 @@ def minimise(
       f(z) + sum_i min(g_i (low_i - z_i), g_i (high_i - z_i)),
 
   is a lower bound on the global minimum. The best bound of all iterates is returned, less what the
-  evaluation in float64 may be off by. Each z lies next to an iterate, inside the box and at random:
+  evaluation in float64 may be off by: `ROUNDING` of these terms, on the understanding that no much
+  larger numbers cancel on the way to them. Each z lies next to an iterate, inside the box and at random:
   at a kink, as at an end of the box, the derivative that JAX computes may be no subgradient.
 
   Args:
@@ -89,4 +90,5 @@ def minimise(
     )
     x = np.clip(found.x, low, high).reshape(shape)
     value, _ = slope(jnp.asarray(x))
-  return Minimum(x, float(value), best)
+  # Above the value, rounding was larger than thought, or the function is not convex.
+  return Minimum(x, float(value), best if best <= float(value) else -np.inf)

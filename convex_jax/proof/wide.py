@@ -52,7 +52,7 @@ def widened(jaxpr: Any, consts: Sequence[Any] = ()) -> Callable[..., list[jax.Ar
   return run
 
 
-class Impure(Exception):
+class Impure(ValueError):
   """What the program returns may differ from call to call, or the call may change something."""
 
 

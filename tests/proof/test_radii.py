@@ -484,9 +484,14 @@ def test_the_bound_is_never_above_the_least_value_in_the_box(function, box, star
 
 
 def test_the_bound_of_a_concave_function_is_broken():
-  """The negative control: for a concave function the bound does not hold."""
-  found = minimum.minimise(lambda x: -jnp.sum(x**2), -np.ones(2), np.ones(2), start=[0.1, 0.1])
-  assert found.value == pytest.approx(-2) and found.bound > found.value
+  """The negative control: for a concave function it does not hold; none where the value shows it."""
+
+  def f(x):  # Its minimum is f(-1, -1) = -3.
+    return jnp.sum(x / 2 - x**2)
+
+  ends = -np.ones(2), np.ones(2)
+  assert -3 < minimum.minimise(f, *ends, start=[1, 1]).bound <= -1
+  assert minimum.minimise(f, *ends, start=[0.5, 0.5]).bound == -np.inf
 
 
 def test_a_logit_is_minimised_over_all_images():
@@ -549,3 +554,13 @@ def test_a_report_is_written(tmp_path):
   assert lines[0] == "example,label,predicted,l1,l2,arithmetic"
   assert lines[3] == "2,0,1,0.3,0.15,reals"
   assert (tmp_path / "radii.png").stat().st_size > 5000
+
+
+def test_a_bound_above_the_value_is_none():
+  """Numbers of 1e10 cancel, and leave errors of 1e-6."""
+
+  def f(x):
+    return jnp.sum(x * 1e10 + 1e10) - 2e10 - jnp.sum(x) * 1e10 + 0.5 + jnp.sum(x**2)
+
+  found = minimum.minimise(f, np.full(2, -1.0), np.full(2, 1.0))
+  assert found.bound <= 0.5 and found.bound <= found.value

@@ -59,7 +59,6 @@ def test_a_convex_run_ends_with_its_certificate(run_of, capsys):
 
 
 def test_a_certificate_is_of_the_weights_that_it_names(tmp_path):
-  """Of another checkpoint, of raw weights where it is of averaged ones, of a copy's: none."""
   workdir = shutil.copytree(ROOT / "tests" / "fixtures" / "run_1_1", tmp_path / "run")
   run = convex_jax.load(workdir)
   assert run.certificate["verdict"] == "PROVED"
@@ -120,6 +119,13 @@ def test_radii_are_of_the_convexified_logits_on_request(tmp_path, monkeypatch):
   for option in ([], ["--convexified"]):
     assert radii_report.main([f"--workdir={workdir}", "--norms=l2", *option]) == 0
   assert asked == [False, True]
+
+
+@pytest.mark.slow
+def test_the_certificate_of_averaged_weights_is_not_of_raw_ones(run_of):
+  workdir = run_of(ema_decay=0.5)
+  assert convex_jax.load(workdir).certificate["verdict"] == "PROVED"
+  assert convex_jax.load(workdir, weights="raw").certificate is None
 
 
 @pytest.mark.parametrize("of", [{"kind": "concave"}, {"step": 10}])
