@@ -24,7 +24,7 @@ from tests.support.injections import free_port
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 FEW = ["--config.steps=4", "--config.batch_size=16", "--config.model.size=tiny"]
-FEW += ["--config.model.patch=4", "--config.data.train_fraction=0.1"]
+FEW += ["--config.model.patch=4", "--config.model.depth=1", "--config.data.train_fraction=0.1"]
 each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 
 sys.path.append(str(DOCS))

@@ -610,7 +610,8 @@ def test_two_commands_do_not_write_one_cache(photo_dir):
 def natural_config(photo_dir, **changes):
   config = mixer_ioc.get_config("imagenet2012")
   changes = {"data__dir": photo_dir, "data__workers": 0, "data__image_size": 16, **changes}
-  small = {"model__size": "tiny", "model__patch": 4, "batch_size": 16, "steps": 6}
+  small = {"model__size": "tiny", "model__patch": 4, "model__depth": 1}
+  small |= {"batch_size": 16, "steps": 6}
   small["data__randaugment"] = (0, 9.0)  # Most of what would be compiled.
   return of(config, **small, eval__every_epochs=0.6, **changes)
 

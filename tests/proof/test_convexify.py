@@ -22,9 +22,10 @@ NETWORKS = [  # (architecture, size, pixels, further keys)
   ("mixer", "tiny", 8, {"norm": "batch"}),
   ("mixer", "tiny", 8, {"norm": "affine", "gelu": "tanh"}),
   ("cycle_mlp", "tiny", 8, STATIC),
-  ("efficientnet", "tiny", 32, {"gates": "static"}),
+  ("efficientnet", "tiny", 16, {"gates": "static", "stages": 2}),
 ]
 LARGE = [
+  ("efficientnet", "tiny", 32, {"gates": "static"}),
   ("mlp", "800x3", 32, {}),
   ("all_cnn", "c", 32, {}),
   ("densenet", "40-12", 32, {}),

@@ -29,6 +29,7 @@ def settings(data_dir):
   config = mixer_ioc.get_config("digits")
   changes = {"model__size": "tiny", "model__patch": 4, "data__dir": data_dir, "batch_size": 16}
   changes |= {"steps": 12, "ema_decay": 0.9, "log__every_steps": 2, "checkpoint__every_steps": 4}
+  changes |= {"model__depth": 1}
   return of(config, **changes)
 
 

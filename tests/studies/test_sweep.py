@@ -27,7 +27,7 @@ SCHEDULES = {"tiny": "a few steps", "long": "more of them"}
 def get_sweep(schedule):
   steps = {"tiny": 4, "long": 4000}[schedule]
   changed = {"steps": steps, "model.size": "tiny", "model.patch": 4, "eval.every_epochs": 1000.0}
-  changed |= {"optimizer.learning_rate": RATE, "log.every_steps": 2}
+  changed |= {"optimizer.learning_rate": RATE, "log.every_steps": 2, "model.depth": 1}
   return [
     Job("twins", parts, "configs/mixer.py:digits", {**changed, "model.parts": parts}, seed)
     for parts in ("base", "paper") for seed in (0,)

@@ -38,7 +38,7 @@ def tiny_config(data_dir: str, **changes: Any) -> Any:
   """A convex Mixer of a few hundred weights on digits; `optimizer__name="sgd"` changes a key."""
   config = mixer_ioc.get_config("digits")
   config.update(batch_size=16, steps=20, ema_decay=0.9)
-  config.model.update(size="tiny", patch=4)
+  config.model.update(size="tiny", patch=4, depth=1)
   config.data.update(dir=data_dir, train_fraction=0.2)
   config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
   return config
@@ -218,6 +218,7 @@ def streaming(photo_dir: str, workdir: pathlib.Path) -> subprocess.Popen:
   """A run with two workers, in a process group of its own, once it has saved a step."""
   args = ["--config=configs/mixer_ioc.py:imagenet2012", f"--config.data.dir={photo_dir}"]
   args += ["--config.data.image_size=16", "--config.model.size=tiny", "--config.model.patch=4"]
+  args.append("--config.model.depth=1")
   args += ["--config.batch_size=16", "--config.steps=100000", "--config.data.workers=2"]
   args += ["--config.checkpoint.every_steps=2", "--config.data.cache_size=0"]
   args.append("--config.data.randaugment=(0, 9.0)")  # Most of what would be compiled.
@@ -459,7 +460,7 @@ def other_meshes(data_dir: str, folder: pathlib.Path, n: int) -> Result:
     count = (1, 2, 4)[i % 3]
     fewer = program.Program(config, examples, mesh.make_mesh(jax.devices()[:count]))
     again = checkpoints.Checkpoints(str(folder / "eight"), 2)
-    restored = type(state).of(again.restore(fewer.init().items()))
+    restored = type(state).of(again.restore(fewer.state_shapes().items()))
     again.close()
     pairs = list(zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True))
     same = all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)

@@ -40,6 +40,7 @@ SETTINGS = [
   "--config=configs/mixer_ioc.py:digits",
   "--config.model.size=tiny",
   "--config.model.patch=4",
+  "--config.model.depth=1",
   "--config.batch_size=16",
   "--config.data.train_fraction=0.2",  # 287 examples: 18 steps an epoch.
   "--config.ema_decay=0.9",
