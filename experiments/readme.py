@@ -145,13 +145,18 @@ def pods(_: str) -> str:
   return scale_run.table(read("scale/compiled.csv"))
 
 
+def pods_overview(_: str) -> str:
+  """The same, in short."""
+  return scale_run.overview(read("scale/compiled.csv"))
+
+
 def native(_: str) -> str:
   """What the forms that suit a TPU change, by the same."""
   return scale_run.changes(read("scale/compiled.csv"))
 
 
 TABLES = {"faults": faults, "speed": speed, "claims": claims, "price": price}
-TABLES |= {"pods": pods, "native": native}
+TABLES |= {"pods": pods, "pods_overview": pods_overview, "native": native}
 TABLES |= {"cats_dogs": cats_dogs, "memorised": memorised}
 TABLES |= {"front": lambda _: front("quick"), "front_radius": lambda _: front("radius")}
 TABLES |= {"front_price": lambda _: front("mlp")}

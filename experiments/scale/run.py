@@ -149,6 +149,19 @@ def table(rows: list[dict[str, str]]) -> str:
   return tables.markdown(["program, batch", "machine", *COLUMNS.values()], lines)
 
 
+def overview(rows: list[dict[str, str]]) -> str:
+  """A row for each program: GiB and about the milliseconds of a step, on each machine."""
+  found: dict[str, dict[str, str]] = {}
+  for row in rows:
+    if row["forms"] == "native":
+      name, machine = _named(row)
+      about = f" GiB, {float(row['about_ms']):.3g} ms" if row["about_ms"] else ""
+      found.setdefault(name, {})[machine] = _fit(row) + about
+  machines = list(dict.fromkeys(row["machine"] for row in rows))
+  lines = [[name, *(cells.get(each, "") for each in machines)] for name, cells in found.items()]
+  return tables.markdown(["program, batch", *machines], lines)
+
+
 def changes(rows: list[dict[str, str]]) -> str:
   """GB and the best possible milliseconds of a step, before native forms and with them."""
   found = {(row["program"], row["machine"], row["forms"]): row for row in rows}
