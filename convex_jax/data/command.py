@@ -1,6 +1,7 @@
-"""Lists, prepares, converts, caches and checks data sets: `python -m convex_jax data`."""
+"""Lists, prepares, imports, converts, caches and checks data sets: `python -m convex_jax data`."""
 
 import argparse
+import os
 
 import numpy as np
 from absl import logging
@@ -8,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convex_jax import buckets, command_line, files
-from convex_jax.data import datasets, fetch, prepare, tfrecord
+from convex_jax.data import datasets, fetch, image_folders, prepare, tfrecord
 from convex_jax.data.catalog import DATASETS
 from convex_jax.data.photos import cache
 from convex_jax.data.photos.chunks import cores
@@ -22,7 +23,7 @@ def _list(args: argparse.Namespace) -> None:
     size = " x ".join(map(str, entry.image_shape)) if entry.image_shape[0] else "various"
     where = {"digits": "at first use", "synthetic": "made as needed"}.get(name, "-")
     if not entry.synthetic:
-      builder = prepare.builder_of(name, args.data_dir, entry.config)
+      builder = prepare.builder_of(name, args.data_dir)
       where = str(builder.data_dir) if builder.is_prepared() else where
     counts = (f"{entry.train_examples:,}", f"{entry.test_examples:,}")
     table.add_row(name, str(entry.classes), size, *counts, where)
@@ -30,7 +31,6 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-  config = DATASETS[args.name].config
   if args.source:
     if not buckets.holds(args.source):
       raise UserError(f"--from={args.source}; {buckets.EXPECTED}, where TFDS has prepared it")
@@ -41,25 +41,31 @@ def _prepare(args: argparse.Namespace) -> None:
       )
     print(f"copied {args.name} to {fetch.copy(args.name, args.source, args.data_dir)}")
     return
-  folder = prepare.prepare(args.name, args.data_dir, args.manual_dir, config)
+  folder = prepare.prepare(args.name, args.data_dir, args.manual_dir)
   print(f"prepared {args.name} in {folder}")
 
 
 def _convert(args: argparse.Namespace) -> None:
-  source = str(prepare.builder_of(args.name, args.data_dir, DATASETS[args.name].config).data_dir)
-  target = str(prepare.builder_of(args.name, args.to, DATASETS[args.name].config).data_dir)
-  print(f"{args.name}: {tfrecord.convert(source, target)}")
+  prepare.entry_of(args.name, args.data_dir)
+  builder = prepare.builder_of(args.name, args.data_dir)
+  target = os.path.join(args.to, builder.info.full_name)
+  print(f"{args.name}: {tfrecord.convert(str(builder.data_dir), target)}")
+
+
+def _import(args: argparse.Namespace) -> None:
+  folder = image_folders.prepare(args.name, args.source, args.data_dir)
+  print(f"prepared {args.name} in {folder}")
 
 
 def _cache(args: argparse.Namespace) -> None:
-  entry = DATASETS[args.name]
+  entry = prepare.entry_of(args.name, args.data_dir)
   if not entry.is_natural:
     natural = ", ".join(name for name, e in DATASETS.items() if e.is_natural)
     raise UserError(f"{args.name} needs no cache: a run decodes it in seconds; expected {natural}")
   builder = datasets.open_prepared(args.name, args.data_dir)
   workers, folder = args.workers if args.workers >= 0 else cores(), str(builder.data_dir)
   if args.to:
-    source, folder = folder, str(prepare.builder_of(args.name, args.to, entry.config).data_dir)
+    source, folder = folder, os.path.join(args.to, builder.info.full_name)
     cache.link(source, folder)
   for split in (entry.train, entry.test):
     count = builder.info.splits[split].num_examples
@@ -68,7 +74,7 @@ def _cache(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
   builder = datasets.open_prepared(args.name, args.data_dir)
-  entry = DATASETS[args.name]
+  entry = prepare.entry_of(args.name, args.data_dir)
   for split, expected in ((entry.train, entry.train_examples), (entry.test, entry.test_examples)):
     if entry.is_natural and not args.image_size:
       raise UserError(f"{args.name} has images of various sizes; pass the --image_size of a cache")
@@ -90,6 +96,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 PREPARED = [name for name, entry in DATASETS.items() if not entry.synthetic]
+IMPORT = "Make a data set of your own from images in FOLDER/train/CLASS/ and FOLDER/test/CLASS/."
 COMMANDS = {  # Name: (action, summary, arguments of an example).
   "list": (_list, "List the data sets, and where they are prepared.", ""),
   "prepare": (
@@ -97,16 +104,25 @@ COMMANDS = {  # Name: (action, summary, arguments of an example).
     "Download and prepare a data set, or copy a prepared one from a bucket.",
     "cifar10 --data_dir=~/data",
   ),
+  "import": (_import, IMPORT, "flowers --from=~/photos --data_dir=~/data"),
   "convert": (_convert, "Copy TFDS's TFRecord files to array_record.", "stl10 --to=~/data"),
   "cache": (_cache, "Decode photographs once, at one size.", "imagenet2012 --image_size=80"),
   "check": (_check, "Read every example; report counts and statistics.", "cifar10"),
 }
 
 
+def _name(text: str) -> str:
+  if text in DATASETS and text not in PREPARED:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is made as needed; expected one of {', '.join(PREPARED)}"
+    )
+  return text
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = command_line.parser(
     "data",
-    "List, prepare, convert, cache and check data sets.",
+    "List, prepare, import, convert, cache and check data sets.",
     "python -m convex_jax data prepare cifar10 --data_dir=~/data",
   )
   subparsers, commands = parser.add_subparsers(required=True, metavar="COMMAND"), {}
@@ -121,7 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(action=action)
     if name != "list":
-      command.add_argument("name", choices=PREPARED, metavar="NAME", help=", ".join(PREPARED))
+      known = PREPARED if name == "prepare" else None
+      words = "of your own, new" if name == "import" else ", ".join(PREPARED)
+      words += "" if name in ("import", "prepare") else ", or one of your own"
+      command.add_argument("name", choices=known, type=_name, metavar="NAME", help=words)
     command.add_argument(
       "--data_dir",
       type=command_line.path,
@@ -136,6 +155,13 @@ def _parser() -> argparse.ArgumentParser:
     type=command_line.path,
     help="copy it from a bucket in which it is prepared, gs://BUCKET/FOLDER; an interrupted copy goes"
     " on",
+  )
+  commands["import"].add_argument(
+    "--from",
+    dest="source",
+    type=command_line.path,
+    required=True,
+    help="folder of the images, JPEGs or PNGs; they are copied unchanged",
   )
   commands["convert"].add_argument(
     "--to", type=command_line.path, required=True, help="folder of the copy"

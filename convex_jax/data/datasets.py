@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from convex_jax import buckets
 from convex_jax.data import fetch, prepare
-from convex_jax.data.catalog import DATASETS, SCALINGS, Dataset, Statistics
+from convex_jax.data.catalog import SCALINGS, Dataset, Statistics
 from convex_jax.data.photos import cache, decode
 from convex_jax.data.photos.records import Records, source_of
 from convex_jax.data.progress import track
@@ -76,9 +76,9 @@ def open_prepared(name: str, data_dir: str) -> Any:
   data_dir = expand(data_dir)
   if buckets.holds(data_dir):
     data_dir = fetch.at_start(name, data_dir)
-  entry = DATASETS[name]
+  entry = prepare.entry_of(name, data_dir)
   try:
-    builder = prepare.builder_of(name, data_dir, entry.config)
+    builder = prepare.builder_of(name, data_dir)
   except Exception as error:  # TFDS raises anything for damaged files.
     folder = os.path.join(data_dir or "~/tensorflow_datasets", name)
     raise _damaged(name, folder, error) from error
@@ -168,7 +168,7 @@ def load(config: Any, seed: int, progress: bool = True) -> Data:
 
   Raises `UserError` when the data set is absent or damaged, or lacks one of `config.classes`.
   """
-  entry = DATASETS[config.name]
+  entry = prepare.entry_of(config.name, config.dir)
   builder = None if entry.synthetic else open_prepared(config.name, config.dir)
   names = tuple(builder.info.features["label"].names if builder else map(str, range(entry.classes)))
   if unknown := [repr(name) for name in config.classes if name not in names]:
@@ -176,7 +176,7 @@ def load(config: Any, seed: int, progress: bool = True) -> Data:
       f"config.data.classes has {', '.join(unknown)}, unknown in {config.name!r};"
       f" expected names among {', '.join(names)}"
     )
-  train, test = (_examples(config, builder, s, progress) for s in (entry.train, entry.test))
+  train, test = (_examples(config, entry, builder, s, progress) for s in (entry.train, entry.test))
   if config.classes:
     kept = [names.index(name) for name in config.classes]
     names, train, test = tuple(config.classes), train.of_classes(kept), test.of_classes(kept)
@@ -198,7 +198,7 @@ def outline(config: Any) -> Data:
   Nothing is read. Where `config.classes` chooses some classes, each counts as its equal share;
   where the statistics would be measured, they are made up.
   """
-  entry = DATASETS[config.name]
+  entry = prepare.entry_of(config.name, config.dir)
   names = tuple(config.classes) or tuple(map(str, range(entry.classes)))
   side, channels = config.cache_size or config.image_size, entry.image_shape[2]
   shape = entry.image_shape if entry.image_shape[0] else (side, side, channels)
@@ -234,11 +234,11 @@ def _counts(config: Any, n: int) -> tuple[int, int]:
   return num_train, num_valid
 
 
-def _examples(config: Any, builder: Any, split: str, progress: bool) -> Any:
+def _examples(config: Any, entry: Dataset, builder: Any, split: str, progress: bool) -> Any:
   """A split, in the form that `config.loader` and the data set require."""
   if builder is None:
-    return synthetic(DATASETS[config.name], split, config.cache_size or config.image_size)
-  if not DATASETS[config.name].is_natural:
+    return synthetic(entry, split, config.cache_size or config.image_size)
+  if not entry.is_natural:
     return decode_split(builder, split, progress)
   if config.loader == "stream":
     every, folder = np.arange(builder.info.splits[split].num_examples), str(builder.data_dir)

@@ -19,7 +19,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from convex_jax import buckets, files
 from convex_jax.data import prepare
-from convex_jax.data.catalog import DATASETS
 from convex_jax.errors import UserError
 
 SMALL = 2 * 10**9  # Bytes of a data set that a run copies without being asked.
@@ -51,7 +50,7 @@ def copy(name: str, source: str, data_dir: str) -> str:
   """
   described = _described(name, source)
   origin = f"{source}/{_relative(name)}"
-  target = pathlib.Path(str(prepare.builder_of(name, data_dir, DATASETS[name].config).data_dir))
+  target = pathlib.Path(str(prepare.builder_of(name, data_dir).data_dir))
   try:
     # Asked before a lock is made: a complete copy may be on a disk that is read-only.
     if not target.exists() and _make(target, origin, described):
@@ -86,7 +85,7 @@ def _make(target: pathlib.Path, origin: str, described: dict[str, tuple[int, str
 
 def _relative(name: str) -> str:
   """Where a data set is in a folder of them."""
-  return prepare.builder_of(name, "", DATASETS[name].config).info.full_name
+  return prepare.builder_of(name, "").info.full_name
 
 
 def _described(name: str, source: str) -> dict[str, tuple[int, str]]:

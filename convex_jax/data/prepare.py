@@ -14,6 +14,7 @@ import importlib.util
 import io
 import os
 import pathlib
+import re
 import shutil
 import sys
 import types
@@ -31,7 +32,8 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
 
 from convex_jax import files
-from convex_jax.errors import UserError
+from convex_jax.data.catalog import DATASETS, IMAGENET, Dataset
+from convex_jax.errors import UserError, nearest
 
 with registered.skip_registration():  # Found by `builder_of`, not by `tfds.load`.
 
@@ -71,13 +73,64 @@ with registered.skip_registration():  # Found by `builder_of`, not by `tfds.load
           yield i, {"image": PIL.Image.fromarray(grey), "label": int(label)}
 
 
-def builder_of(name: str, data_dir: str, config: str = "") -> Any:
-  """TFDS's builder of a data set and its variant in `data_dir` ("": TFDS's own folder)."""
+def builder_of(name: str, data_dir: str) -> Any:
+  """TFDS's builder of a data set in `data_dir` ("": TFDS's own folder).
+
+  One that `DATASETS` lacks is read from its folder, whatever code has written it there.
+  """
   folder = files.expand(data_dir) or None
   files.refuse_url("--data_dir", folder or "")
+  if name in DATASETS and name != "digits":
+    variant = DATASETS[name].config
+    return tfds.builder(f"{name}/{variant}" if variant else name, data_dir=folder)
+  digits = Digits(data_dir=folder, file_format="array_record")
   if name == "digits":
-    return Digits(data_dir=folder, file_format="array_record")
-  return tfds.builder(f"{name}/{config}" if config else name, data_dir=folder)
+    return digits
+  own = pathlib.Path(str(digits.data_dir)).parents[1] / name
+  versions = [path for path in own.glob("*") if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+  if not versions:
+    raise FileNotFoundError(f"{own} is not the folder of a data set")
+  newest = max(versions, key=lambda path: [int(number) for number in path.name.split(".")])
+  return tfds.builder_from_directory(newest)
+
+
+def entry_of(name: str, data_dir: str) -> Dataset:
+  """The facts about a data set: those in `DATASETS`, or those of a prepared folder.
+
+  Raises `UserError` where there is neither, or it is not one of labelled images.
+  """
+  if name in DATASETS:
+    return DATASETS[name]
+  try:
+    info = builder_of(name, data_dir).info
+  except UserError:
+    raise
+  except Exception as error:  # TFDS raises anything for damaged files.
+    raise UserError(
+      f"config.data.name is {name!r}; expected one of {', '.join(DATASETS)}, or a data set of your"
+      f" own in config.data.dir (`data import`): {error}{nearest(name, DATASETS)}"
+    ) from error
+  tests = [split for split in ("test", "validation") if split in info.splits]
+  image, label = (dict(info.features).get(key) for key in ("image", "label"))
+  if (
+    not isinstance(image, tfds.features.Image)
+    or not isinstance(label, tfds.features.ClassLabel)
+    or "train" not in info.splits
+    or not tests
+  ):
+    raise UserError(
+      f"Data set {name!r} has the features {', '.join(info.features)} and the splits"
+      f" {', '.join(info.splits)}; expected an image and a label (of a class), train, and test or"
+      " validation"
+    )
+  height, width, channels = image.shape
+  return Dataset(
+    label.num_classes,
+    (height or 0, width or 0, channels or 3),
+    *(info.splits[split].num_examples for split in ("train", tests[0])),
+    test=tests[0],
+    statistics=None if height and width else IMAGENET,
+  )
 
 
 @contextlib.contextmanager
@@ -154,7 +207,7 @@ def check_archives(builder: Any, manual_dir: str) -> None:
     raise UserError("\n".join([f"Data set {builder.name!r} cannot be prepared:", *lines]))
 
 
-def prepare(name: str, data_dir: str, manual_dir: str = "", variant: str = "") -> str:
+def prepare(name: str, data_dir: str, manual_dir: str = "") -> str:
   """Downloads and prepares a data set in array_record format; returns its folder.
 
   On a machine without a network, `manual_dir` is a folder with the official archives. Raises
@@ -164,7 +217,7 @@ def prepare(name: str, data_dir: str, manual_dir: str = "", variant: str = "") -
     manual_dir=os.path.abspath(files.expand(manual_dir)) if manual_dir else None,
     try_download_gcs=False,
   )
-  builder = builder_of(name, data_dir, variant)
+  builder = builder_of(name, data_dir)
   if not builder.is_prepared():
     check_archives(builder, files.expand(manual_dir))
   if name == "digits":  # Takes a second, at first use: no progress bars in a training log.

@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from convex_jax.config_files import flatten
-from convex_jax.data.catalog import DATASETS, SCALINGS
+from convex_jax.data import prepare
+from convex_jax.data.catalog import DATASETS, SCALINGS, Dataset
 from convex_jax.errors import UserError, nearest
 from convex_jax.models import catalog
 from convex_jax.models.constraints import PENALISED
@@ -112,7 +113,8 @@ RULES = {
   "ema_decay": number(0, 1, ends="[)"),
   "mixup": number(0, 100),
   "cutmix": number(0, 100),
-  "data.name": one_of(DATASETS),
+  # See `mistakes`: one of your own is looked for in `data.dir`.
+  "data.name": Rule(str, f"{', '.join(DATASETS)}, or one of your own", bool, tuple(DATASETS)),
   "data.classes": Rule(
     tuple,
     "(), or two or more different names such as ('cat', 'dog')",
@@ -204,8 +206,8 @@ def rules_of(config: Any) -> dict[str, Rule]:
   return RULES | {f"model.{name}": field_rule(field) for name, field in fields.items()}
 
 
-def _clashes_of_data(data: Any) -> Iterator[str]:
-  natural = DATASETS[data.name].is_natural
+def _clashes_of_data(data: Any, entry: Dataset) -> Iterator[str]:
+  natural = entry.is_natural
   if natural and data.loader == "auto":
     yield (
       f"config.data.loader is 'auto', but the images of {data.name!r} vary in size; expected"
@@ -222,12 +224,12 @@ def _clashes_of_data(data: Any) -> Iterator[str]:
         yield (
           f"config.data.{key} is {data[key]!r}, which config.data.loader='stream' does not support"
         )
-  if data.normalise == "imagenet" and DATASETS[data.name].image_shape[-1] != 3:
+  if data.normalise == "imagenet" and entry.image_shape[-1] != 3:
     yield (
       f"config.data.normalise is 'imagenet', but {data.name!r} has no colours; expected auto, own,"
       " half or unit"
     )
-  if data.cache_size and not natural and not DATASETS[data.name].synthetic:
+  if data.cache_size and not natural and not entry.synthetic:
     yield f"config.data.cache_size is {data.cache_size}, but {data.name!r} has no cache; expected 0"
   elif data.cache_size and data.cache_size < data.image_size:
     yield (
@@ -266,8 +268,9 @@ def _clashes(config: Any) -> Iterator[str]:
       f"config.fsdp is {config.fsdp}, but config.batch_norm is 'device'; expected 1, or"
       " config.batch_norm='global'"
     )
-  yield from _clashes_of_data(config.data)
-  classes = len(config.data.classes) or DATASETS[config.data.name].classes
+  entry = prepare.entry_of(config.data.name, config.data.dir)
+  yield from _clashes_of_data(config.data, entry)
+  classes = len(config.data.classes) or entry.classes
   if config.model.one_logit and classes != 2:
     yield (
       f"config.model.one_logit is True, but there are {classes} classes; expected two, for example"
@@ -293,6 +296,12 @@ def mistakes(config: Any) -> list[str]:
   lines = [f"Unknown key config.{path}{nearest(path, rules)}" for path in unknown]
   lines += [f"config.{path} is missing; configs/base.py has it" for path in missing]
   lines += filter(None, (rules[p].mistake(p, v) for p, v in values.items() if p in rules))
+  name, folder = values.get("data.name"), values.get("data.dir")
+  if name and isinstance(name, str) and isinstance(folder, str):
+    try:
+      prepare.entry_of(name, folder)
+    except UserError as error:
+      lines.append(str(error))
   return lines or list(_clashes(config))
 
 
