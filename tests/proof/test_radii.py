@@ -538,9 +538,10 @@ def test_a_program_of_margins_that_never_change_has_radii():
 
 
 def test_norms_are_read_or_refused():
-  assert radii_report.norms_of("l1,linf") == ("l1", "linf") and radii_report.norms_of("") == ()
-  with pytest.raises(UserError, match="expected some of l1,l2,linf"):
-    radii_report.norms_of("l3")
+  assert radii_report.norms_of("l1,linf,l1") == ("l1", "linf")
+  for text in ("l3", "", "l1,"):
+    with pytest.raises(UserError, match="expected some of l1,l2,linf"):
+      radii_report.norms_of(text)
 
 
 def test_a_report_is_written(tmp_path):

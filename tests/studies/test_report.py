@@ -370,10 +370,12 @@ def test_what_is_no_run_is_told(tmp_path, capsys, path):
   assert "holds no run" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_radii_of_no_norms_are_of_all(monkeypatch):
+def test_radii_are_of_all_norms_unless_some_are_named(monkeypatch, capsys):
   asked = []
   monkeypatch.setattr(radii_report, "load", lambda *_: None)
   monkeypatch.setattr(radii_report, "measure", lambda run, norms, *_: asked.append(norms))
   monkeypatch.setattr(radii_report, "table_of", lambda *_: "")
   monkeypatch.setattr(radii_report, "write", lambda *_: None)
-  assert radii_report.main(["--workdir=x", "--norms="]) == 0 and asked == [tuple(NORMS)]
+  assert radii_report.main(["--workdir=x"]) == 0 and asked == [tuple(NORMS)]
+  assert radii_report.main(["--workdir=x", "--norms="]) == 2  # A variable that is not set, maybe.
+  assert "--norms=''; expected some of" in capsys.readouterr().err and len(asked) == 1
