@@ -1,6 +1,7 @@
 """Lists, prepares, imports, converts, caches and checks data sets: `python -m convex_jax data`."""
 
 import argparse
+import contextlib
 import os
 
 import numpy as np
@@ -19,7 +20,11 @@ from convex_jax.errors import UserError
 def _list(args: argparse.Namespace) -> None:
   table = Table("name", "classes", "image (px)", "train", "test")
   table.add_column("prepared in", overflow="fold")
-  for name, entry in DATASETS.items():
+  own = {}
+  for name in prepare.own_names(args.data_dir):
+    with contextlib.suppress(UserError):  # Not one of labelled images.
+      own[name] = prepare.entry_of(name, args.data_dir)
+  for name, entry in {**DATASETS, **own}.items():
     size = " x ".join(map(str, entry.image_shape)) if entry.image_shape[0] else "various"
     where = {"digits": "at first use", "synthetic": "made as needed"}.get(name, "-")
     if not entry.synthetic:

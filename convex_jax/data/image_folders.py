@@ -35,7 +35,8 @@ with registered.skip_registration():
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, name: str, found: Found, shape: tuple[int | None, ...], **folder: Any):
-      self.name, self._found, self._shape = name, found, shape
+      self.name = name  # pyright: ignore[reportAttributeAccessIssue]
+      self._found, self._shape = found, shape
       super().__init__(**folder)
 
     def _info(self):

@@ -83,15 +83,29 @@ def builder_of(name: str, data_dir: str) -> Any:
   if name in DATASETS and name != "digits":
     variant = DATASETS[name].config
     return tfds.builder(f"{name}/{variant}" if variant else name, data_dir=folder)
-  digits = Digits(data_dir=folder, file_format="array_record")
   if name == "digits":
-    return digits
-  own = pathlib.Path(str(digits.data_dir)).parents[1] / name
-  versions = [path for path in own.glob("*") if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
-  if not versions:
+    return Digits(data_dir=folder, file_format="array_record")
+  own = _root(data_dir) / name
+  if not (versions := _versions(own)):
     raise FileNotFoundError(f"{own} is not the folder of a data set")
-  newest = max(versions, key=lambda path: [int(number) for number in path.name.split(".")])
-  return tfds.builder_from_directory(newest)
+  return tfds.builder_from_directory(versions[-1])
+
+
+def _root(data_dir: str) -> pathlib.Path:
+  """The folder of data sets; TFDS alone knows its own."""
+  return pathlib.Path(str(builder_of("digits", data_dir).data_dir)).parents[1]
+
+
+def _versions(folder: pathlib.Path) -> list[pathlib.Path]:
+  found = [path for path in folder.glob("*") if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+  return sorted(found, key=lambda path: [int(number) for number in path.name.split(".")])
+
+
+def own_names(data_dir: str) -> list[str]:
+  """The data sets in a folder of them that `DATASETS` lacks."""
+  return sorted(
+    path.name for path in _root(data_dir).glob("*") if path.name not in DATASETS and _versions(path)
+  )
 
 
 def entry_of(name: str, data_dir: str) -> Dataset:
@@ -110,24 +124,23 @@ def entry_of(name: str, data_dir: str) -> Dataset:
       f"config.data.name is {name!r}; expected one of {', '.join(DATASETS)}, or a data set of your"
       f" own in config.data.dir (`data import`): {error}{nearest(name, DATASETS)}"
     ) from error
-  tests = [split for split in ("test", "validation") if split in info.splits]
-  image, label = (dict(info.features).get(key) for key in ("image", "label"))
-  if (
-    not isinstance(image, tfds.features.Image)
-    or not isinstance(label, tfds.features.ClassLabel)
-    or "train" not in info.splits
-    or not tests
-  ):
+  features, splits = dict(info.features), info.splits
+  image: Any = features.get("image")
+  label: Any = features.get("label")
+  tests = [split for split in ("test", "validation") if split in splits]
+  are_images = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
+  are_classes = isinstance(label, tfds.features.ClassLabel) and label.num_classes
+  if not (are_images and are_classes and "train" in splits and tests):
     raise UserError(
-      f"Data set {name!r} has the features {', '.join(info.features)} and the splits"
-      f" {', '.join(info.splits)}; expected an image and a label (of a class), train, and test or"
-      " validation"
+      f"Data set {name!r} has the features {', '.join(features)} and the splits"
+      f" {', '.join(splits)}; expected an image of 8 bits a channel, a label that is a class, train,"
+      " and test or validation"
     )
   height, width, channels = image.shape
   return Dataset(
     label.num_classes,
     (height or 0, width or 0, channels or 3),
-    *(info.splits[split].num_examples for split in ("train", tests[0])),
+    *(splits[split].num_examples for split in ("train", tests[0])),
     test=tests[0],
     statistics=None if height and width else IMAGENET,
   )

@@ -60,6 +60,8 @@ def test_images_of_one_size_are_those_of_the_folder(tmp_path, capsys, mode):
     assert found == want and split.image_shape == (6, 5, len(mode))
   assert command.main(["check", "pets", f"--data_dir={tmp_path}/data"]) == 0
   assert "pets test: 4 images (6, 5" in capsys.readouterr().out
+  assert command.main(["list", f"--data_dir={tmp_path}/data"]) == 0
+  assert "pets " in capsys.readouterr().out
 
 
 def test_photographs_are_copied_unchanged_and_streamed(tmp_path):
@@ -144,6 +146,17 @@ def test_a_data_set_is_not_overwritten(tmp_path, capsys):
   args = ["import", "pets", f"--from={tmp_path}/images", f"--data_dir={tmp_path}/data"]
   assert command.main(args) == 2
   assert "already exists; move it aside" in capsys.readouterr().err
+
+
+def test_other_data_sets_of_tfds_are_refused_unless_they_are_labelled_images(tmp_path):
+  imported(tmp_path)
+  about = tmp_path / "data" / "pets" / "1.0.0" / "dataset_info.json"
+  text = about.read_text()
+  about.write_text(text.replace('"name": "test"', '"name": "validation"'))
+  assert prepare.entry_of("pets", str(tmp_path / "data")).test == "validation"
+  about.write_text(text.replace('"name": "test"', '"name": "extra"'))
+  with pytest.raises(UserError, match=r"the splits .*extra; expected an image"):
+    prepare.entry_of("pets", str(tmp_path / "data"))
 
 
 def test_an_unknown_data_set_is_told_with_where_it_was_looked_for(tmp_path):
