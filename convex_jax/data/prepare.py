@@ -124,9 +124,9 @@ def entry_of(name: str, data_dir: str) -> Dataset:
       f"config.data.name is {name!r}; expected one of {', '.join(DATASETS)}, or a data set of your"
       f" own in config.data.dir (`data import`): {error}{nearest(name, DATASETS)}"
     ) from error
-  features, splits = dict(info.features), info.splits
-  image: Any = features.get("image")
-  label: Any = features.get("label")
+  known: Any = info  # Type checkers know too little of TFDS's.
+  features, splits = dict(known.features), known.splits
+  image, label = features.get("image"), features.get("label")
   tests = [split for split in ("test", "validation") if split in splits]
   are_images = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
   are_classes = isinstance(label, tfds.features.ClassLabel) and label.num_classes
@@ -136,9 +136,9 @@ def entry_of(name: str, data_dir: str) -> Dataset:
       f" {', '.join(splits)}; expected an image of 8 bits a channel, a label that is a class, train,"
       " and test or validation"
     )
-  height, width, channels = image.shape
+  height, width, channels = features["image"].shape
   return Dataset(
-    label.num_classes,
+    features["label"].num_classes,
     (height or 0, width or 0, channels or 3),
     *(splits[split].num_examples for split in ("train", tests[0])),
     test=tests[0],

@@ -176,7 +176,8 @@ def sweep(name: str, folder: str, network: str, runs: int, epochs: tuple[int, ..
     out = context.out / name
     words = ["convex_jax", "sweep", str(FOLDER if context.tiny else FOLDER.parent / folder)]
     words += [f"--schedule={chosen}", f"--workdir={context.out / 'runs' / name}", f"--out={out}"]
-    words += [f"--at_once={2 if context.tiny else runs}", f"--data_dir={context.data_dir}"]
+    words += [f"--at_once={2 if context.tiny else runs}"]
+    words += [f"--data_dir={context.data_dir}"] if context.data_dir else []
     if context.tiny:
       words += [f"--only={TINY[name]}"]
     outcome = context.python(name, *words)
