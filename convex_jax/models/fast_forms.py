@@ -14,8 +14,8 @@ forward and gradients together:
   is another such sum, and that of its weights, one output row at a time, is twice as fast again;
 - for any other kernel XLA makes the gradient of the weights a convolution whose kernel is as large
   as the image, four times slower than sums of matrix products, one output row at a time so that
-  they stay in the cache. At stride 1 and many features such sums are over tiles, by fast
-  correlation: another half (3x3) of that time, and half of the gradient of the map, too;
+  they stay in the cache. At stride 1 and many features such sums are over tiles (`tiles`): another
+  half (3x3) of that time, and half of the gradient of the map, too;
 - products of maps are products of matrices, up to three times faster: otherwise the gradients
   need transposed copies.
 
@@ -27,13 +27,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from convex_jax import mesh as meshes
+from convex_jax.models import tiles
 
 _COPIES = 3  # Patches may take this many times the memory of the map.
-_POINTS = 6  # In each direction, at which tiles are multiplied.
 _WIDE = 64  # Features from which fewer FLOPs outweigh the copies of tiles.
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -69,10 +68,10 @@ def conv_general_dilated(
   if not _on_cpu():
     return _native(x_BxHxWxC, kernel, strides, pads, groups)
   if groups == 1 and math.prod(side) <= _COPIES * math.prod(strides):
-    patches = _patches(_pad(x_BxHxWxC, pads), side, strides)
+    patches = _patches(tiles.pad(x_BxHxWxC, pads), side, strides)
     return along_last(patches, kernel.reshape(-1, kernel.shape[-1]))
   if groups == x_BxHxWxC.shape[-1] == kernel.shape[-1]:
-    return _depthwise(_pad(x_BxHxWxC, pads), kernel, strides)
+    return _depthwise(tiles.pad(x_BxHxWxC, pads), kernel, strides)
   if groups > 1:
     return _native(x_BxHxWxC, kernel, strides, pads, groups)
   return _convolve(x_BxHxWxC, kernel, strides, pads)
@@ -106,7 +105,7 @@ def _depthwise_backward(strides, residuals, g_BxIxJxC):
   x_BxHxWxC, kernel = residuals
   side = kernel.shape[:2]
   if strides == (1, 1):
-    wide = _pad(g_BxIxJxC, [(n - 1, n - 1) for n in side])
+    wide = tiles.pad(g_BxIxJxC, [(n - 1, n - 1) for n in side])
     x_grad = _depthwise(wide, kernel[::-1, ::-1], strides)
   else:
     (x_grad,) = jax.vjp(lambda x: _shifted_products(x, kernel, strides), x_BxHxWxC)[1](g_BxIxJxC)
@@ -114,11 +113,11 @@ def _depthwise_backward(strides, residuals, g_BxIxJxC):
   def row(i):
     below = lax.dynamic_slice_in_dim(x_BxHxWxC, i * strides[0], side[0], axis=1)
     g = lax.dynamic_slice_in_dim(g_BxIxJxC, i, 1, axis=1)
-    dtype = _summed_in(below)
+    dtype = tiles.summed_in(below)
     taps = _taps(below, side, strides)
     return jnp.stack([jnp.sum(tap * g, axis=(0, 1, 2), dtype=dtype) for tap in taps])
 
-  total = _sum_rows(row, g_BxIxJxC.shape[1])
+  total = tiles.sum_rows(row, g_BxIxJxC.shape[1])
   return x_grad, total.reshape(kernel.shape).astype(kernel.dtype)
 
 
@@ -129,13 +128,6 @@ def _native(x, kernel, strides, pads, groups=1):
   return lax.conv_general_dilated(
     x, kernel, strides, pads, dimension_numbers=_NHWC, feature_group_count=groups
   )
-
-
-def _pad(x_BxHxWxC, pads):
-  if not any(map(any, pads)):
-    return x_BxHxWxC
-  config = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]  # May be negative.
-  return lax.pad(x_BxHxWxC, jnp.zeros((), x_BxHxWxC.dtype), config)
 
 
 def _taps(x_BxHxWxC: jax.Array, side: Pair, strides: Pair) -> list[jax.Array]:
@@ -162,17 +154,17 @@ def _convolve(x_BxHxWxC, kernel, strides, pads):
 
 def _backward(strides, pads, residuals, g_BxIxJxD):
   x, kernel = residuals
-  side, tiled = kernel.shape[:2], strides == (1, 1) and max(kernel.shape[:2]) < _POINTS
+  side, tiled = kernel.shape[:2], strides == (1, 1) and max(kernel.shape[:2]) < tiles.POINTS
   if tiled and min(kernel.shape[2:]) >= _WIDE:
     back = tuple((n - 1 - low, n - 1 - high) for n, (low, high) in zip(side, pads, strict=True))
-    x_grad = _by_tiles(g_BxIxJxD, kernel[::-1, ::-1].swapaxes(2, 3), back)
+    x_grad = tiles.convolve(g_BxIxJxD, kernel[::-1, ::-1].swapaxes(2, 3), back)
   else:
     (x_grad,) = jax.vjp(lambda x: _native(x, kernel, strides, pads), x)[1](g_BxIxJxD)
   c, d = kernel.shape[2:]
   if strides == (1, 1) and d < min(c, _WIDE):
     kernel_grad = _from_shifted_outputs(x, g_BxIxJxD, side, pads)
   elif tiled:
-    kernel_grad = _from_tiles(x, g_BxIxJxD, side, pads)
+    kernel_grad = tiles.kernel_gradient(x, g_BxIxJxD, side, pads)
   else:
     kernel_grad = _from_shifted_inputs(x, g_BxIxJxD, side, strides, pads)
   return x_grad, kernel_grad.astype(kernel.dtype)
@@ -183,14 +175,14 @@ _convolve.defvjp(lambda x, k, *static: (_native(x, k, *static), (x, k)), _backwa
 
 def _from_shifted_inputs(x_BxHxWxC, g_BxIxJxD, side, strides, pads):
   """Gradient of the kernel: for each of its entries, the slice that it met, transposed, times g."""
-  x_BxHxWxC, d = _pad(x_BxHxWxC, pads), g_BxIxJxD.shape[-1]
+  x_BxHxWxC, d = tiles.pad(x_BxHxWxC, pads), g_BxIxJxD.shape[-1]
 
   def row(i):
     x = lax.dynamic_slice_in_dim(x_BxHxWxC, i * strides[0], side[0], axis=1)
     g = lax.dynamic_slice_in_dim(g_BxIxJxD, i, 1, axis=1)
     return jnp.stack([_product(tap, g) for tap in _taps(x, side, strides)])
 
-  return _sum_rows(row, g_BxIxJxD.shape[1]).reshape(*side, -1, d)
+  return tiles.sum_rows(row, g_BxIxJxD.shape[1]).reshape(*side, -1, d)
 
 
 def _from_shifted_outputs(x_BxHxWxC, g_BxIxJxD, side, pads):
@@ -210,110 +202,11 @@ def _from_shifted_outputs(x_BxHxWxC, g_BxIxJxD, side, pads):
   def row(i):
     x = lax.dynamic_slice_in_dim(x_BxHxWxC, i, 1, axis=1)
     met = [g_row(i + top - j) for j in range(side[0] - 1, -1, -1)]
-    g = _pad(jnp.concatenate(met, axis=1), back)
+    g = tiles.pad(jnp.concatenate(met, axis=1), back)
     return _product(x, jnp.concatenate(_taps(g, side, (1, 1)), axis=-1))
 
-  total = _sum_rows(row, x_BxHxWxC.shape[1]).reshape(-1, *side, d)
+  total = tiles.sum_rows(row, x_BxHxWxC.shape[1]).reshape(-1, *side, d)
   return total[:, ::-1, ::-1].transpose(1, 2, 0, 3)
-
-
-def _from_tiles(x_BxHxWxC, g_BxIxJxD, side, pads):
-  """The same at stride 1 by fast correlation of tiles: a quarter of the FLOPs for a 3x3 kernel.
-
-  A tile of g, 4 x 4, and the tile of x that it met, 6 x 6, are polynomials in two variables. At
-  the 6 x 6 pairs of points their product is a product of numbers, so all tiles together take 36
-  products of matrices where a 3x3 kernel takes 9 x 16 for the same pixels (Lavin and Gray 2016,
-  arXiv 1509.09308, section 4). With points from 0.7 to 1.4 in size the error in float32 is some 6
-  times that of plain sums.
-  """
-  tile, (rows, columns) = _tiling(g_BxIxJxD.shape[1:3], side)
-  from_x, from_g, to_kernel = _correlation(side, tile, _summed_in(x_BxHxWxC))
-  g_BxIxJxD = _fill(g_BxIxJxD, (0, 0), (rows * tile[0], columns * tile[1]))
-  x_BxHxWxC = _fill_met(x_BxHxWxC, pads, side, tile, (rows, columns))
-
-  def row(i):
-    x_PxNxC = _at_points(from_x, x_BxHxWxC, i, tile, columns)
-    g_PxNxD = _at_points(from_g, g_BxIxJxD, i, tile, columns, tile)
-    return lax.dot_general(x_PxNxC, g_PxNxD, (((1,), (1,)), ((0,), (0,))))
-
-  total = jnp.tensordot(to_kernel, _sum_rows(row, rows), 1)
-  return total.reshape(*side, x_BxHxWxC.shape[-1], g_BxIxJxD.shape[-1])
-
-
-def _by_tiles(x_BxHxWxC, kernel, pads):
-  """A convolution at stride 1 by fast correlation of tiles, as in `_from_tiles`.
-
-  For gradients alone: its sums have terms of both signs, from which no certificate can tell that
-  the map grows with x.
-  """
-  side, (c, d) = kernel.shape[:2], kernel.shape[2:]
-  padded = zip(x_BxHxWxC.shape[1:3], pads, side, strict=True)
-  shape = tuple(n + low + high - k + 1 for n, (low, high), k in padded)
-  tile, (rows, columns) = _tiling(shape, side)
-  dtype = _summed_in(x_BxHxWxC)
-  from_x, from_kernel, to_y = _correlation(tile, side, dtype)
-  x_BxHxWxC = _fill_met(x_BxHxWxC, pads, side, tile, (rows, columns))
-  kernel_PxCxD = (from_kernel @ kernel.reshape(-1, c * d).astype(dtype)).reshape(-1, c, d)
-
-  def body(y_BxIxJxD, i):
-    x_PxNxC = _at_points(from_x, x_BxHxWxC, i, tile, columns)
-    y_PxNxD = lax.dot_general(x_PxNxC, kernel_PxCxD, (((2,), (1,)), ((0,), (0,))))
-    band = (to_y @ y_PxNxD.reshape(len(y_PxNxD), -1)).reshape(*tile, -1, columns, d)
-    band = band.transpose(2, 0, 3, 1, 4).reshape(-1, tile[0], columns * tile[1], d)
-    band = band.astype(y_BxIxJxD.dtype)
-    return lax.dynamic_update_slice_in_dim(y_BxIxJxD, band, i * tile[0], axis=1), None
-
-  whole = (len(x_BxHxWxC), rows * tile[0], columns * tile[1], d)
-  y_BxIxJxD = lax.scan(body, jnp.zeros(whole, x_BxHxWxC.dtype), jnp.arange(rows))[0]
-  return y_BxIxJxD[:, : shape[0], : shape[1]]
-
-
-def _tiling(shape: Pair, side: Pair) -> tuple[Pair, Pair]:
-  """The sides of a tile of an output, and how many of them it takes along each axis."""
-  tile = (_POINTS + 1 - side[0], _POINTS + 1 - side[1])
-  return tile, (-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
-
-
-def _fill(x_BxHxWxC, low: Pair, shape: Pair):
-  """x with `low` zeros before it and as many behind it as make it `shape` in height and width."""
-  lengths = zip(low, shape, x_BxHxWxC.shape[1:3], strict=True)
-  return _pad(x_BxHxWxC, [(before, n - before - m) for before, n, m in lengths])
-
-
-def _fill_met(x_BxHxWxC, pads, side, tile, counts):
-  """What whole tiles of an output meet of its padded input."""
-  shape = tuple(n * t + k - 1 for n, t, k in zip(counts, tile, side, strict=True))
-  return _fill(x_BxHxWxC, tuple(low for low, _ in pads), shape)
-
-
-def _at_points(matrix, x_BxHxWxC, i, tile, columns, shape=(_POINTS, _POINTS)):
-  """The values (points, tiles, C) of the polynomials of the i-th row of tiles of x."""
-  band = lax.dynamic_slice_in_dim(x_BxHxWxC, i * tile[0], shape[0], axis=1).astype(matrix.dtype)
-  whole = [
-    band[:, j : j + 1, k : k + (columns - 1) * tile[1] + 1 : tile[1]]
-    for j in range(shape[0])
-    for k in range(shape[1])
-  ]
-  values = matrix @ jnp.stack(whole).reshape(len(whole), -1)
-  return values.reshape(len(values), -1, x_BxHxWxC.shape[-1])
-
-
-@functools.cache
-def _correlation(side: Pair, tile: Pair, dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Matrices X, G, K with correlation(x, g) = K ((X x) * (G g)), x, g and the result flattened.
-
-  In one dimension, with V_n the powers 0 to n - 1 of the points: polynomials h of degree k - 1 and
-  g have the product V^-1 ((V_k h) * (V_n g)), so that h^T correlation(x, g) = x^T (product) is
-  h^T V_k^T ((V^-T x) * (V_n g)). Two dimensions are a Kronecker product.
-  """
-  finite = [0, *(sign * 2**power for power in (-0.5, 0.5) for sign in (1, -1))]
-
-  def powers(n):  # The last point is infinity: the leading coefficient.
-    return np.vstack([np.vander(finite, n, increasing=True), np.eye(n)[-1:]])
-
-  from_x = np.linalg.inv(powers(_POINTS)).T
-  from_g, to_kernel = (np.kron(powers(a), powers(b)) for a, b in (tile, side))
-  return np.kron(from_x, from_x).astype(dtype), from_g.astype(dtype), to_kernel.T.astype(dtype)
 
 
 def _product(x_NxC, g_NxD):
@@ -321,19 +214,9 @@ def _product(x_NxC, g_NxD):
 
   A product of matrices: to sum over several axes, XLA's CPU compiler copies x to transpose it.
   """
-  dtype = _summed_in(x_NxC)
+  dtype = tiles.summed_in(x_NxC)
   x_NxC, g_NxD = (v.reshape(-1, v.shape[-1]) for v in (x_NxC, g_NxD))
   return lax.dot_general(x_NxC, g_NxD, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
-
-
-def _summed_in(x) -> jnp.dtype:
-  return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _sum_rows(row, rows):
-  """Sum of `row(i)`. Over rows, not images: the batch may be split over devices."""
-  first = jnp.zeros_like(jax.eval_shape(row, 0))
-  return lax.scan(lambda total, i: (total + row(i), None), first, jnp.arange(rows))[0]
 
 
 def resize(x_BxHxWxC: jax.Array, shape: Pair) -> jax.Array:

@@ -37,7 +37,7 @@ ARITHMETICS = {
   "float32": Arithmetic(jnp.float32),
   # Of GPUs by default: tensor cores read ten bits of a factor, rounded or cut off.
   "tensorfloat32": Arithmetic(jnp.float32, factors=2.0**-10),
-  # Of float32 products in them, TPUs by default read factors in bfloat16, GPUs ten bits.
+  # Factors of float32 in such programs: by default TPUs read them in bfloat16, GPUs ten bits.
   "bfloat16": Arithmetic(jnp.bfloat16, factors=2.0**-8),
   "float16": Arithmetic(jnp.float16, factors=2.0**-10),
 }

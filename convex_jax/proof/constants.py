@@ -14,21 +14,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from convex_jax.proof import enclosures
+from convex_jax.proof import enclosures, sums
 from convex_jax.proof.enclosures import ULPS, Ends
-from convex_jax.proof.float64 import float64
+from convex_jax.proof.equations import (
+  SAME,
+  Unknown,
+  bind,
+  has_body,
+  is_float,
+  is_half_or_more,
+  is_pure,
+  keeps_precision,
+)
 from convex_jax.proof.values import Known
-
-# Over the reals, these return their input.
-SAME = {"copy", "name", "optimization_barrier", "pvary", "reshard"}
-SAME |= {"sharding_constraint", "stop_gradient"}
-
-_IMPURE = ("callback", "ffi_call", "rng_uniform")  # Parts of the names of such primitives.
 
 # Applied to the low ends and to the high ends of their data: moves of elements, and functions
 # that are non-decreasing in each. The rest of their operands are indices.
@@ -68,18 +70,12 @@ _ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
 _ROUNDED_ONCE = {*_ARITHMETIC, "square", "sqrt", "abs", "neg", "iota", "convert_element_type"}
 _ROUNDED_ONCE -= {"pow"}
 _BY_EXP = {"pow", "exp2", "sinh", "cosh", "erfc"}  # By exp of what was rounded.
-_UPDATES = {"scatter-add": "add", "scatter-sub": "sub", "scatter-mul": "mul"}
-_UPDATES |= {"scatter-max": "max", "scatter-min": "min"}
 _LOOPS = {"scan", "while", "cond"}  # Walked; one that reaches the folding is too long, or unclear.
 _ORDERS = {"gt", "ge", "lt", "le", "eq", "ne"}
 _INTEGERS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative}
 # In numpy, which compiles nothing.
 _IN_NUMPY = {"max": np.maximum, "min": np.minimum, "floor": np.floor, "ceil": np.ceil}
 _IN_NUMPY |= {"sign": np.sign, "and": np.logical_and, "or": np.logical_or}
-
-
-class Unknown(Exception):
-  """A number that cannot be enclosed; the message says why."""
 
 
 def number(value: Any, dtype: Any, origins: dict[str, np.ndarray] | None = None) -> Known:
@@ -98,44 +94,6 @@ def number(value: Any, dtype: Any, origins: dict[str, np.ndarray] | None = None)
     )
     return Known(*ends, origins or {})
   return Known.exactly(wide, origins)
-
-
-def is_float(dtype: Any) -> bool:
-  """Whether a dtype is one of floating-point numbers."""
-  return bool(jnp.issubdtype(dtype, jnp.floating))
-
-
-def is_half_or_more(dtype: Any) -> bool:
-  """Whether rounding to a dtype is left out of account; to less it is a step function."""
-  return is_float(dtype) and jnp.finfo(dtype).nmant >= jnp.finfo(jnp.bfloat16).nmant
-
-
-def is_step(eqn) -> bool:
-  """Whether an equation rounds a number that it computes to less than half precision."""
-  return any(is_float(v.aval.dtype) and not is_half_or_more(v.aval.dtype) for v in eqn.outvars)
-
-
-def keeps_precision(eqn) -> bool:
-  """Whether an equation is a `reduce_precision` to no less than what its dtype has."""
-  if eqn.primitive.name != "reduce_precision":
-    return False
-  info = jnp.finfo(eqn.invars[0].aval.dtype)
-  bits = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
-  return bits[0] >= info.nexp and bits[1] >= info.nmant
-
-
-def is_pure(eqn) -> bool:
-  """Whether an equation gives the same result each time."""
-  return not (eqn.effects or any(part in eqn.primitive.name for part in _IMPURE))
-
-
-def has_body(eqn) -> bool:
-  """Whether an equation computes with a function of the program's, or a scatter with its own."""
-  bodies = [jaxpr.eqns for jaxpr in jex.jaxprs_in_params(eqn.params)]
-  if eqn.primitive.name.startswith("scatter"):
-    wanted = _UPDATES.get(eqn.primitive.name)
-    return [[e.primitive.name for e in eqns] for eqns in bodies] not in ([], [[wanted]])
-  return bool(bodies)
 
 
 def fold(eqn, inputs: Sequence[Known]) -> list[Known]:
@@ -174,7 +132,7 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
     surely = np.isfinite(inputs[0].low) & np.isfinite(inputs[0].high)
     return [(surely, np.ones_like(surely))]
   if name == "scatter-add" and is_float(eqn.outvars[0].aval.dtype):
-    return [_scatter_add(eqn, *inputs)]
+    return [sums.scatter_add(eqn, *inputs)]
   if name == "scatter" and getattr(inputs[0].low.dtype, "kind", None) in {*"fiub"}:
     return [_scatter(eqn, *inputs)]
   if name in _BY_ENDS and not (name == "sort" and len(inputs) > 1):
@@ -186,11 +144,11 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
   if floats and name == "integer_pow":
     return [enclosures.integer_power(ends[0], params["y"])]
   if floats and name in _SUMS:
-    return [_sum(eqn, inputs[0])]
+    return [sums.total(eqn, inputs[0])]
   if floats and name in ("reduce_prod", "cumprod"):
-    return [_products(name, eqn, inputs[0])]
+    return [sums.multiplied(name, eqn, inputs[0])]
   if floats and name in _PRODUCTS:
-    return [_product(name, eqn, *inputs)]
+    return [sums.contraction(name, eqn, *inputs)]
   if any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in eqn.outvars):
     raise Unknown(f"{name} of complex numbers")
   if name in _LOOPS or has_body(eqn):
@@ -295,20 +253,6 @@ def _as_the_program_does(eqn, arrays: Sequence[Any]) -> list[Ends]:
   outputs = out if eqn.primitive.multiple_results else [out]
   known = [number(o, v.aval.dtype) for o, v in zip(outputs, eqn.outvars, strict=True)]
   return [(k.low, k.high) for k in known]
-
-
-def bind(eqn, *arrays: Any) -> list[Any]:
-  """The outputs of an equation for other arrays, its floats in float64."""
-  params = dict(eqn.params)
-  for key in ("preferred_element_type", "dtype", "out_dtype"):
-    if params.get(key) is not None and is_float(params[key]):
-      params[key] = np.dtype(np.float64)
-  if "precision" in params:
-    params["precision"] = None
-  with float64():
-    out = eqn.primitive.bind(*map(jnp.asarray, arrays), **params)
-    outputs = out if eqn.primitive.multiple_results else [out]
-    return [np.asarray(o) for o in outputs]
 
 
 def _by_ends(name: str, eqn, inputs: Sequence[Known]) -> list[Ends]:
@@ -452,44 +396,9 @@ def _may_be_nan(x: Known) -> Any:
   return np.isnan(x.low) | np.isnan(x.high)
 
 
-def _sum(eqn, x: Known) -> Ends:
-  """Sums of n terms: rounding changes them by at most n eps times the sum of magnitudes."""
-  if eqn.primitive.name == "reduce_sum":
-    n = math.prod(x.shape[i] for i in eqn.params["axes"])
-  elif eqn.primitive.name == "cumsum":
-    n = x.shape[eqn.params["axis"]]
-  else:
-    n = math.prod(eqn.params["window_dimensions"])
-  low = _float_sum(eqn, x.low)
-  high = low if x.low is x.high else _float_sum(eqn, x.high)
-  size = _float_sum(eqn, np.maximum(np.abs(x.low), np.abs(x.high)))
-  return _within(eqn, low, high, n, size, [x])
-
-
-def _float_sum(eqn, array: np.ndarray) -> np.ndarray:
-  if eqn.primitive.name == "reduce_sum":
-    return np.asarray(array.sum(tuple(eqn.params["axes"])))
-  return bind(eqn, array)[0]
-
-
-def _scattering(eqn, indices: Known) -> Callable[..., np.ndarray]:
-  """A function that updates places of one array by another, as `lax.scatter_add` would."""
-  if has_body(eqn):
-    raise Unknown("scatter by a function of its own")
-  if not indices.is_exact:
-    raise Unknown("scatter by an index that is known only to within rounding")
-
-  def scatter(update: Callable, old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    given = {key: eqn.params[key] for key in ("dimension_numbers", "mode")}
-    with float64():
-      return np.asarray(update(jnp.asarray(old), indices.low, jnp.asarray(new), **given))
-
-  return scatter
-
-
 def _scatter(eqn, x: Known, indices: Known, updates: Known) -> Ends:
   """Several numbers at one place: which comes last is not defined."""
-  scatter = _scattering(eqn, indices)
+  scatter = sums.scattering(eqn, indices)
   if np.isnan(updates.low + updates.high).any():
     raise Unknown("scatter of what may be no number")
   there = scatter(lax.scatter_add, np.zeros(x.shape), np.ones(updates.shape)) > 0
@@ -502,112 +411,3 @@ def _scatter(eqn, x: Known, indices: Known, updates: Known) -> Ends:
     ends.append(np.where(there, scatter(update, first, new), old))
   low, high = ends
   return (low, low) if np.array_equal(low, high) else (low, high)
-
-
-def _scatter_add(eqn, x: Known, indices: Known, updates: Known) -> Ends:
-  scatter = _scattering(eqn, indices)
-
-  def add(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    return scatter(lax.scatter_add, old, new)
-
-  low = add(x.low, updates.low)
-  high = low if x.is_exact and updates.is_exact else add(x.high, updates.high)
-  sizes = [np.maximum(np.abs(t.low), np.abs(t.high)) for t in (x, updates)]
-  return _within(eqn, low, high, 1 + indices.low.size, add(*sizes), [x, updates])
-
-
-def _products(name: str, eqn, x: Known) -> Ends:
-  """Products over axes, factor by factor; the program may take them in any order."""
-  params, ends = eqn.params, (x.low, x.high)
-  axes = tuple(params["axes"]) if name == "reduce_prod" else (params["axis"],)
-  sizes = [np.where(e == 0, 1, e) for e in enclosures.magnitude(ends)]
-  info = jnp.finfo(np.float64 if x.varies else eqn.outvars[0].aval.dtype)
-  least, most = np.minimum(sizes[0], 1).prod(axes), np.maximum(sizes[1], 1).prod(axes)
-  if not ((least >= info.smallest_normal) & (most <= info.max)).all():
-    raise Unknown(f"{name}, of which a part may overflow or underflow")
-  shape = [n for i, n in enumerate(x.shape) if i not in axes]
-  first = range(len(axes))
-  low, high = (np.moveaxis(e, axes, first).reshape(-1, *shape) for e in ends)
-  if params.get("reverse"):
-    low, high = low[::-1], high[::-1]
-  out = np.ones(shape), np.ones(shape)
-  steps = []
-  for factor in zip(low, high, strict=True):
-    out = enclosures.multiply(out, factor)
-    steps.append(out)
-  if name == "reduce_prod":
-    return out
-  if params["reverse"]:
-    steps.reverse()
-  low, high = (np.stack(e, axes[0]) for e in zip(*steps, strict=True))
-  return low, high
-
-
-def _within(eqn, low, high, n: int, size, terms: Sequence[Known]) -> Ends:
-  """The ends of sums of n terms, moved outwards by what rounding them one by one may do."""
-  if _overflows(eqn, terms, size):
-    raise Unknown(f"{eqn.primitive.name}, of which a part may overflow")
-  unit = min(_unit(x.low) for x in terms)
-  if n <= 1 or (low is high and _are_exact(unit, size, eqn.outvars[0].aval.dtype)):
-    return low, high
-  margin = (n + 2) * _epsilon(eqn, terms) * size + n * _flushed(terms)
-  return enclosures.outward(low - margin, high + margin, (margin == 0, margin == 0))
-
-
-def _overflows(eqn, terms: Sequence[Known], size: np.ndarray) -> bool:
-  """Whether finite terms, the magnitudes of which sum up to `size`, may sum up to infinity."""
-  varies = any(x.varies for x in terms)
-  most = float(jnp.finfo(np.float64 if varies else eqn.outvars[0].aval.dtype).max)
-  return bool((size > most).any()) and all(np.isfinite(x.low + x.high).all() for x in terms)
-
-
-def _epsilon(eqn, terms: Sequence[Known]) -> float:
-  varies = any(x.varies for x in terms)
-  return float(jnp.finfo(np.float64 if varies else eqn.outvars[0].aval.dtype).eps)
-
-
-def _flushed(factors: Sequence[Known]) -> float:
-  """More than what XLA loses of a product of such numbers by taking subnormal ones for 0."""
-  least = 1.0
-  for x in factors:
-    size = np.maximum(np.abs(x.low), np.abs(x.high))
-    least *= min(1.0, float(np.min(size, initial=1.0, where=size > 0)))
-  return 0.0 if least > 1e-290 else 1e-290
-
-
-def _are_exact(unit: float, size, dtype) -> bool:
-  """Whether all sums of multiples of `unit`, a power of 2, fit into the dtype, in any order."""
-  info = jnp.finfo(dtype)
-  most = min(unit * 2.0**info.nmant, float(info.max))
-  return bool(unit >= info.smallest_normal) and bool((size <= most).all())
-
-
-def _unit(array: np.ndarray) -> float:
-  """The largest power of 2 of which all these numbers are multiples."""
-  fraction, exponent = np.frexp(array)
-  significand = (fraction * 2.0**53).astype(np.int64)
-  units = np.ldexp((significand & -significand).astype(np.float64), exponent - 53)
-  return float(units.min(initial=1, where=significand != 0))
-
-
-def _product(name: str, eqn, a: Known, b: Known) -> Ends:
-  """Sums of products, by middles and radii (Rump 1999, "Fast and parallel interval arithmetic")."""
-  if name == "dot_general":
-    (axes, _), _ = eqn.params["dimension_numbers"]
-    n = math.prod(a.shape[i] for i in axes)
-  else:
-    n = b.low.size // max(1, b.shape[eqn.params["dimension_numbers"].rhs_spec[0]])
-  sizes = [np.maximum(np.abs(x.low), np.abs(x.high)) for x in (a, b)]
-  middle, size = bind(eqn, a.array, b.array)[0], bind(eqn, *sizes)[0]
-  if _overflows(eqn, [a, b], size):
-    raise Unknown(f"{name}, of which a part may overflow")
-  low = high = middle
-  if not (a.is_exact and b.is_exact):
-    # The middle's own rounding is within the radius's margin below.
-    radii = [np.maximum(x.high - x.array, x.array - x.low) for x in (a, b)]
-    radius = bind(eqn, radii[0], sizes[1])[0] + bind(eqn, sizes[0], radii[1])[0]
-    low, high = middle - radius, middle + radius
-  elif _are_exact(_unit(a.low) * _unit(b.low), size, eqn.outvars[0].aval.dtype):
-    return _point(middle)
-  margin = 2 * (n + 2) * _epsilon(eqn, [a, b]) * size + n * _flushed([a, b])
-  return enclosures.outward(low - margin, high + margin, (margin == 0, margin == 0))

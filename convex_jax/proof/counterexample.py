@@ -16,7 +16,8 @@ import jax.extend.core as jex
 import numpy as np
 
 from convex_jax.proof import interpreter
-from convex_jax.proof.constants import Unknown, is_float, number
+from convex_jax.proof.constants import number
+from convex_jax.proof.equations import Unknown, is_float
 from convex_jax.proof.float64 import float64, plain
 from convex_jax.proof.values import Known
 from convex_jax.proof.wide import Impure, widened

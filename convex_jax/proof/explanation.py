@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from convex_jax.proof.constants import is_step
+from convex_jax.proof.equations import is_step
 from convex_jax.proof.linear import MOVES, is_defined
 from convex_jax.proof.rules import RULES
 from convex_jax.proof.values import Known, Operation, Value

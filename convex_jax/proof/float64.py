@@ -10,7 +10,7 @@ ROUNDING = 1e-9  # Relative to values; more than the error of their evaluation i
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-  """While active, JAX computes, and takes arrays, as if none of its settings had been changed.
+  """While active, the settings of JAX that change numbers, or refuse programs, have their defaults.
 
   A `jax_default_matmul_precision` such as BF16_BF16_F32 rounds the factors of float64 products, too.
   """

@@ -33,16 +33,15 @@ from convex_jax.proof import (
   rules,
 )
 from convex_jax.proof.collectives import on_one_device
-from convex_jax.proof.constants import (
+from convex_jax.proof.constants import fold, number
+from convex_jax.proof.equations import (
   SAME,
   Unknown,
-  fold,
   is_float,
   is_half_or_more,
   is_pure,
   is_step,
   keeps_precision,
-  number,
 )
 from convex_jax.proof.float64 import plain
 from convex_jax.proof.source import Place, place_of

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jax import lax
 
-from convex_jax.proof.constants import has_body, is_float
+from convex_jax.proof.equations import has_body, is_float
 from convex_jax.proof.values import (
   Known,
   Masks,

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from convex_jax.proof.constants import bind, fold
+from convex_jax.proof.constants import fold
+from convex_jax.proof.equations import bind
 from convex_jax.proof.linear import has_no_zero, is_defined, is_total
 from convex_jax.proof.parameters import PARAMETERS, is_plain
 from convex_jax.proof.rules import RULES

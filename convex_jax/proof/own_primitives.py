@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import primitives
 
 from convex_jax.proof import layouts
-from convex_jax.proof.constants import SAME
+from convex_jax.proof.equations import SAME
 from convex_jax.proof.rules import RULES
 
 _OF_JAX = {

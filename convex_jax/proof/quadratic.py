@@ -17,7 +17,8 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from convex_jax.proof.constants import Unknown, fold, number
+from convex_jax.proof.constants import fold, number
+from convex_jax.proof.equations import Unknown
 from convex_jax.proof.float64 import float64
 from convex_jax.proof.linear import LINEAR, WEIGHTED
 from convex_jax.proof.values import Known, Masks, Operation, Value, uniform

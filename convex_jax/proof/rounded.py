@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from convex_jax.proof.constants import Unknown
 from convex_jax.proof.enclosures import Ends, size_of
+from convex_jax.proof.equations import Unknown
 from convex_jax.proof.merged import NOTHING, Merged
 from convex_jax.proof.values import Known
 

@@ -23,14 +23,8 @@ from convex_jax.proof.arithmetic import (
   unit_roundoff,
 )
 from convex_jax.proof.collectives import on_one_device
-from convex_jax.proof.constants import (
-  SAME,
-  Unknown,
-  is_float,
-  is_half_or_more,
-  keeps_precision,
-)
 from convex_jax.proof.enclosures import Ends, size_of
+from convex_jax.proof.equations import SAME, Unknown, is_float, is_half_or_more, keeps_precision
 from convex_jax.proof.float64 import float64
 from convex_jax.proof.merged import NOTHING, kept, merge
 from convex_jax.proof.rounded import (

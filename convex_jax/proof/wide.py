@@ -15,7 +15,7 @@ from jax import lax
 
 from convex_jax.proof import layouts
 from convex_jax.proof.collectives import on_one_device
-from convex_jax.proof.constants import is_float, is_half_or_more
+from convex_jax.proof.equations import is_float, is_half_or_more
 from convex_jax.proof.float64 import float64
 from convex_jax.proof.interpreter import is_rounding, needed
 

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convex_jax.proof import certify, constants, interpreter, layouts, linear, rules, slopes
+from convex_jax.proof import (
+  certify,
+  constants,
+  equations,
+  interpreter,
+  layouts,
+  linear,
+  rules,
+  slopes,
+)
 from tests.support.curvature import X, curvature_of
 from tests.support.midpoints import midpoint_gaps
 
@@ -398,7 +407,7 @@ def test_every_primitive_with_a_rule_exists():
   gc.unfreeze()  # What tests/conftest.py froze is not listed.
   exist = {p.name for p in gc.get_objects() if issubclass(type(p), jax.extend.core.Primitive)}
   gc.freeze()
-  named = {*rules.RULES, *linear.TOTAL, *layouts.CALLS, *constants.SAME, *constants._BY_ENDS}
+  named = {*rules.RULES, *linear.TOTAL, *layouts.CALLS, *equations.SAME, *constants._BY_ENDS}
   named = {*named, *slopes.PRIMITIVES} - {"logaddexp"}  # The name of a pattern.
   missing = MISSING.get(".".join(jax.__version__.split(".")[:2]), set())
   assert named - exist == missing and "no such primitive" not in exist
