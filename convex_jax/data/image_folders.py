@@ -67,7 +67,9 @@ def find(folder: str) -> Found:
   """
   found = {split: _classes(pathlib.Path(folder) / split) for split in SPLITS}
   if len(found["train"]) < 2:
-    raise UserError(f"{folder}/train has {len(found['train'])} classes; expected two or more")
+    raise UserError(
+      f"{folder}/train has folders of {len(found['train'])} classes; expected two or more"
+    )
   if other := sorted(found["train"].keys() ^ found["test"].keys()):
     raise UserError(
       f"{folder}: train and test differ in the classes {', '.join(other)}; expected the same folders"
@@ -125,8 +127,8 @@ def prepare(name: str, folder: str, data_dir: str) -> str:
   """
   if name in DATASETS or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
     raise UserError(
-      f"{name!r} cannot name a data set of your own; expected small letters, digits and underscores,"
-      f" and none of {', '.join(DATASETS)}"
+      f"{name!r} cannot name a data set of your own; expected a lower-case letter, then lower-case"
+      f" letters, digits and underscores, and not one of {', '.join(DATASETS)}"
     )
   found = find(files.expand(folder))
   builder: Any = Images(

@@ -19,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     "certify",
     "Prove, logit by logit, that a trained network is convex in its input, or name the first\n"
     "operation that breaks convexity. Writes certificate.json into the run's folder; where that\n"
-    "is read-only, and for another --kind, the verdict is printed alone. With --radii=l1 also the certified radii of test\n"
-    "images, as `radii` prints and writes them, once everything is proved.\n"
+    "is read-only, and for another --kind, the verdict is only printed. With --radii=l1 also the\n"
+    "certified radii of test images, as `radii` prints and writes them, once all is proved.\n"
     "Exit code 0: everything is proved; 4: not proved; 2: invalid input.",
     "python -m convex_jax certify --workdir=runs/mixer_ioc_digits",
   )

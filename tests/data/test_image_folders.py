@@ -112,7 +112,7 @@ def empty(folder):
 BAD = [
   (no_test, "test is not a folder"),
   (another_class, "train and test differ in the classes dog"),
-  (one_class, "train has 1 classes; expected two or more"),
+  (one_class, "train has folders of 1 classes; expected two or more"),
   (empty, "zebra is empty"),
   (lambda folder: (folder / "train" / "notes.txt").write_text("x"), "notes.txt is a file"),
   (
