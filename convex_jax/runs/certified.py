@@ -68,15 +68,18 @@ def _refuse_others(run: Any) -> None:
 
 
 def certify_run(
-  run: Run, kind: str = "convex", search_steps: int = 200
+  run: Run, kind: str = "convex", search_steps: int = 200, to_write: bool = True
 ) -> tuple[dict[str, Any], Counterexample | None]:
-  """The content of a run's certificate.json, and the two inputs that refute it, if it is."""
+  """The content of a run's certificate.json, and the two inputs that refute it, if it is.
+
+  What is only to be printed names no file for these inputs.
+  """
   start = time.perf_counter()
   name, certificate = _certify(run, kind, search_steps)
   content = content_of(run, certificate, name, "each logit", time.perf_counter() - start)
   if (found := certificate.counterexample) is not None:
     content["counterexample"] = {"logit": run.class_names[found.output], "gap": found.gap}
-    if kind == "convex":  # Others are printed alone.
+    if to_write:
       name = os.path.basename(Workdir(run.workdir).counterexample_file)
       content["counterexample"]["file"] = name
   return content, found

@@ -19,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     "certify",
     "Prove, logit by logit, that a trained network is convex in its input, or name the first\n"
     "operation that breaks convexity. Writes certificate.json into the run's folder; where that\n"
-    "is read-only, and for another --kind, the verdict is only printed. With --radii=l1 also the\n"
-    "certified radii of test images, as `radii` prints and writes them, once all is proved.\n"
+    "is read-only, and for another --kind or --step, the verdict is only printed. With --radii=l1\n"
+    "also the certified radii of test images, as `radii` prints and writes them, once all is proved.\n"
     "Exit code 0: everything is proved; 4: not proved; 2: invalid input.",
     "python -m convex_jax certify --workdir=runs/mixer_ioc_digits",
   )
@@ -49,14 +49,15 @@ def _certify(args: argparse.Namespace) -> int:
     raise UserError(f"--radii={args.radii} with --kind={args.kind}; expected --kind=convex")
   console = Console()
   run = load(args.workdir, args.step)
-  content, counterexample = certified.certify_run(run, args.kind, args.search_steps)
+  is_own = args.kind == "convex" and args.step == "latest"  # As certificate.json is.
+  content, counterexample = certified.certify_run(run, args.kind, args.search_steps, is_own)
   table = Table("logit", f"{content['kind']}?")
   for name, verdict in content["logits"].items():
     colour = {"PROVED": "green", "REFUTED": "red"}.get(verdict, "yellow")
     table.add_row(escape(name), f"[{colour}]{verdict}[/]")
   console.print(content["of"], table, sep="\n")
   console.print(certified.summary(content), markup=False, highlight=False)
-  if args.kind == "convex":  # Of which the run's certificate is.
+  if is_own:
     files.try_to_write(certified.write, run, content, counterexample)
   if content["verdict"] != "PROVED":
     return NotProved.code

@@ -78,10 +78,10 @@ def write(run: Run, measured: Measured, norms: Sequence[str]) -> None:
   """
   with files.atomic_write(Workdir(run.workdir).radii_table) as file:
     rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(["example", "label", "predicted", *norms, "arithmetic"])
+    rows.writerow(["example", "label", "predicted", *norms, "arithmetic", "step"])
     for i, (label, r) in enumerate(zip(measured.labels, measured.radii, strict=True)):
       radii = (f"{r.radii[n]:.6g}" for n in norms)
-      rows.writerow([i, int(label), r.predicted, *radii, measured.arithmetic])
+      rows.writerow([i, int(label), r.predicted, *radii, measured.arithmetic, run.step])
   _draw(run, measured, norms)
 
 

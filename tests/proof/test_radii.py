@@ -552,8 +552,8 @@ def test_a_report_is_written(tmp_path):
   radii_report.write(make_run(workdir=str(tmp_path)), measured, ("l1", "l2"))
   assert table.row_count == 2 and "75.0 %" in table.title
   lines = (tmp_path / "radii.csv").read_text().splitlines()
-  assert lines[0] == "example,label,predicted,l1,l2,arithmetic"
-  assert lines[3] == "2,0,1,0.3,0.15,reals"
+  assert lines[0] == "example,label,predicted,l1,l2,arithmetic,step"
+  assert lines[3] == "2,0,1,0.3,0.15,reals,0"
   assert (tmp_path / "radii.png").stat().st_size > 5000
 
 

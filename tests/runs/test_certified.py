@@ -56,6 +56,10 @@ def test_a_convex_run_ends_with_its_certificate(run_of, capsys):
   assert certify_command.main([f"--workdir={workdir}", "--kind=concave", "--search_steps=0"]) == 4
   assert "UNKNOWN: 0 of 10 logits are concave" in capsys.readouterr().out
   assert run.certificate == before  # It is of convexity, still.
+  written = os.stat(f"{workdir}/certificate.json").st_mtime_ns
+  assert certify_command.main([f"--workdir={workdir}", "--step=3", "--search_steps=0"]) == 0
+  assert "PROVED" in capsys.readouterr().out  # And not of what --step asks for.
+  assert os.stat(f"{workdir}/certificate.json").st_mtime_ns == written
   assert certify_command.main([f"--workdir={workdir}"]) == 0
 
 
@@ -204,7 +208,7 @@ def test_radii_follow_the_certificate(tmp_path, capsys, monkeypatch):
   options = ["--radii=l1", "--arithmetic=float32", "--examples=3", "--search_steps=0"]
   assert certify_command.main([f"--workdir={workdir}", *options]) == 0
   assert asked == [(("l1",), 3, "float32")] and "in float32" in capsys.readouterr().out
-  assert (workdir / "radii.csv").read_text().splitlines()[1] == "0,0,0,0.5,float32"
+  assert (workdir / "radii.csv").read_text().splitlines()[1] == "0,0,0,0.5,float32,20"
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
