@@ -388,7 +388,9 @@ def test_a_one_logit_network_has_the_closed_form_on_its_side_and_a_radius_on_the
     run = run.replace(params={**run.params, "head": head})  # So that both sides occur.
     certifier, f = certified.certifier(run), jax.jit(exact_logits(run))
     attacker = attacks.Attacker(f)
-    for x in images(5).astype(float):
+    every = images(5).astype(float)
+    logit_N = np.asarray(f(every))[:, 0]
+    for x in every[[logit_N.argmin(), logit_N.argmax()]]:
       r, y = certifier.radius(x), float(f(x[None])[0, 0])
       assert float(f(x[None])[0, 1]) == 0 and r.predicted == (y < 0)
       for norm in NORMS:
