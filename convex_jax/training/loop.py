@@ -21,7 +21,7 @@ from convex_jax.runs import certified, manifest
 from convex_jax.runs.checkpoints import Checkpoints
 from convex_jax.runs.run import Run
 from convex_jax.runs.workdir import Workdir
-from convex_jax.training import pretrained, schema, step
+from convex_jax.training import pretrained, runtime, schema, step
 from convex_jax.training.console import Console, parameter_table
 from convex_jax.training.profiling import Profiler
 from convex_jax.training.program import MAX_IN_FLIGHT, Program
@@ -199,6 +199,7 @@ def train(
         recorder.evaluated("eval", steps.stop, figures)
       recorder.sync()
       checkpoints.save(steps.stop, state.items(), figures[program.decides] if figures else None)
+      runtime.return_freed_memory()  # Whose holes the next step's buffer may not fit.
       recorder.restart_clock()
     if stops:
       raise Stopped(

@@ -85,6 +85,9 @@ class Ours:
       logits = self.apply(weights, self.images[i % worker.BATCHES])
     jax.block_until_ready(logits)
 
+  def after_evaluation(self):
+    runtime.return_freed_memory()
+
   def facts(self):
     parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
     return {

@@ -82,6 +82,9 @@ class Torch:
         self.net(self.batches[i % worker.BATCHES][0])
     finish()
 
+  def after_evaluation(self):
+    pass
+
   def facts(self):
     parameters = sum(p.numel() for p in self.net.parameters())
     version = f"torch {torch.__version__}, torchvision {torchvision.__version__}"

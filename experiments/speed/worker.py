@@ -21,6 +21,7 @@ class Net(Protocol):
 
   def train(self, steps: int) -> None: ...
   def infer(self, steps: int) -> None: ...
+  def after_evaluation(self) -> None: ...  # What a run does then.
   def facts(self) -> dict: ...
   def device_bytes(self) -> int | None: ...  # Peak of its memory; None on a CPU.
 
@@ -63,6 +64,7 @@ def serve(make_net) -> None:
     if what == "facts":
       answer(**net.facts())
     elif what == "memory":
+      net.after_evaluation()
       alone = forget_peak()
       net.train(int(count))
       answer(bytes=peak_memory(), while_training=alone, device_bytes=net.device_bytes())

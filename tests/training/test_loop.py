@@ -16,7 +16,7 @@ import pytest
 import convex_jax
 from convex_jax import config_files, files
 from convex_jax.errors import UserError
-from convex_jax.runs.workdir import FIRST_KEYS, FORMAT, FREE_KEYS
+from convex_jax.runs.workdir import FIRST_KEYS, FORMAT, FREE_KEYS, Workdir
 from convex_jax.training import loop, program, recorder
 from tests.support import PATIENCE, ROOT, of
 from tests.support.injections import free_port, rows_without_clock
@@ -137,9 +137,12 @@ def test_loading_what_is_not_there_says_what_is(finished, tmp_path):
     convex_jax.load(str(workdir), weights="ema")
 
 
-def test_averages_are_saved_and_loaded(tiny_config, few_digits, tmp_path):
-  workdir = str(tmp_path / "run")
+def test_averages_are_saved_and_loaded(tiny_config, few_digits, tmp_path, monkeypatch):
+  workdir, returned = str(tmp_path / "run"), []
+  runtime = types.SimpleNamespace(return_freed_memory=lambda: returned.append(True))
+  monkeypatch.setattr(loop, "runtime", runtime)
   loop.run(of(tiny_config, ema_decay=0.9), workdir, few_digits)
+  assert len(returned) == len(Workdir(workdir).rows("eval")) > 0
   ema, raw, auto = (convex_jax.load(workdir, weights=w) for w in ("ema", "raw", "auto"))
   kernels = [
     run.params["block_0"]["channel_mixing"]["dense_0"]["kernel"] for run in (ema, raw, auto)

@@ -92,14 +92,18 @@ for i, block in enumerate(blocks):
   if i % 16:  # The others keep the heap from shrinking.
     libc.free(block)
 before = resident()
-jax.monitoring.record_event_duration_secs(events[-1], 1.0)
+{what}
 print((before - resident()) * resource.getpagesize() >> 20)
 """
 
 
 @pytest.mark.skipif(not GLIBC, reason="glibc's allocator")
-def test_memory_that_the_compiler_freed_is_returned():
-  command = [sys.executable, "-c", GARBAGE]
+@pytest.mark.parametrize(
+  "what",
+  ["jax.monitoring.record_event_duration_secs(events[-1], 1.0)", "runtime.return_freed_memory()"],
+)
+def test_memory_that_the_compiler_or_an_evaluation_freed_is_returned(what):
+  command = [sys.executable, "-c", GARBAGE.format(what=what)]
   out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
   assert int(out) > 32  # MB, of the 60 that are free.
 
@@ -107,6 +111,7 @@ def test_memory_that_the_compiler_freed_is_returned():
 def test_another_c_library_is_left_alone(monkeypatch):
   monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: object())
   assert not runtime.keep_freed_memory()
+  runtime.return_freed_memory()
 
 
 @pytest.fixture
