@@ -84,7 +84,10 @@ def train_and_test(rows: list[results.Result]) -> str:
 
 
 def claims(link: str) -> str:
-  """Accuracies reported by the sources, and ours: a row for each panel and schedule."""
+  """Accuracies reported by the sources, and ours: a row for each panel and schedule.
+
+  But for those that compare learning rates, which their own pages show.
+  """
   headings = ["network, data", "schedule (seeds)", "source: base", "source: convex"]
   headings += [
     "ours: base",
@@ -103,7 +106,7 @@ def claims(link: str) -> str:
     base, paper, ioc = (variants.get(twin, []) for twin in ("base", "paper", "ioc"))
     fair = variants.get("base, BatchNorm", [])  # With the norm of `ioc`: the fair baseline.
     of_base = train_and_test(base) or (f"{train_and_test(fair)}, with BatchNorm" if fair else "")
-    if ioc:
+    if ioc and ", rate " not in panel:
       rows.append(
         [
           f"[{panel}]({link}/{claim}/README.md)",
