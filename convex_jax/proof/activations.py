@@ -16,21 +16,16 @@ from typing import Any
 import numpy as np
 
 from convex_jax.proof.enclosures import add, divide, multiply, negative, subtract
-from convex_jax.proof.jets import (
+from convex_jax.proof.jets import LEFT, RIGHT, ZERO, NoRuleError, ends_at, slope_change
+from convex_jax.proof.parameters import is_plain
+from convex_jax.proof.pieces import (
   COMPARISONS,
   ELEMENTWISE,
-  LEFT,
   LOGIC,
-  RIGHT,
   STEPS,
-  ZERO,
-  NoRuleError,
-  ends_at,
   pieces_between,
   signature,
-  slope_change,
 )
-from convex_jax.proof.parameters import is_plain
 from convex_jax.proof.tails import bounds
 from convex_jax.proof.values import (
   Known,

@@ -35,8 +35,8 @@ from convex_jax.proof import affine_maps, differences, interpreter
 from convex_jax.proof.certificate import Certificate, certify
 from convex_jax.proof.differences import Parts
 from convex_jax.proof.exponents import exponents
-from convex_jax.proof.jets import COMPARISONS, ELEMENTWISE, LOGIC, signature
 from convex_jax.proof.parameters import is_plain
+from convex_jax.proof.pieces import COMPARISONS, ELEMENTWISE, LOGIC, signature
 from convex_jax.proof.splitting import NoSplitError, Split, split
 from convex_jax.proof.values import Known, Operation, Value
 

@@ -28,7 +28,7 @@ import numpy as np
 import scipy.sparse
 from jax import lax
 
-from convex_jax.proof import affine_maps, jets
+from convex_jax.proof import affine_maps, jets, pieces
 from convex_jax.proof.affine_maps import Input, Matrix, is_affine
 from convex_jax.proof.certificate import proved
 from convex_jax.proof.exponents import exponents
@@ -525,7 +525,7 @@ class _Reading:
     self.shape = op.shape
     self._value, self._root = Value(*Known.exactly(np.zeros(op.shape)).masks, op), root
     with np.errstate(all="ignore"):
-      self.pieces = jets.pieces_between(root, f.ends)
+      self.pieces = pieces.pieces_between(root, f.ends)
       read = [piece.of(self._value) for piece in self.pieces]
       self.is_affine = all(jet.is_affine for jet in read)
       smooth = len(read) > 1 and all(map(np.all, jets.slope_change(*read[-2:])))
@@ -535,7 +535,7 @@ class _Reading:
     """The function, continued beyond the piece's ends."""
     return self._node(self._value, at, self.pieces[piece])
 
-  def _node(self, start: Value | Known, at, piece: jets.Piece) -> Any:
+  def _node(self, start: Value | Known, at, piece: pieces.Piece) -> Any:
     with np.errstate(all="ignore"):
       node, _ = piece.settled(start)
     if node is self._root:
@@ -545,7 +545,7 @@ class _Reading:
     op = node.made_by
     assert op is not None
     name, inputs = op.primitive, op.inputs
-    if name in jets.STEPS:
+    if name in pieces.STEPS:
       with np.errstate(all="ignore"):
         return cp.Constant(_flat(piece.of(node).value[0], self.shape))
     parts = [self._node(x, at, piece) for x in inputs]

@@ -1,16 +1,11 @@
-"""Scalar functions of one earlier value, read piece by piece: value, slope, second derivative.
+"""Value, slope and second derivative of a scalar function, as enclosures.
 
-Between the kinks of a function, the numbers with which its argument is compared, every choice is
-made, and the rest has derivatives. All numbers are enclosures (`enclosures`): over a piece of the
-line, or of the limits at its ends. A sign is known only if a whole enclosure has it. Two numbers
-are equal only if both are exact, or the same computation of equal numbers.
+A jet holds the three of them over a piece of the line, and in the limit at its two ends. All numbers
+are enclosures (`enclosures`): a sign is known only if a whole enclosure has it.
 """
 
 import dataclasses
-import functools
-import itertools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,19 +22,6 @@ from convex_jax.proof.enclosures import (
   negative,
   rounded_product,
 )
-from convex_jax.proof.linear import has_no_zero, is_defined
-from convex_jax.proof.parameters import is_plain
-from convex_jax.proof.values import Known, Operation, Value, thin
-
-COMPARISONS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
-COMPARISONS |= {"eq": operator.eq, "ne": operator.ne}
-LOGIC = {"and": operator.and_, "or": operator.or_, "not": operator.not_}
-ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "max", "min", "abs", "exp", "exp2", "expm1"}
-ELEMENTWISE |= {"square", "integer_pow", "tanh", "logistic", "log1p", "select_n", "erf", "erfc"}
-ELEMENTWISE |= {"sqrt"}
-STEPS = {"convert_element_type", "sign"}  # The former of conditions.
-LARGE = 1000  # Entries of the largest number that a signature holds.
-LONG = 500  # Operations of the longest one.
 
 ZERO = (np.float64(0), np.float64(0))
 TWO = (np.float64(2), np.float64(2))
@@ -216,6 +198,9 @@ class Jet:
     second = _plus(_times(second, square), _times(slope, self.second))
     return Jet(value, _times(slope, self.slope), self.over, second, self.is_continuous)
 
+  def power(self, y: int) -> "Jet":
+    return self.through(_integer_power(self.value, y))
+
   def softened(self, other: "Jet") -> "Jet":
     """log(e^self + e^other) = other + log(1 + e^(self - other))."""
     difference = self.plus(other.negated())
@@ -223,323 +208,6 @@ class Jet:
 
   def _joined(self, other: "Jet") -> Any:
     return np.logical_and(self.is_continuous, other.is_continuous)
-
-
-class Piece:
-  """Reads values as functions of `root` between two of its values, or at one: `low` = `high`.
-
-  Args:
-    root: the earlier value.
-    low: the left end, of as many axes as the result; so is `high`.
-    high: the right end.
-    points: the readings at the left and the right end; None where it is infinite.
-  """
-
-  def __init__(self, root: Value, low: Any, high: Any, points: Sequence["Piece | None"] = ()):
-    ends = [np.where(np.isfinite(end), end, np.nan) for end in (low, high)]
-    value = np.stack([low, *ends]), np.stack([high, *ends])
-    self.root, self.low, self.high, self.points = root, low, high, points
-    # By identity; the nodes are kept, lest another takes their place in memory.
-    self._jets: dict[int, tuple[Any, Jet]] = {id(root): (root, Jet(value, ONE, ONE, ZERO))}
-    self._settled: dict[int, tuple[Any, Any, Any]] = {}
-
-  def part(self, low: Any, high: Any) -> "Piece":
-    """Parts of it, along a new first axis, where every choice is the same."""
-    return _Part(self, low, high)
-
-  def of(self, node: Value | Known) -> Jet:
-    if id(node) not in self._jets:
-      jet = self._compute(node)
-      if not np.all(jet.is_continuous):  # What jumps may be multiplied by 0.
-        both = np.logical_or(jet.is_continuous, self._meets(jet, node))
-        jet = dataclasses.replace(jet, is_continuous=both)
-      self._jets[id(node)] = node, jet
-    return self._jets[id(node)][1]
-
-  def _meets(self, jet: Jet, node: Value | Known) -> Any:
-    """Whether the limits of a value at the ends are surely its values there, by their numbers."""
-    pairs = zip(self.points, (LEFT, RIGHT), strict=False)
-    meets = [
-      _are_exact(ends_at(jet.value, end), ends_at(point.of(node).value, PIECE))
-      for point, end in pairs
-      if point is not None
-    ]
-    return functools.reduce(np.logical_and, meets, np.True_)
-
-  def _compute(self, node: Value | Known) -> Jet:
-    if isinstance(node, Known):
-      if not node.is_float or node.not_finite.any():
-        raise NoRuleError
-      low, high = (thin(end)[None] if node.shape else end for end in (node.low, node.high))
-      return Jet((low, low if node.low is node.high else high), ZERO, ONE, ZERO)
-    chosen, is_continuous = self.settled(node)
-    if chosen is not node:
-      jet = self.of(chosen)
-      both = np.logical_and(jet.is_continuous, is_continuous)
-      return dataclasses.replace(jet, is_continuous=both)
-    if (both := softened(node)) is not None:
-      return self.of(both[0]).softened(self.of(both[1]))
-    op = operation(node)
-    name, inputs = op.primitive, op.inputs
-    if name in ("add", "sub", "mul"):
-      a, b = map(self.of, inputs)
-      if name == "mul":
-        square = inputs[0] is inputs[1]
-        return a.through(_integer_power(a.value, 2)) if square else a.times(b)
-      whole = a.plus(b if name == "add" else b.negated())
-      terms = self._terms(node)
-      if (rest := self._uncancelled(terms)) == terms:
-        return whole
-      # No number is infinite, so x - x is 0. But a jump stays one: at the point it may not cancel.
-      jets = [self.of(x) if sign > 0 else self.of(x).negated() for sign, x in rest]
-      total = functools.reduce(Jet.plus, jets, Jet(ZERO, ZERO, ONE, ZERO))
-      return dataclasses.replace(total, is_continuous=whole.is_continuous)
-    if name == "div" and isinstance(inputs[1], Known) and has_no_zero(inputs[1]):
-      return self.of(inputs[0]).divided(self.of(inputs[1]).value)
-    if name == "log1p":
-      op = operation(inputs[0])
-      name = "softplus" if op.primitive == "exp" else name
-    if name in STEPS:
-      step = self.step(op)
-      return Jet((step, step), ZERO, ONE, ZERO, is_continuous=np.False_)
-    jet = self.of(op.inputs[0])
-    if name == "neg" or (name == "abs" and self.sign(op.inputs[0]) < 0):
-      return jet.negated()
-    if name == "abs":
-      return jet
-    if name == "integer_pow" and op.params["y"] > 0:
-      return jet.through(_integer_power(jet.value, op.params["y"]))
-    if name in DERIVATIVES:
-      return jet.through(DERIVATIVES[name](jet.value))
-    raise NoRuleError
-
-  def _terms(self, node: Value | Known, sign: int = 1) -> list[tuple[int, Value | Known]]:
-    """What a sum adds and subtracts, (1 or -1, number), on this piece."""
-    node, _ = self.settled(node)
-    op = node.made_by if isinstance(node, Value) and node is not self.root else None
-    if op is None or op.primitive not in ("add", "sub", "neg"):
-      return [(sign, node)]
-    signs = {"add": (sign, sign), "sub": (sign, -sign), "neg": (-sign,)}[op.primitive]
-    parts = zip(operation(node).inputs, signs, strict=True)
-    return [term for x, s in parts for term in self._terms(x, s)]
-
-  def _uncancelled(self, terms: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
-    """The terms that are not the negative of another."""
-    rest: list[tuple[int, Any]] = []
-    for sign, x in terms:
-      for i, (other, y) in enumerate(rest):
-        if other == -sign and self._are_same(x, y):
-          del rest[i]
-          break
-      else:
-        rest.append((sign, x))
-    return rest
-
-  def _are_same(self, x: Value | Known, y: Value | Known) -> bool:
-    """Whether two numbers are the same computation of the same numbers, all over the piece."""
-    (x, _), (y, _) = self.settled(x), self.settled(y)
-    if x is y:
-      return True
-    if isinstance(x, Known) and isinstance(y, Known):
-      return x.is_float and x.is_exact and y.is_exact and np.array_equal(x.low, y.low)
-    if isinstance(x, Known) or isinstance(y, Known) or self.root in (x, y):
-      return False
-    first, second = operation(x), operation(y)
-    if (first.primitive, first.params) != (second.primitive, second.params):
-      return False
-    return all(map(self._are_same, first.inputs, second.inputs))
-
-  def step(self, op: Operation) -> Any:
-    """A sign, or a condition as a number, which is the same all over the piece."""
-    if op.primitive == "sign":
-      return np.float64(self._order(self.of(op.inputs[0]), strictly=True))
-    if op.eqn.invars[0].aval.dtype != np.bool_:
-      raise NoRuleError
-    return np.float64(self._holds(op.inputs[0]))
-
-  def sign(self, node: Value | Known) -> int:
-    """That of a value, where it is not 0; the same all over the piece."""
-    return self._order(self.of(node), strictly=False)
-
-  def settled(self, node: Value | Known) -> tuple[Value | Known, Any]:
-    """What the choices that made a node take here, and whether they take no other at the ends."""
-    if id(node) not in self._settled:
-      self._settled[id(node)] = node, *self._settle(node)
-    return self._settled[id(node)][1:]
-
-  def _settle(self, start: Value | Known) -> tuple[Value | Known, Any]:
-    node, may_jump, is_continuous = start, False, True
-    while isinstance(node, Value) and node is not self.root and softened(node) is None:
-      op = operation(node)
-      if op.primitive in ("max", "min"):
-        a, b = op.inputs
-        difference = self.of(a).plus(self.of(b).negated())
-        # Of continuous functions the larger is continuous, whichever it is.
-        may_jump = may_jump or not np.all(difference.is_continuous)
-        node = a if (self._order(difference, strictly=False) > 0) == (op.primitive == "max") else b
-      elif op.primitive == "select_n" and len(op.inputs) == 3:
-        test, *cases = op.inputs
-        node, may_jump = cases[self._holds(test)], True
-      else:
-        break
-    for point, end in zip(self.points, (LEFT, RIGHT), strict=False):
-      if may_jump and point is not None:
-        same = _are_equal(self, node, end, point, point.settled(start)[0])
-        is_continuous = np.logical_and(is_continuous, same)
-    return node, is_continuous
-
-  def _holds(self, test: Any) -> bool:
-    op = operation(test)
-    if op.primitive in LOGIC:
-      return LOGIC[op.primitive](*map(self._holds, op.inputs))
-    if op.primitive not in COMPARISONS:
-      raise NoRuleError
-    a, b = map(self.of, op.inputs)
-    order = 0 if a is b else self._order(a.plus(b.negated()), strictly=True)
-    return COMPARISONS[op.primitive](order, 0)
-
-  def _order(self, jet: Jet, strictly: bool) -> int:
-    """The sign of a value everywhere between the ends."""
-    low, high = tight(jet.value, jet.slope)
-    if np.all(is_zero((low, high))):
-      return 0
-    # What moves is 0 at most once, at an end.
-    up, down = (_at(end, PIECE) for end in jet.slope)
-    moves = ((up > 0) | (down < 0)) & bool(self.points)
-    for sign, least in ((1, low), (-1, -high)):
-      if np.all((least > 0) | ((least == 0) & moves) if strictly else least >= 0):
-        return sign
-    raise NoRuleError
-
-
-class _Part(Piece):
-  """Parts of a piece."""
-
-  def __init__(self, whole: Piece, low: Any, high: Any):
-    super().__init__(whole.root, low, high)
-    self._whole = whole
-
-  def sign(self, node: Value | Known) -> int:
-    return self._whole.sign(node)
-
-  def step(self, op: Operation) -> Any:
-    return self._whole.step(op)
-
-  def settled(self, node: Value | Known) -> tuple[Value | Known, Any]:
-    return self._whole.settled(node)
-
-
-def operation(node: Any) -> Operation:
-  """What made a value; raises `NoRuleError` where that cannot be read."""
-  op = node.made_by if isinstance(node, Value) else None
-  if op is None or not is_plain(op) or not is_defined(op.primitive, op.inputs):
-    raise NoRuleError
-  return op
-
-
-def signature(value: Value, root: Value) -> Any:
-  """What two values have in common that are the same function of their roots; None if too large.
-
-  It names every operation between them with its parameters, and every number.
-  """
-  numbers: dict[int, int] = {id(root): 0}
-  lines: list[Any] = [len(value.shape)]
-  todo: list[Any] = [value]
-  while todo:
-    node = todo[-1]
-    op = node.made_by if isinstance(node, Value) else None
-    inputs = op.inputs if op is not None and id(node) not in numbers else ()
-    missing = [x for x in inputs if id(x) not in numbers]
-    if missing:
-      todo += missing
-      continue
-    todo.pop()
-    if id(node) in numbers:
-      continue
-    numbers[id(node)] = len(numbers)
-    if isinstance(node, Known):
-      if not isinstance(node.low, np.ndarray | np.generic) or node.low.size > LARGE:
-        return None
-      lines.append((str(node.low.dtype), node.shape, node.low.tobytes(), node.high.tobytes()))
-    elif op is None or op.eqn is None or len(lines) > LONG:
-      return None
-    else:
-      shape = op.shape if len({x.shape for x in inputs} - {()}) > 1 else ()
-      params = tuple(sorted(op.params.items()))
-      lines.append((op.primitive, params, op.index, shape, *(numbers[id(x)] for x in inputs)))
-  try:
-    hash(key := tuple(lines))
-  except TypeError:  # Some parameter cannot be compared.
-    return None
-  return key
-
-
-def softened(node: Any) -> tuple[Any, Any] | None:
-  """(x, y) of a value that was recognised as log(e^x + e^y) of a value and a known number."""
-  op = node.made_by if isinstance(node, Value) else None
-  if op is None or op.primitive != "logaddexp":
-    return None
-  x, y = op.inputs if isinstance(op.inputs[0], Value) else op.inputs[::-1]
-  alike = isinstance(x, Value) and x.shape == op.shape and isinstance(y, Known)
-  return (x, y) if alike and is_defined("", [y]) else None
-
-
-def _at(end: Any, where: int) -> Any:
-  if not np.ndim(end):
-    return end
-  return end[where] if len(end) > 1 else end[0]
-
-
-def tight(value: Ends, slope: Ends) -> Ends:
-  """Bounds over a piece: the limits at its ends, where these are finite, of what is monotone."""
-  (low, high), (least, most) = ([_at(end, PIECE) for end in ends] for ends in (value, slope))
-  for moves, first, last in ((least >= 0, LEFT, RIGHT), (most <= 0, RIGHT, LEFT)):
-    limits = _at(value[0], first), _at(value[1], last)
-    low, high = (
-      np.where(moves & np.isfinite(limit), limit, end)
-      for limit, end in zip(limits, (low, high), strict=True)
-    )
-  return low, high
-
-
-def _are_equal(p: Piece, x: Any, end: int, q: Piece, y: Any) -> Any:
-  """Whether the limit of x at an end of the piece p is surely the value of y there, at q."""
-  x, y = _without_zeros(p, x, end), _without_zeros(q, y, PIECE)
-  a, b = ([_at(e, i) for e in z.of(v).value] for z, v, i in ((p, x, end), (q, y, PIECE)))
-  exact = _are_exact(a, b)
-  if np.all(exact) or x is y:
-    return True
-  if isinstance(x, Known) or isinstance(y, Known) or p.root in (x, y):
-    return exact
-  first, second = operation(x), operation(y)
-  if (first.primitive, first.params) != (second.primitive, second.params):
-    return exact
-  pairs = zip(first.inputs, second.inputs, strict=True)
-  return exact | all(np.all(_are_equal(p, u, end, q, v)) for u, v in pairs)
-
-
-def _are_exact(a: Sequence[Any], b: Sequence[Any]) -> Any:
-  """Whether two enclosures are of one finite number."""
-  return np.equal(a[0], a[1]) & np.equal(b[0], b[1]) & np.equal(a[0], b[0]) & np.isfinite(a[0])
-
-
-def _without_zeros(p: Piece, x: Any, end: int) -> Any:
-  """x, without what is added to it and is 0 there."""
-  x, _ = p.settled(x)
-  if isinstance(x, Value) and x is not p.root and operation(x).primitive in ("add", "sub"):
-    a, b = operation(x).inputs
-    pairs = ((b, a), (a, b)) if operation(x).primitive == "add" else ((b, a),)
-    for nothing, rest in pairs:
-      if np.all(is_zero(tuple(_at(e, end) for e in p.of(nothing).value))):
-        return _without_zeros(p, rest, end)
-  return x
-
-
-def pieces_between(root: Value, ends: Sequence[np.ndarray]) -> list[Piece]:
-  """Readings of the pieces of the line between these ends, in rising order."""
-  points = [Piece(root, k, k) if np.isfinite(k).all() else None for k in ends]
-  sides = zip(itertools.pairwise(ends), itertools.pairwise(points), strict=True)
-  return [Piece(root, *pair, at) for pair, at in sides]
 
 
 def slope_change(left: Jet, right: Jet) -> tuple[Any, Any]:
@@ -552,3 +220,21 @@ def slope_change(left: Jet, right: Jet) -> tuple[Any, Any]:
 def ends_at(ends: Ends, where: int) -> Ends:
   """Bounds all over a piece, or of the limit at one of its ends."""
   return _at(ends[0], where), _at(ends[1], where)
+
+
+def _at(end: Any, where: int) -> Any:
+  if not np.ndim(end):
+    return end
+  return end[where] if len(end) > 1 else end[0]
+
+
+def tight(value: Ends, slope: Ends) -> Ends:
+  """Bounds over a piece: the limits at its ends, where these are finite, of what is monotone."""
+  (low, high), (least, most) = (ends_at(ends, PIECE) for ends in (value, slope))
+  for moves, first, last in ((least >= 0, LEFT, RIGHT), (most <= 0, RIGHT, LEFT)):
+    limits = _at(value[0], first), _at(value[1], last)
+    low, high = (
+      np.where(moves & np.isfinite(limit), limit, end)
+      for limit, end in zip(limits, (low, high), strict=True)
+    )
+  return low, high

@@ -21,9 +21,10 @@ import numpy as np
 
 from convex_jax.proof import activations
 from convex_jax.proof.enclosures import ONE, Ends, add, divide, multiply, negative
-from convex_jax.proof.jets import NoRuleError, softened
+from convex_jax.proof.jets import NoRuleError
 from convex_jax.proof.linear import has_no_zero, is_defined
 from convex_jax.proof.parameters import is_plain
+from convex_jax.proof.pieces import softened
 from convex_jax.proof.values import Known, Masks, Operation, ScalarFunction, Value
 
 UNARY = {"exp", "exp2", "expm1"}  # Convex functions that no second look is for.

@@ -21,11 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from convex_jax.proof import activations, interpreter
-from convex_jax.proof.jets import (
-  NoRuleError,
-  Piece,
-  pieces_between,
-)
+from convex_jax.proof.jets import NoRuleError
+from convex_jax.proof.pieces import Piece, pieces_between
 from convex_jax.proof.tails import cells
 from convex_jax.proof.values import Value
 

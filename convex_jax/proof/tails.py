@@ -32,17 +32,14 @@ from convex_jax.proof.jets import (
   LOG_2,
   PIECE,
   RIGHT,
-  STEPS,
   TWO,
   ZERO,
   NoRuleError,
-  Piece,
   ends_at,
-  operation,
-  softened,
   tight,
 )
 from convex_jax.proof.linear import has_no_zero
+from convex_jax.proof.pieces import STEPS, Piece, operation, softened
 from convex_jax.proof.values import Known, Value
 
 FAR = 32.0  # From where on a tail is one part.

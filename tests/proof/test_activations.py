@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from convex_jax.proof import jets
+from convex_jax.proof import pieces
 from tests.support.curvature import curvature_of
 from tests.support.midpoints import midpoint_gaps
 
@@ -230,7 +230,7 @@ def test_nothing_that_is_proved_of_random_pieces_has_a_midpoint_too_high(functio
 
 def test_the_midpoint_test_of_random_pieces_can_fail(monkeypatch):
   """The negative control: a proof that overlooks jumps is caught."""
-  monkeypatch.setattr(jets, "_are_equal", lambda *_: True)
+  monkeypatch.setattr(pieces, "_are_equal", lambda *_: True)
   with pytest.raises(AssertionError):
     check(lambda x: jnp.where(x > 0, x + 1, 0 * x))
 
