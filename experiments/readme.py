@@ -21,6 +21,7 @@ from experiments.scale import run as scale_run
 FOLDER = pathlib.Path(__file__).parent
 ROOT = FOLDER.parent
 CLAIMS = ("mlp", "mixer", "cycle_mlp", "convolutions", "convex_head")
+PREPARING = {"readout_rates"}  # Schedules that choose a learning rate for others.
 
 
 def read(path: str) -> list[dict[str, str]]:
@@ -86,7 +87,7 @@ def train_and_test(rows: list[results.Result]) -> str:
 def claims(link: str) -> str:
   """Accuracies reported by the sources, and ours: a row for each panel and schedule.
 
-  But for those that compare learning rates, which their own pages show.
+  But for the schedules in `PREPARING`, which their own pages show.
   """
   headings = ["network, data", "schedule (seeds)", "source: base", "source: convex"]
   headings += [
@@ -106,7 +107,7 @@ def claims(link: str) -> str:
     base, paper, ioc = (variants.get(twin, []) for twin in ("base", "paper", "ioc"))
     fair = variants.get("base, BatchNorm", [])  # With the norm of `ioc`: the fair baseline.
     of_base = train_and_test(base) or (f"{train_and_test(fair)}, with BatchNorm" if fair else "")
-    if ioc and ", rate " not in panel:
+    if ioc and schedule not in PREPARING:
       rows.append(
         [
           f"[{panel}]({link}/{claim}/README.md)",

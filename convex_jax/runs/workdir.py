@@ -177,7 +177,7 @@ class Workdir:
   def final_certificate(self) -> dict[str, Any] | None:
     """The certificate that tells whether the run is convex at its end; None where there is none.
 
-    `certify` may have written that of another step, or of another kind, over it.
+    The file may hold that of another step: `certified.write` takes any, and so did earlier versions.
     """
     found, final = self.certificate(), self.rows("final")
     about = {"kind": "convex"} | ({"step": final[-1]["step"]} if final else {})

@@ -135,7 +135,7 @@ def test_the_certificate_of_averaged_weights_is_not_of_raw_ones(run_of):
 
 @pytest.mark.parametrize("of", [{"kind": "concave"}, {"step": 10}])
 def test_a_report_tells_whether_the_run_is_convex_at_its_end(tmp_path, of):
-  """No other kind (`certify --kind`), no other step (`--step`): that is certified again."""
+  """A certificate of another kind or step, as earlier versions wrote them, is made again."""
   workdir = shutil.copytree(ROOT / "tests" / "fixtures" / "run_1_1", tmp_path / "run")
   file = str(workdir / "certificate.json")
   (row,) = results.of_workdir(str(workdir), "p", "v").rows
