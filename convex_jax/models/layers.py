@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from convex_jax.models.constraints import FREE, constrained
-from convex_jax.models.fast_forms import along_first, along_last
+from convex_jax.models.fast_forms import along_first, along_last, gradient_once
 
 
 @jax.custom_jvp
@@ -59,8 +59,41 @@ class LayerNorm(Layer, nn.LayerNorm):
   """Flax's `LayerNorm`."""
 
 
-class BatchNorm(Layer, nn.BatchNorm):
-  """Flax's `BatchNorm`."""
+class BatchNorm(Layer):
+  """a x + c for each feature (the last axis), a = scale / sqrt(var + epsilon), c = bias - a mean.
+
+  Batch normalisation (Ioffe and Szegedy 2015, algorithms 1 and 2), with the variables of Flax's
+  `BatchNorm`, which computes (x - mean) a + bias. Of that form XLA keeps x - mean for the backward
+  pass, next to x: a quarter to a third of the memory of a DenseNet's step.
+  """
+
+  use_running_average: bool
+  momentum: float
+  epsilon: float
+  dtype: Any
+  scale_init: Callable[..., Any]
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x):
+    x = gradient_once(x)  # Three terms, which would be added up for each reader.
+    features, examples = (x.shape[-1],), tuple(range(x.ndim - 1))
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
+    running_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
+    scale = self.param("scale", self.scale_init, features, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
+    mean, var = running_mean.value, running_var.value
+    if not self.use_running_average:
+      wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+      mean, square = wide.mean(examples), (wide**2).mean(examples)
+      if self.axis_name is not None and not self.is_initializing():
+        mean, square = jax.lax.pmean((mean, square), self.axis_name)
+      var = jnp.maximum(square - mean**2, 0)  # Rounding can make it negative.
+      if not self.is_initializing():
+        for average, new in ((running_mean, mean), (running_var, var)):
+          average.value = self.momentum * average.value + (1 - self.momentum) * new
+    a = scale * jax.lax.rsqrt(var + self.epsilon)
+    return (x * a + (bias - mean * a)).astype(self.dtype)
 
 
 class Dense(Layer):

@@ -1,6 +1,7 @@
 """Layers in fast forms against plain ones; initial values against the literature."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -215,3 +216,30 @@ def test_an_affine_norm_is_a_scale_and_a_bias():
   x = jax.random.normal(jax.random.key(0), (4, 3))
   variables = layer.init(jax.random.key(1), x)
   np.testing.assert_allclose(layer.apply(variables, x), 2 * x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("shape", [(8, 5), (4, 3, 2, 5)])
+def test_batch_norm_computes_what_that_of_flax_does(dtype, shape):
+  """Values, gradients of the image and of both weights, running averages; then at inference."""
+  fields: Any = dict(momentum=0.9, epsilon=1e-3, dtype=dtype, scale_init=nn.initializers.normal())
+  ours, flax = layers.BatchNorm, nn.BatchNorm
+  with jax.enable_x64(dtype == "float64"):
+    x, v = (3 + jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in range(2))
+    start = jax.tree.map(lambda leaf: leaf + 0.5, ours(True, **fields).init(jax.random.key(2), x))
+    results = []
+    for layer in (ours, flax):
+
+      def value(params, x, layer=layer):
+        variables = {**start, "params": params}
+        y, after = layer(False, **fields).apply(variables, x, mutable=["batch_stats"])
+        return jnp.sum(y * v, dtype=jnp.float32), (y, after["batch_stats"])
+
+      (_, (y, stats)), slopes = jax.value_and_grad(value, (0, 1), has_aux=True)(start["params"], x)
+      at_inference = layer(True, **fields).apply({**start, "batch_stats": stats}, x)
+      results.append((y, stats, slopes, at_inference))
+  error = 1e-2 if dtype == "bfloat16" else 1e-4
+  for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
+    assert got.dtype == expected.dtype
+    got, expected = (np.asarray(value, float) for value in (got, expected))
+    np.testing.assert_allclose(got, expected, rtol=error, atol=error)

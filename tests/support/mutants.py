@@ -18,6 +18,7 @@ import optax
 from configs import base
 from convex_jax.models import catalog
 from convex_jax.models.constraints import FREE, constraints_of, enforce
+from convex_jax.models.layers import BatchNorm
 from convex_jax.proof.wide import in_float64
 from convex_jax.training import optimizer, step
 from tests.support import draws
@@ -189,7 +190,7 @@ def layers_of(model, weights) -> list[tuple[str, ...]]:
 
   def interceptor(call, args, kwargs, context):
     y = call(*args, **kwargs)
-    if isinstance(context.module, nn.Dense | nn.Conv | nn.BatchNorm):
+    if isinstance(context.module, nn.Dense | nn.Conv | BatchNorm):
       found.append(context.module.path)
     return y
 
