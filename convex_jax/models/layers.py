@@ -76,7 +76,6 @@ class BatchNorm(Layer):
 
   @nn.compact
   def __call__(self, x):
-    x = gradient_once(x)  # Three terms, which would be added up for each reader.
     features, examples = (x.shape[-1],), tuple(range(x.ndim - 1))
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
     running_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
@@ -84,6 +83,7 @@ class BatchNorm(Layer):
     bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
     mean, var = running_mean.value, running_var.value
     if not self.use_running_average:
+      x = gradient_once(x)  # Three terms, which would be added up for each reader.
       wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
       mean, square = wide.mean(examples), (wide**2).mean(examples)
       if self.axis_name is not None and not self.is_initializing():

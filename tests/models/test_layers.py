@@ -243,3 +243,15 @@ def test_batch_norm_computes_what_that_of_flax_does(dtype, shape):
     assert got.dtype == expected.dtype
     got, expected = (np.asarray(value, float) for value in (got, expected))
     np.testing.assert_allclose(got, expected, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("name", ["mlp", "mixer"])  # The others have convolutions with such rules.
+def test_at_inference_there_are_derivatives_in_forward_mode(name):
+  """A custom rule for gradients, as training has, would rule out `jax.jvp` and `jax.hessian`."""
+  network = catalog.create_model(name, "tiny", "ioc", classes=3)
+  variables = nn.meta.unbox(init_variables(network, jax.random.key(0), (16, 16, 3)))
+  x, v = (jax.random.normal(jax.random.key(i), (1, 16, 16, 3)) for i in range(2))
+  logits = functools.partial(apply, network, variables)
+  forward = jax.jvp(logits, (x,), (v,))[1]
+  backward = [jnp.vdot(jax.grad(lambda x, i=i: logits(x)[0, i])(x), v) for i in range(3)]
+  np.testing.assert_allclose(forward[0], np.array(backward), rtol=1e-3, atol=1e-4)
