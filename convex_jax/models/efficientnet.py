@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 
 from convex_jax.models.initializers import ELU, NORMED, Moments
+from convex_jax.models.layers import silu
 from convex_jax.models.parts import Parts, Rate
 
 PAPER_BREAKS = "gate"
@@ -110,7 +111,7 @@ class SqueezeExcite(nn.Module):
     parts, features = self.parts, x_BxHxWxD.shape[-1]
     x_Bx1x1xD, own_init = x_BxHxWxD.mean((1, 2), keepdims=True), kernel_init(1, self.hidden)
     h_Bx1x1xE = parts.dense(x_Bx1x1xD, self.hidden, own_init=own_init, name="reduce")
-    h_Bx1x1xE = parts.act(nn.silu)(h_Bx1x1xE)
+    h_Bx1x1xE = parts.act(silu)(h_Bx1x1xE)
     h_Bx1x1xD = parts.dense(h_Bx1x1xE, features, own_init=kernel_init(1, features), name="expand")
     return x_BxHxWxD * nn.sigmoid(h_Bx1x1xD)
 
@@ -128,7 +129,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxHxWxD: jax.Array, train: bool) -> jax.Array:
-    parts, act, width = self.parts, self.parts.act(nn.silu), x_BxHxWxD.shape[-1]
+    parts, act, width = self.parts, self.parts.act(silu), x_BxHxWxD.shape[-1]
     conv = functools.partial(ConvNorm, variant=self.variant, parts=parts)
     expanded, h_BxHxWxE = self.expansion * width, x_BxHxWxD
     if self.expansion > 1:
@@ -163,7 +164,7 @@ class Model(nn.Module):
 
   @nn.compact
   def __call__(self, image_BxHxWxC: jax.Array, train: bool = False) -> jax.Array:
-    parts, act, variant = self.parts, self.parts.act(nn.silu), self.variant or "tf"
+    parts, act, variant = self.parts, self.parts.act(silu), self.variant or "tf"
     conv = functools.partial(ConvNorm, variant=variant, parts=parts)
     stem = conv(scaled(32, self.width), 3, stride=self.stem_stride, free=True, name="stem")
     y_BxHxWxE = stem(image_BxHxWxC, train)

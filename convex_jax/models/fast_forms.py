@@ -33,6 +33,7 @@ from convex_jax import mesh as meshes
 from convex_jax.models import tiles
 
 _COPIES = 3  # Patches may take this many times the memory of the map.
+_LARGE = 1 << 18  # Elements; of a smaller array a copy costs less than a conditional.
 _WIDE = 64  # Features from which fewer FLOPs outweigh the copies of tiles.
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -259,18 +260,18 @@ def along_first(kernel_SxT: jax.Array, x_SxBxD: jax.Array) -> jax.Array:
   return y_TxN.reshape(-1, *x_SxBxD.shape[1:])
 
 
-def materialize(g: jax.Array) -> jax.Array:
-  """Returns g and makes XLA compute it only once.
+def materialize(x: jax.Array) -> jax.Array:
+  """Returns x and makes XLA compute it only once.
 
   XLA's CPU backend would fuse a cheap sum of many terms into each operation that reads it, and
-  compute it as often. It fuses nothing into a conditional. This one always takes the first branch,
-  unless g begins with NaN: then the gradient is lost anyway. Elsewhere it would only be in the way
-  of fusion, and of sums over devices that could be one.
+  compute it as often. It fuses nothing into a conditional, whose branches here both return x in
+  ways that XLA does not see to be the same. Elsewhere it would only be in the way of fusion, and of
+  sums over devices that could be one. Small arrays are cheap to compute again.
   """
-  if not _on_cpu():
-    return g
-  first = g[(0,) * g.ndim]
-  return jax.lax.cond(first == first, lambda g: g, lambda g: jnp.full_like(g, jnp.nan), g)
+  if not _on_cpu() or x.size < _LARGE:
+    return x
+  first = x[(0,) * x.ndim]
+  return jax.lax.cond(first == first, lambda x: x, lambda x: jnp.where(x == x, x, jnp.nan), x)
 
 
 @jax.custom_vjp

@@ -106,6 +106,7 @@ def test_other_devices_get_xlas_own_convolutions(platform, side, strides, groups
   assert [program.count(" conv_general_dilated[") for program in programs] == [0, 3]
   for a, b in zip(jax.grad(lambda *xs: f(*xs), (0, 1))(x, w), want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+  monkeypatch.setattr(fast_forms, "_LARGE", 0)
   once = jax.make_jaxpr(jax.grad(lambda x: (fast_forms.gradient_once(x) ** 2).sum()))(x)
   assert "cond[" not in str(once)
 
@@ -155,14 +156,20 @@ def test_flax_accepts_it():
   np.testing.assert_allclose(ours.apply(variables, x), plain.apply(variables, x), atol=1e-6)
 
 
-def test_a_gradient_computed_once_is_the_same_gradient():
-  x = jax.random.normal(jax.random.key(0), (3, 4))
-
+def test_a_large_gradient_is_computed_once_and_is_the_same_gradient():
   def f(x, keep):
     y = keep(jnp.sin(x))
     return jnp.sum(y**2) + jnp.sum(jnp.cos(y))
 
-  got = jax.jit(jax.grad(lambda x: f(x, fast_forms.gradient_once)))(x)
-  np.testing.assert_allclose(got, jax.grad(lambda x: f(x, lambda y: y))(x), rtol=1e-6)
-  program = jax.jit(jax.grad(lambda x: f(x, fast_forms.gradient_once))).lower(x).compile().as_text()
-  assert "conditional(" in program  # What XLA fuses nothing into; it may not be simplified away.
+  slope = jax.jit(jax.grad(lambda x: f(x, fast_forms.gradient_once)))
+  for shape in ((3, 4), (512, 512)):
+    x = jax.random.normal(jax.random.key(0), shape)
+    np.testing.assert_allclose(slope(x), jax.grad(lambda x: f(x, lambda y: y))(x), rtol=1e-6)
+    program = slope.lower(x).compile().as_text()
+    # What XLA fuses nothing into; it may not be simplified away.
+    assert ("conditional(" in program) == (shape == (512, 512))
+
+
+def test_what_is_computed_once_keeps_its_nans_to_itself():
+  x = jnp.ones((512, 512)).at[0, 0].set(jnp.nan)
+  np.testing.assert_array_equal(jax.jit(fast_forms.materialize)(x), x)

@@ -113,11 +113,14 @@ def test_a_dense_layer_and_its_gradients_are_those_of_einsum(axis, scale):
       np.testing.assert_allclose(a, b, atol=1e-12)
 
 
-def test_elu_and_its_slope_are_those_of_jax():
-  x = jnp.asarray([-100.0, -3.0, -1e-4, -0.0, 0.0, 1e-4, 3.0, 1e30])
-  np.testing.assert_allclose(layers.elu(x), jax.nn.elu(x), atol=1e-7)
-  slope, expected = (jax.vmap(jax.grad(f))(x) for f in (layers.elu, jax.nn.elu))
-  np.testing.assert_allclose(slope, expected, rtol=1e-6)
+@pytest.mark.parametrize("name,error", [("elu", 1e-6), ("silu", 5e-6)])
+def test_activations_and_their_slopes_are_those_of_jax(name, error):
+  x = jnp.concatenate([jnp.asarray([-1e30, -1e-4, -0.0, 1e-4, 1e30]), jnp.linspace(-60, 60, 1001)])
+  ours, theirs = getattr(layers, name), getattr(jax.nn, name)
+  np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-6, atol=1e-7)
+  for derivative in (jax.grad, jax.jacfwd):
+    slope, expected = (jax.vmap(derivative(f))(x) for f in (ours, theirs))
+    np.testing.assert_allclose(slope, expected, rtol=0, atol=error)
 
 
 def test_an_unknown_twin_is_refused():
