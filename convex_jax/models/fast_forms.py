@@ -33,7 +33,7 @@ from convex_jax import mesh as meshes
 from convex_jax.models import tiles
 
 _COPIES = 3  # Patches may take this many times the memory of the map.
-_LARGE = 1 << 18  # Elements; of a smaller array a copy costs less than a conditional.
+_LARGE = 1 << 18  # Elements from which it pays to compute an array once, in a conditional.
 _WIDE = 64  # Features from which fewer FLOPs outweigh the copies of tiles.
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -266,7 +266,7 @@ def materialize(x: jax.Array) -> jax.Array:
   XLA's CPU backend would fuse a cheap sum of many terms into each operation that reads it, and
   compute it as often. It fuses nothing into a conditional, whose branches here both return x in
   ways that XLA does not see to be the same. Elsewhere it would only be in the way of fusion, and of
-  sums over devices that could be one. Small arrays are cheap to compute again.
+  sums over devices that could be one. Small arrays are left alone: they cost less than a conditional.
   """
   if not _on_cpu() or x.size < _LARGE:
     return x

@@ -105,7 +105,7 @@ class BatchNorm(Layer):
     bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
     mean, var = running_mean.value, running_var.value
     if not self.use_running_average:
-      x = gradient_once(x)  # Three terms, which would be added up for each reader.
+      x = gradient_once(x)  # A sum of three terms, which XLA would compute again for each reader.
       wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
       mean, square = wide.mean(examples), (wide**2).mean(examples)
       if self.axis_name is not None and not self.is_initializing():
