@@ -30,6 +30,7 @@ from convex_jax.proof.equations import (
   is_pure,
   keeps_precision,
 )
+from convex_jax.proof.in_numpy import broadcast, rearranged, select
 from convex_jax.proof.values import Known
 
 # Applied to the low ends and to the high ends of their data: moves of elements, and functions
@@ -73,6 +74,7 @@ _BY_EXP = {"pow", "exp2", "sinh", "cosh", "erfc"}  # By exp of what was rounded.
 _LOOPS = {"scan", "while", "cond"}  # Walked; one that reaches the folding is too long, or unclear.
 _ORDERS = {"gt", "ge", "lt", "le", "eq", "ne"}
 _INTEGERS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative}
+_INTEGERS["rem"] = lambda a, b: np.where(b == 0, a, np.fmod(a, np.where(b == 0, 1, b)))  # As XLA's.
 # In numpy, which compiles nothing.
 _IN_NUMPY = {"max": np.maximum, "min": np.minimum, "floor": np.floor, "ceil": np.ceil}
 _IN_NUMPY |= {"sign": np.sign, "and": np.logical_and, "or": np.logical_or}
@@ -222,11 +224,14 @@ def _rounded(eqn, low: Any, high: Any, dtype: Any) -> Ends:
   exact = (low == high) & (low.astype(dtype).astype(np.float64) == low) & normal
   if exact.all():
     return low, low
-  errors = [_error(eqn, end, eps) for end in (low, high)]
+  errors = [_error(eqn, end, eps) for end in ((low,) if low is high else (low, high))]
   # Where errors are about as large as the numbers, order may be lost: the larger error at both ends.
-  wide = np.maximum(errors[0] - np.abs(low) / 4, errors[1] - np.abs(high) / 4) > 0
-  errors = [np.where(wide, np.maximum(*errors), e) + float(info.smallest_subnormal) for e in errors]
-  down, up = low - errors[0], high + errors[1]
+  wide = np.maximum(errors[0] - np.abs(low) / 4, errors[-1] - np.abs(high) / 4) > 0
+  errors = [
+    np.where(wide, np.maximum(errors[0], errors[-1]), e) + float(info.smallest_subnormal)
+    for e in errors
+  ]
+  down, up = low - errors[0], high + errors[-1]
   if name not in ("sin", "cos"):  # All others keep the sign.
     down = np.where(low >= 0, np.maximum(down, 0), down)
     up = np.where(high <= 0, np.minimum(up, 0), up)
@@ -270,7 +275,8 @@ def _by_ends(name: str, eqn, inputs: Sequence[Known]) -> list[Ends]:
   def apply(arrays):
     if name in _IN_NUMPY and (arrays[0].dtype in (np.bool_, np.float64) or name in ("max", "min")):
       return [_IN_NUMPY[name](*arrays)]
-    return bind(eqn, *arrays, *keys)
+    found = rearranged(name, eqn.params, [*arrays, *keys])
+    return bind(eqn, *arrays, *keys) if found is None else found
 
   low = apply([x.low for x in inputs[data]])
   if all(x.is_exact for x in inputs[data]):
@@ -282,30 +288,9 @@ def _by_ends(name: str, eqn, inputs: Sequence[Known]) -> list[Ends]:
   return list(zip(low, apply([x.high for x in inputs[data]]), strict=True))
 
 
-def broadcast(array: np.ndarray, shape: tuple[int, ...], dimensions: Sequence[int]) -> np.ndarray:
-  """`lax.broadcast_in_dim`, which compiles."""
-  thin = [1] * len(shape)
-  for d, n in zip(dimensions, array.shape, strict=True):
-    thin[d] = n
-  return np.broadcast_to(array.reshape(thin), shape)
-
-
 def _move(x: Known, move: Callable[[Any], Any]) -> Ends:
   low = move(x.low)
   return (low, low) if x.low is x.high else (low, move(x.high))
-
-
-def _broadcast_in_dim(eqn, x: Known, *_: Known) -> Ends:
-  dimensions = eqn.params["broadcast_dimensions"]
-  if jnp.issubdtype(x.low.dtype, jax.dtypes.prng_key):
-    return _as_the_program_does(eqn, [x.low])[0]
-  return _move(x, lambda a: broadcast(a, eqn.params["shape"], dimensions))
-
-
-def _reshape(eqn, x: Known, *_: Known) -> Ends:
-  if eqn.params.get("dimensions") is not None:
-    return _by_ends("reshape", eqn, [x])[0]
-  return _move(x, lambda a: a.reshape(eqn.params["new_sizes"]))
 
 
 def _convert_element_type(eqn, x: Known) -> Ends:
@@ -340,13 +325,13 @@ def _select_n(eqn, which: Known, *cases: Known) -> Ends:
     if not which.is_exact:
       raise Unknown("a random key chosen by a number that is known only to within rounding")
     return _as_the_program_does(eqn, [which.low, *(c.low for c in cases)])[0]
+  if which.is_exact and all(c.is_exact for c in cases):
+    return _point(select(which.low, *(c.low for c in cases)))
   shape = cases[0].shape
   last = len(cases) - 1  # To which XLA clips.
   index = [np.broadcast_to(np.clip(i, 0, last), shape).astype(int) for i in (which.low, which.high)]
   lows = np.stack([np.broadcast_to(c.low, shape) for c in cases])
   highs = np.stack([np.broadcast_to(c.high, shape) for c in cases])
-  if which.is_exact and all(c.is_exact for c in cases):
-    return _point(np.take_along_axis(lows, index[0][None], 0)[0])
   number = np.arange(len(cases)).reshape(-1, *[1] * len(shape))
   possible = (number >= index[0]) & (number <= index[1])
   most, least = (np.inf, -np.inf) if cases[0].is_float else (lows.max(), highs.min())
@@ -363,8 +348,6 @@ def _iota(eqn) -> Ends:
 
 _OWN_RULES: dict[str, Callable[..., Ends]] = {
   "iota": _iota,
-  "broadcast_in_dim": _broadcast_in_dim,
-  "reshape": _reshape,
   "convert_element_type": _convert_element_type,
   "select_n": _select_n,
 }

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from convex_jax.proof.equations import has_body, is_float
+from convex_jax.proof.in_numpy import as_rows, distinct, rearranged
 from convex_jax.proof.values import (
   Known,
   Masks,
@@ -71,7 +72,8 @@ def _moving(data: Callable[[int], range], padded: bool = False):
       arrays = [x.low if isinstance(x, Known) else x.masks[0] for x in inputs]
       for i, mask in zip(moved, masks, strict=True):
         arrays[i] = mask
-      return np.asarray(op.bind(*arrays))
+      found = rearranged(op.primitive, op.params, arrays)
+      return found[0] if found is not None else np.asarray(op.bind(*arrays))
 
     not_convex, not_concave = zip(*(masks_of(inputs[i]) for i in moved), strict=True)
     return move(not_convex), move(not_concave)
@@ -188,10 +190,17 @@ def _bilinear(op: Operation, a, b) -> Masks:
   if weights.not_finite.any():
     return lost(op)
 
-  def apply(mask, part):
+  def apply(mask, part):  # By sums of 0 and 1: no rounding.
     pair = (mask, part) if first else (part, mask)
-    ones = [np.asarray(array, np.float32) for array in pair]  # Sums of 0 and 1: no rounding.
-    return np.asarray(op.bind(*ones, preferred_element_type=np.dtype(np.float32))) > 0.5
+    if op.primitive == "conv_general_dilated":
+      ones = [np.asarray(array, np.float32) for array in pair]
+      return np.asarray(op.bind(*ones, preferred_element_type=np.dtype(np.float32))) > 0.5
+    sides = as_rows(op.params["dimension_numbers"], *pair)
+    rows, columns = sides if first else reversed(sides)
+    which, like = distinct(rows)  # Often few: those of the border, and all others.
+    ones = rows[:, which].astype(np.float32), columns.astype(np.float32)
+    found = (ones[0] @ ones[1].swapaxes(1, 2) > 0.5)[:, like]
+    return (found if first else found.swapaxes(1, 2)).reshape(op.shape)
 
   return _signed(op, x, weights, apply)
 

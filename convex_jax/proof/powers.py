@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from convex_jax.proof import quadratic
+from convex_jax.proof.in_numpy import as_rows
 from convex_jax.proof.linear import LINEAR, carried, lost, over_axes
-from convex_jax.proof.signs import as_rows, exponent_of, is_multiple, sign, squares
+from convex_jax.proof.signs import exponent_of, is_multiple, sign, squares
 from convex_jax.proof.values import Known, Masks, Operation, Value, composed, either, uniform
 
 
@@ -62,7 +63,7 @@ def product(op: Operation, a: Any, b: Any) -> Masks:
     return lost(op)
   not_convex: np.ndarray = absolute(op, a)[0]
   if op.primitive == "dot_general":
-    rows, columns = as_rows(op, not_convex, b.not_convex)
+    rows, columns = as_rows(op.params["dimension_numbers"], not_convex, b.not_convex)
     some = np.broadcast_to(
       np.asarray(rows.any(-1))[:, :, None], (*rows.shape[:2], columns.shape[1])
     )

@@ -26,6 +26,7 @@ from convex_jax.proof.collectives import on_one_device
 from convex_jax.proof.enclosures import Ends, size_of
 from convex_jax.proof.equations import SAME, Unknown, is_float, is_half_or_more, keeps_precision
 from convex_jax.proof.float64 import float64
+from convex_jax.proof.in_numpy import rearranged
 from convex_jax.proof.merged import NOTHING, kept, merge
 from convex_jax.proof.rounded import (
   Chain,
@@ -78,24 +79,10 @@ CHUNK = 64  # Columns of the derivative of an affine value at a time.
 def _run(eqn: Any, *arrays: Any) -> Any:
   """The output of an equation for other arrays, in float64."""
   name, params = eqn.primitive.name, eqn.params
-  if name == "reshape" and params.get("dimensions") is None:  # In numpy, which compiles nothing.
-    return np.reshape(arrays[0], params["new_sizes"])
-  if name == "broadcast_in_dim":
-    dimensions = params["broadcast_dimensions"]
-    return constants.broadcast(np.asarray(arrays[0]), params["shape"], dimensions)
-  if name == "transpose":
-    return np.transpose(arrays[0], params["permutation"])
-  if name == "squeeze":
-    return np.squeeze(arrays[0], tuple(params["dimensions"]))
-  if name == "concatenate":
-    return np.concatenate(arrays, params["dimension"])
-  if name == "slice":
-    steps = params["strides"] or (1,) * np.ndim(arrays[0])
-    cuts = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
-    return np.asarray(arrays[0])[tuple(slice(*cut) for cut in cuts)]
   if name == "reduce_sum":
     return np.sum(arrays[0], tuple(params["axes"]))
-  return _all(eqn, *arrays)[0]
+  found = rearranged(name, params, [np.asarray(a) for a in arrays])
+  return found[0] if found is not None else _all(eqn, *arrays)[0]
 
 
 def _terms(eqn: Any) -> int:

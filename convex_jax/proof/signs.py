@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from convex_jax.proof.in_numpy import as_rows, rearranged
 from convex_jax.proof.linear import LINEAR, MOVES, carried, over_axes
 from convex_jax.proof.values import Known, Masks, Operation, Value, either, swapped, uniform
 
@@ -162,7 +163,8 @@ def same_elements(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray] | None:
   def numbers(moves):
     index = np.arange(np.prod(root.shape, dtype=int), dtype=np.int32).reshape(root.shape)
     for op in reversed(moves):
-      index = np.asarray(op.bind(index))
+      found = rearranged(op.primitive, op.params, [index])
+      index = found[0] if found is not None else np.asarray(op.bind(index))
     return index
 
   return numbers(moves), numbers(others)
@@ -176,17 +178,7 @@ def squares(op: Operation) -> np.ndarray:
     return uniform(False, op.shape)
   if op.primitive == "mul":
     return np.broadcast_to(np.equal(*found), op.shape)
-  left, right = as_rows(op, *found)
+  left, right = as_rows(op.params["dimension_numbers"], *found)
   if left.size * right.shape[1] > LARGE:
     return uniform(False, op.shape)
   return (left[:, :, None] == right[:, None]).all(-1).reshape(op.shape)
-
-
-def as_rows(op: Operation, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
-  """The operands of a `dot_general` as (batch, rows, terms): it sums products of terms."""
-  rows = []
-  for array, sums, batch in zip((a, b), *op.params["dimension_numbers"], strict=True):
-    free = [i for i in range(array.ndim) if i not in (*sums, *batch)]
-    sizes = [np.prod([array.shape[i] for i in axes], dtype=int) for axes in (batch, free, sums)]
-    rows.append(array.transpose(*batch, *free, *sums).reshape(sizes))
-  return rows
