@@ -28,26 +28,35 @@ program (this one needs cvxpy). The package needs jax, numpy and scipy, and noth
 convex_jax.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from convex_jax.proof.certificate import Certificate, certify
-from convex_jax.proof.convexified import Convexified, convexify
-
 if TYPE_CHECKING:
+  from convex_jax.proof.certificate import Certificate, certify
+  from convex_jax.proof.convexified import Convexified, convexify
   from convex_jax.proof.export import export_cvxpy
 
 __all__ = ["Certificate", "Convexified", "certify", "convexify", "export_cvxpy"]
+_WHERE = {  # Imported on first use: a run proves at its end, and CVXPY is an extra.
+  "Certificate": "certificate",
+  "Convexified": "convexified",
+  "certify": "certificate",
+  "convexify": "convexified",
+  "export_cvxpy": "export",
+}
 
 
 def __getattr__(name: str) -> Any:
-  """`export_cvxpy`, imported on first use: CVXPY is an extra."""
-  if name != "export_cvxpy":
+  if name not in _WHERE:
     raise AttributeError(f"{__name__} has no attribute {name!r}; it has {', '.join(__all__)}")
   try:
-    from convex_jax.proof.export import export_cvxpy
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
   except ModuleNotFoundError as error:
     if error.name != "cvxpy":
       raise
     message = "export_cvxpy needs cvxpy: pip install 'convex_jax[cvxpy]'"
     raise ModuleNotFoundError(message, name="cvxpy") from error
-  return export_cvxpy
+
+
+def __dir__() -> list[str]:
+  return sorted([*globals(), *__all__])

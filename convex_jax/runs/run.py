@@ -10,7 +10,7 @@ import hashlib
 import operator
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,11 @@ from convex_jax.data.preprocess import preparation
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.variables import apply
-from convex_jax.proof.convexified import Convexified, convexify
 from convex_jax.runs.checkpoints import read_weights
 from convex_jax.runs.workdir import Workdir
+
+if TYPE_CHECKING:
+  from convex_jax.proof.convexified import Convexified
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +100,7 @@ class Run:
     prepare = preparation(self.config.data, self.mean, self.std, dtype)
     return apply(model, dict(weights), prepare(image_BxHxWxC))
 
-  def convexify(self, dtype: Any = jnp.float32) -> Convexified:
+  def convexify(self, dtype: Any = jnp.float32) -> "Convexified":
     """The network with a common term that makes its logits convex; see `proof.convexified`.
 
     Its functions are of one image (1, H, W, C), pixel values 0..255, to be mapped over more.
@@ -106,6 +108,8 @@ class Run:
 
     Raises `UserError` where no such term is known: the message names the operation.
     """
+    from convex_jax.proof.convexified import convexify
+
     apply = functools.partial(self.apply, dtype=dtype)
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), self.weights)
     example = jax.ShapeDtypeStruct((1, *self.image_shape), dtype)

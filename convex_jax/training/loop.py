@@ -17,7 +17,7 @@ from convex_jax.data.datasets import Data
 from convex_jax.errors import Lost, Stopped
 from convex_jax.models.constraints import PENALISED
 from convex_jax.models.public.importer import Public
-from convex_jax.runs import certified, manifest
+from convex_jax.runs import manifest
 from convex_jax.runs.checkpoints import Checkpoints
 from convex_jax.runs.run import Run
 from convex_jax.runs.workdir import Workdir
@@ -218,6 +218,8 @@ def _finish(
   if config.model.parts == "ioc" and config.model.constraint != PENALISED:
     weights = program.gathered(state.weights())  # A collective: every host calls it.
     if jax.process_index() == 0:
+      from convex_jax.runs import certified  # A first step should not wait for the prover.
+
       # As `load` would give it, without the reading, in which all hosts would take part.
       trained = Run.described(workdir.path, workdir.description(), int(state.step), weights)
       console.print(certified.summary(certified.certify_and_write(trained)))

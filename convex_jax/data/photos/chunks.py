@@ -21,10 +21,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import cv2
-import grain
 import numpy as np
 from absl import flags
-from grain.multiprocessing import SharedMemoryArray
 
 from convex_jax.data.photos import worker
 from convex_jax.errors import UserError
@@ -60,6 +58,8 @@ class Chunks:
   def __init__(
     self, rows: worker.Training | worker.Evaluation, first: int, stop: int, workers: int
   ):
+    import grain  # Here, as most runs read no photographs.
+
     if not flags.FLAGS.is_parsed():  # Grain reads flags; notebooks and tests parse none.
       flags.FLAGS.mark_as_parsed()
     source, self._shared = grain.MapDataset.range(first, stop).map(rows), workers > 0
@@ -98,6 +98,8 @@ def _free_shared_memory() -> None:
 
   Python warns of what is left when the process ends.
   """
+  from grain.multiprocessing import SharedMemoryArray
+
   gc.collect()  # Iterators hold their last chunks.
   if (freeing := getattr(SharedMemoryArray, "_del_thread_pool", None)) is not None:
     freeing.apply(int)  # After all that it has to do.
