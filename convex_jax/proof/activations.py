@@ -34,6 +34,7 @@ from convex_jax.proof.values import (
   ScalarFunction,
   Value,
   composed,
+  overlap,
 )
 
 # What an activation may end in. A function of one lost value, as exp or a factor, mends nothing.
@@ -61,7 +62,7 @@ def look(op: Operation, masks: Masks) -> tuple[Masks, Operation]:
       bent = not np.all(f.convex | f.concave) and op.primitive in ("select_n", "add")
       note = f.note if bent else ""
       found = curved, dataclasses.replace(op, scalar=(root, f), note=note)
-    if not (curved[0] & curved[1]).any():
+    if not overlap(curved):
       break
   return (masks, op) if found is None else found
 

@@ -71,9 +71,12 @@ def as_rows(dimension_numbers: Any, a: np.ndarray, b: np.ndarray) -> list[np.nda
 def distinct(rows_BxMxK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """(m of rows of booleans that differ from each other, of each row the place of its like there)."""
   batch, rows, terms = rows_BxMxK.shape
+  if rows and not rows_BxMxK.strides[1]:  # Stored once.
+    return np.zeros(1, int), np.zeros(rows, int)
+  seen: dict[bytes, int] = {}
   bits = np.packbits(rows_BxMxK.swapaxes(0, 1).reshape(rows, batch * terms), axis=1)
-  _, first, like = np.unique(bits, return_index=True, return_inverse=True, axis=0)
-  return first, like.reshape(-1)  # Of NumPy 2.0 it has two dimensions.
+  like = [seen.setdefault(row.tobytes(), len(seen)) for row in bits]
+  return np.unique(np.array(like, int), return_index=True)[1], np.array(like, int)
 
 
 _MOVES: dict[str, Callable[..., list[np.ndarray]]] = {

@@ -50,7 +50,9 @@ from convex_jax.proof.values import (
   Masks,
   Operation,
   Value,
+  both,
   is_finite,
+  overlap,
   tidy,
   uniform,
 )
@@ -281,7 +283,7 @@ class Walk:
       return [inputs[1 + case]]
     masks = rules.RULES.get(name, linear.lost)(op, *inputs)
     masks = tidy(masks[0], op.shape), tidy(masks[1], op.shape)
-    if (masks[0] & masks[1]).any() and linear.is_defined(name, inputs):
+    if overlap(masks) and linear.is_defined(name, inputs):
       masks, op = self._second_look(op, masks)
     return [Value(*masks, op)]
 
@@ -289,18 +291,18 @@ class Walk:
     """Masks and operation, better where several operations together show a curvature."""
     if op.primitive in log_sum_exp.ENDS:
       found, op = log_sum_exp.look(op)
-      masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
-    if op.primitive in activations.ENDS and (masks[0] & masks[1]).any():
+      masks = both(masks, found, op.shape)
+    if op.primitive in activations.ENDS and overlap(masks):
       found, op = activations.look(op, masks)
-      masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
-    if op.primitive in joint.ENDS and (masks[0] & masks[1]).any():
+      masks = both(masks, found, op.shape)
+    if op.primitive in joint.ENDS and overlap(masks):
       found = joint.curvature(Value(*masks, op))
       if found is not None:
-        masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
-    if op.primitive in quadratic.PRIMITIVES and (masks[0] & masks[1]).any():
+        masks = both(masks, found, op.shape)
+    if op.primitive in quadratic.PRIMITIVES and overlap(masks):
       found = quadratic.curvature(Value(*masks, op))
       if found is not None:
-        masks = tidy(masks[0] & found[0], op.shape), tidy(masks[1] & found[1], op.shape)
+        masks = both(masks, found, op.shape)
     return masks, op
 
   def _scan(self, eqn, inputs, place: Place) -> list[Value | Known] | None:

@@ -25,7 +25,7 @@ from convex_jax.proof.jets import NoRuleError
 from convex_jax.proof.linear import has_no_zero, is_defined
 from convex_jax.proof.parameters import is_plain
 from convex_jax.proof.pieces import softened
-from convex_jax.proof.values import Known, Masks, Operation, ScalarFunction, Value
+from convex_jax.proof.values import Known, Masks, Operation, ScalarFunction, Value, thin
 
 UNARY = {"exp", "exp2", "expm1"}  # Convex functions that no second look is for.
 ENDS = {"add", "add_any", "sub"}  # What such a sum may end in.
@@ -149,7 +149,7 @@ def _judged(total: _Sum, shape: tuple[int, ...]) -> Masks:
       slopes[key] = add(slopes[key], slope) if key in slopes else slope
       values[key] = v
   for key, (low, high) in slopes.items():
-    not_convex, not_concave = values[key].masks
+    not_convex, not_concave = map(thin, values[key].masks)
     rises, falls, affine = low >= 0, high <= 0, ~not_convex & ~not_concave
     convex.append(affine | (rises & ~not_convex) | (falls & ~not_concave))
     concave.append(affine | (falls & ~not_convex) | (rises & ~not_concave))

@@ -199,7 +199,11 @@ def _bilinear(op: Operation, a, b) -> Masks:
     rows, columns = sides if first else reversed(sides)
     which, like = distinct(rows)  # Often few: those of the border, and all others.
     ones = rows[:, which].astype(np.float32), columns.astype(np.float32)
-    found = (ones[0] @ ones[1].swapaxes(1, 2) > 0.5)[:, like]
+    found = ones[0] @ ones[1].swapaxes(1, 2) > 0.5
+    if len(which) == 1:
+      found = np.broadcast_to(found, (len(rows), *like.shape, found.shape[2]))
+    else:
+      found = found[:, like]
     return (found if first else found.swapaxes(1, 2)).reshape(op.shape)
 
   return _signed(op, x, weights, apply)

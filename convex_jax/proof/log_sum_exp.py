@@ -34,6 +34,7 @@ from convex_jax.proof.values import (
   either,
   is_finite,
   is_uniform,
+  thin,
   uniform,
 )
 
@@ -77,7 +78,7 @@ class Term:
 
   def masks(self, shape: tuple[int, ...]) -> Masks:
     nc, nk = (
-      uniform(bool(m.flat[0]), shape) if m.size and is_uniform(m) else m.ravel()[self.index]
+      thin(uniform(bool(m.flat[0]), shape)) if m.size and is_uniform(m) else m.ravel()[self.index]
       for m in self.root.masks
     )
     rising, falling = np.bool_(not self.negative), np.bool_(self.negative)

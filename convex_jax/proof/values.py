@@ -155,7 +155,7 @@ class Value:
   @property
   def is_lost(self) -> bool:
     """Whether some element is proved neither convex nor concave."""
-    return bool((self.not_convex & self.not_concave).any())
+    return overlap(self.masks)
 
 
 def swapped(masks: Masks) -> Masks:
@@ -182,14 +182,26 @@ def tidy(mask: np.ndarray, shape: Sequence[int]) -> np.ndarray:
   mask = np.broadcast_to(mask, tuple(shape))
   if is_uniform(mask):
     return mask
-  if not mask.any():
+  stored = thin(mask)
+  if not stored.any():
     return uniform(False, shape)
-  return uniform(True, shape) if mask.all() else mask
+  return uniform(True, shape) if stored.all() else mask
 
 
 def thin(array: np.ndarray) -> np.ndarray:
   """The array with length 1 along the axes along which it is stored once and repeated."""
   return array[tuple(slice(None) if step else slice(1) for step in array.strides)]
+
+
+def overlap(masks: Masks) -> bool:
+  """Whether some element is proved neither convex nor concave."""
+  return not any(map(is_nowhere, masks)) and bool((thin(masks[0]) & thin(masks[1])).any())
+
+
+def both(masks: Masks, others: Masks, shape: Sequence[int]) -> Masks:
+  """What is proved by the one or by the other, tidy."""
+  not_convex, not_concave = (thin(a) & thin(b) for a, b in zip(masks, others, strict=True))
+  return tidy(not_convex, shape), tidy(not_concave, shape)
 
 
 def is_nowhere(mask: np.ndarray) -> bool:
@@ -215,7 +227,8 @@ def composed(x: Value, convex: Any, concave: Any, rising: Any, falling: Any) -> 
       if not is_curved:
         return uniform(True, x.shape)
       return same if rising else turned if falling else either(same, turned)
+    same, turned = thin(same), thin(turned)
     mask = np.where(rising, same, np.where(falling, turned, either(same, turned)))
-    return np.where(is_curved, mask, True)
+    return np.broadcast_to(np.where(is_curved, mask, True), x.shape)
 
   return one(convex, *x.masks), one(concave, *x.masks[::-1])
