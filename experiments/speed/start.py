@@ -1,5 +1,7 @@
 """Seconds from a command to its help, and to its first training step: cold, and again.
 
+Next to them, what no such command can be faster than: the imports of the libraries it uses.
+
     python -m experiments.speed.start [--rounds=5]
 
 Starts the digits example in a fresh process each time: with an empty compilation cache, then with
@@ -23,9 +25,12 @@ MAIN = [sys.executable, "-m", "convex_jax.main"]
 CONFIG = "--config=configs/mixer_ioc.py:digits"
 
 
-def to_help() -> float:
+LIBRARIES = "jax, flax.linen, optax, orbax.checkpoint, tensorflow_datasets, ml_collections"
+
+
+def seconds_of(*command: str) -> float:
   start = time.perf_counter()
-  subprocess.run([*MAIN, "--help"], stdout=subprocess.DEVNULL)
+  subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
   return time.perf_counter() - start
 
 
@@ -53,10 +58,12 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--rounds", type=int, default=5)
   rounds = parser.parse_args().rounds
-  seconds = {"--help": [], "first step, cold": [], "first step, again": []}
+  libraries = [sys.executable, "-c", f"import {LIBRARIES}"]
+  seconds = {"--help": [], "libraries alone": [], "first step, cold": [], "first step, again": []}
   for _ in range(rounds):
     with tempfile.TemporaryDirectory() as folder:
-      seconds["--help"].append(to_help())
+      seconds["--help"].append(seconds_of(*MAIN, "--help"))
+      seconds["libraries alone"].append(seconds_of(*libraries))
       seconds["first step, cold"].append(to_first_step(folder, "cold"))
       seconds["first step, again"].append(to_first_step(folder, "again"))
   with open(pathlib.Path(__file__).parent / "start.csv", "w", newline="") as file:
