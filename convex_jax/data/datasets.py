@@ -168,18 +168,12 @@ def load(config: Any, seed: int, progress: bool = True) -> Data:
 
   Raises `UserError` when the data set is absent or damaged, or lacks one of `config.classes`.
   """
-  entry = prepare.entry_of(config.name, config.dir)
-  builder = None if entry.synthetic else open_prepared(config.name, config.dir)
-  names = tuple(builder.info.features["label"].names if builder else map(str, range(entry.classes)))
-  if unknown := [repr(name) for name in config.classes if name not in names]:
-    raise UserError(
-      f"config.data.classes has {', '.join(unknown)}, unknown in {config.name!r};"
-      f" expected names among {', '.join(names)}"
-    )
-  train, test = (_examples(config, entry, builder, s, progress) for s in (entry.train, entry.test))
-  if config.classes:
-    kept = [names.index(name) for name in config.classes]
-    names, train, test = tuple(config.classes), train.of_classes(kept), test.of_classes(kept)
+  entry, builder, names = _opened(config)
+  train, test = (
+    _of_classes(config, names, _examples(config, entry, builder, split, progress))
+    for split in (entry.train, entry.test)
+  )
+  names = tuple(config.classes) or names
   rng = np.random.default_rng([seed, 0])
   order = rng.permutation(len(train))
   num_train, num_valid = _counts(config, len(train))
@@ -190,6 +184,31 @@ def load(config: Any, seed: int, progress: bool = True) -> Data:
     noisy = add_label_noise(train.labels, len(names), config.label_noise, seed)
     train = dataclasses.replace(train, labels=noisy)
   return Data(train, valid, test, names, entry.statistics)
+
+
+def load_test(config: Any, progress: bool = True) -> Examples:
+  """The test split alone, as `load` gives it; no other is read. Raises `UserError` as `load` does."""
+  entry, builder, names = _opened(config)
+  return _of_classes(config, names, _examples(config, entry, builder, entry.test, progress))
+
+
+def _opened(config: Any) -> tuple[Dataset, Any, tuple[str, ...]]:
+  """(what is known of a data set, its builder unless it is synthetic, the names of all classes)."""
+  entry = prepare.entry_of(config.name, config.dir)
+  builder = None if entry.synthetic else open_prepared(config.name, config.dir)
+  names = tuple(builder.info.features["label"].names if builder else map(str, range(entry.classes)))
+  if unknown := [repr(name) for name in config.classes if name not in names]:
+    raise UserError(
+      f"config.data.classes has {', '.join(unknown)}, unknown in {config.name!r};"
+      f" expected names among {', '.join(names)}"
+    )
+  return entry, builder, names
+
+
+def _of_classes(config: Any, names: tuple[str, ...], examples: Any) -> Any:
+  """The examples of `config.classes`, or all if these are none."""
+  kept = [names.index(name) for name in config.classes]
+  return examples.of_classes(kept) if kept else examples
 
 
 def outline(config: Any) -> Data:

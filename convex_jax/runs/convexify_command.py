@@ -151,7 +151,7 @@ def _convexify(args: argparse.Namespace) -> int:
   console.print(certified.summary(content), markup=False, highlight=False)
   config: Any = ConfigDict(run.config.data.to_dict())
   config.dir = args.data_dir or config.dir
-  test = datasets.load(config, seed=0, progress=False).test.first(args.examples)
+  test = datasets.load_test(config, progress=False).first(args.examples)
   sizes = measure(run, test.images, test.labels)
   console.print(*_tables(sizes), sep="\n")
   console.print(_words(sizes), markup=False, highlight=False)

@@ -64,7 +64,7 @@ def measure(
   """The certified radii of the first test images, with a progress bar."""
   config: Any = ConfigDict(run.config.data.to_dict())
   config.dir = data_dir or config.dir
-  test = datasets.load(config, seed=0, progress=False).test.first(examples)
+  test = datasets.load_test(config, progress=False).first(examples)
   certifier = certified.certifier(run, arithmetic, convexified)
   found = certifier.radii(test.images, tuple(norms))
   radii = list(track(found, "certified radii", total=len(test.labels)))

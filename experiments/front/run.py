@@ -87,7 +87,7 @@ def measure(task: jobs.Task, examples: int, data_dir: str) -> dict[str, str]:
   run = convex_jax.load(task.workdir)
   config: Any = ConfigDict(run.config.data.to_dict())
   config.dir = data_dir or config.dir
-  test = datasets.load(config, seed=0, progress=False).test.first(examples)
+  test = datasets.load_test(config, progress=False).first(examples)
   images = test.images[run.predict(test.images) == test.labels]
   certifier = certified.certifier(run, convexified=True)
   found = [r.radii["l1"] for r in track(certifier.radii(images, ("l1",)), total=len(images))]

@@ -124,7 +124,7 @@ def initialised(model: nn.Module, images: jax.Array, seed: int):
 def architectures(data_dir: str, examples: int = 16, seed: int = 0) -> Iterator[dict]:
   config = base.get_config()
   config.data.dir = data_dir
-  split = datasets.load(config.data, seed).test
+  split = datasets.load_test(config.data)
   prepare = preprocess.make_prepare(32, *split.statistics())
   images = jnp.asarray(prepare(jnp.asarray(split.images[:STATISTICS])), jnp.float64)
   for title, (name, size, fields) in ARCHITECTURES.items():

@@ -91,7 +91,7 @@ def row_of(task: Task, examples: int, data_dir: str) -> dict:
 def images_of(run: Run, examples: int, data_dir: str):
   config = ConfigDict(run.config.data.to_dict())
   config.dir = data_dir or config.dir
-  test = datasets.load(config, seed=0, progress=False).test
+  test = datasets.load_test(config, progress=False)
   return test.first(examples or len(test))
 
 

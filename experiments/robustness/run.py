@@ -45,7 +45,7 @@ def main() -> None:
   name = "_".join([run.config.model.name, run.config.data.name, *run.config.data.classes])
   config = ConfigDict(run.config.data.to_dict())
   config.dir = args.data_dir or config.dir
-  test = datasets.load(config, seed=0, progress=False).test.first(args.examples)
+  test = datasets.load_test(config, progress=False).first(args.examples)
   images, labels = test.images, test.labels
   certifier, start = certified.certifier(run), time.perf_counter()
   radii = list(track(certifier.radii(images), "radii", total=len(images)))

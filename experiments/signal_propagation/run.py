@@ -76,7 +76,7 @@ def layer_outputs(model: nn.Module, images: jax.Array, seed: int) -> list[tuple[
 def rows(data_dir: str, seed: int = 0) -> list[dict]:
   config = base.get_config()
   config.data.dir = data_dir
-  split = datasets.load(config.data, seed).test
+  split = datasets.load_test(config.data)
   out = []
   for title, (name, size, px, fields) in CASES.items():
     prepare = preprocess.make_prepare(px, *split.statistics())

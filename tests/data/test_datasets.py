@@ -101,6 +101,24 @@ def test_a_few_classes_are_kept_in_the_order_of_their_names(data_dir, digits):
     assert np.mean(ours.labels != right) == pytest.approx(0.25 * (ours is pair.train), abs=0.06)
 
 
+def test_the_test_split_alone_is_that_of_all(data_dir, monkeypatch):
+  read, decode = [], datasets.decode_split
+
+  def recorded(builder, split, progress):
+    read.append(split)
+    return decode(builder, split, progress)
+
+  monkeypatch.setattr(datasets, "decode_split", recorded)
+  for classes in ((), ("8", "3")):
+    config = config_of(data_dir, classes=classes, label_noise=0.5)
+    whole, alone = datasets.load(config, 0, progress=False).test, datasets.load_test(config, False)
+    np.testing.assert_array_equal(alone.images, whole.images)
+    np.testing.assert_array_equal(alone.labels, whole.labels)
+  assert read == ["train", "test", "test"] * 2
+  with pytest.raises(UserError, match=r"data\.classes has 'cat'"):
+    datasets.load_test(config_of(data_dir, classes=("cat",)))
+
+
 def test_an_unknown_class_is_refused(data_dir):
   with pytest.raises(
     UserError, match=r"data\.classes has 'cat', unknown in 'digits'; expected names among 0, 1"
