@@ -200,7 +200,7 @@ def _bilinear(op: Operation, a, b) -> Masks:
     which, like = distinct(rows)  # Often few: those of the border, and all others.
     ones = rows[:, which].astype(np.float32), columns.astype(np.float32)
     found = ones[0] @ ones[1].swapaxes(1, 2) > 0.5
-    if len(which) == 1:
+    if len(which) == 1:  # Stored once again.
       found = np.broadcast_to(found, (len(rows), *like.shape, found.shape[2]))
     else:
       found = found[:, like]
