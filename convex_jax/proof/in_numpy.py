@@ -24,11 +24,20 @@ def rearranged(name: str, params: Params, arrays: Sequence[Any]) -> list[np.ndar
 
 
 def broadcast(array: np.ndarray, shape: Sequence[int], dimensions: Sequence[int]) -> np.ndarray:
-  """`lax.broadcast_in_dim`, as a view."""
+  """`lax.broadcast_in_dim`, as a view; dimensions that do not rise transpose the array."""
   thin = [1] * len(shape)
   for d, n in zip(dimensions, array.shape, strict=True):
     thin[d] = n
-  return np.broadcast_to(array.reshape(thin), tuple(shape))
+  rising = array.transpose(tuple(np.argsort(dimensions)))
+  return np.broadcast_to(rising.reshape(thin), tuple(shape))
+
+
+def keeps_order(eqn: Any) -> bool:
+  """Whether a reshape or a broadcast without repetition does not transpose as well."""
+  if eqn.primitive.name == "reshape":
+    return eqn.params.get("dimensions") is None
+  dimensions = eqn.params.get("broadcast_dimensions", ())
+  return list(dimensions) == sorted(dimensions)
 
 
 def _slice(params: Params, x: np.ndarray) -> np.ndarray:

@@ -31,6 +31,19 @@ def enclose(f, *numbers, varies=False) -> list[Known]:
   return interpreter.evaluate(jaxpr, inputs)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_broadcast_may_transpose(turned):
+  """Of a known factor: what is negative in the first row of W^T is in the second of W."""
+  w = jnp.array([[1.0, 1.0], [-1.0, 1.0]])
+
+  def f(x):
+    factor = lax.broadcast_in_dim(w, (2, 1, 2), (2, 0) if turned else (0, 2))
+    return (jnp.abs(x).reshape(2, 1, 2) * factor)[0, 0]
+
+  np.testing.assert_array_equal(f(jnp.ones(4)), [1, -1 if turned else 1])
+  assert certify(f, X, search_steps=0).proved.tolist() == [True, not turned]
+
+
 @pytest.mark.parametrize(
   "name,operation",
   [

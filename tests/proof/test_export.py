@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from convex_jax.models import catalog
 from convex_jax.proof import certify, export, export_cvxpy, interpreter
@@ -367,3 +368,19 @@ from convex_jax.proof import export_cvxpy
   done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 1 and "line 5" in done.stderr
   assert "export_cvxpy needs cvxpy: pip install 'convex_jax[cvxpy]'" in done.stderr
+
+
+def test_sums_of_exponentials_are_not_turned_silently():
+  """A broadcast that transposes puts each sum in another's place."""
+
+  def function(dimensions):
+    def f(x):
+      sums = jnp.exp((x @ FIRST).reshape(2, 2, 2)).sum(2)
+      return jnp.log(lax.broadcast_in_dim(sums, (2, 1, 2), dimensions))
+
+    return f
+
+  x = jax.ShapeDtypeStruct((N,), jnp.float32)
+  with pytest.raises(ValueError, match="log has no conic form"):
+    export_cvxpy(function((2, 0)), x)
+  assert export_cvxpy(function((0, 2)), x) is not None

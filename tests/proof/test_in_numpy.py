@@ -27,6 +27,10 @@ MOVES = {  # A function of one primitive, and its operands.
     lambda x: lax.broadcast_in_dim(x, (3, 4, 5), (0, 1, 2)),
     x[:, :1],
   ),
+  "broadcast_in_dim that transposes": lambda x: (
+    lambda x: lax.broadcast_in_dim(x, (5, 2, 3, 4), (2, 3, 0)),
+    x,
+  ),
   "concatenate": lambda x: (lambda x, y: lax.concatenate([x, y], 1), x, x[:, 1:3]),
   "pad": pad((1, 2, 0), (0, 3, 2), (0, 0, 0)),
   "pad by less than nothing": pad((-1, 1, 0), (2, -3, 1), (-2, -1, 0)),
