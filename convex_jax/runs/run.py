@@ -27,7 +27,7 @@ from convex_jax.runs.checkpoints import read_weights
 from convex_jax.runs.workdir import Workdir
 
 if TYPE_CHECKING:
-  from convex_jax.proof.convexified import Convexified
+  from convex_jax.proof import convexified
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ class Run:
     prepare = preparation(self.config.data, self.mean, self.std, dtype)
     return apply(model, dict(weights), prepare(image_BxHxWxC))
 
-  def convexify(self, dtype: Any = jnp.float32) -> "Convexified":
+  def convexify(self, dtype: Any = jnp.float32) -> "convexified.Convexified":
     """The network with a common term that makes its logits convex; see `proof.convexified`.
 
     Its functions are of one image (1, H, W, C), pixel values 0..255, to be mapped over more.
