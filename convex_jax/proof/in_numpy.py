@@ -33,7 +33,7 @@ def broadcast(array: np.ndarray, shape: Sequence[int], dimensions: Sequence[int]
 
 
 def keeps_order(eqn: Any) -> bool:
-  """Whether a reshape or a broadcast without repetition does not transpose as well."""
+  """Whether a reshape, or a broadcast that repeats nothing, leaves the elements in order."""
   if eqn.primitive.name == "reshape":
     return eqn.params.get("dimensions") is None
   dimensions = eqn.params.get("broadcast_dimensions", ())
@@ -78,7 +78,7 @@ def as_rows(dimension_numbers: Any, a: np.ndarray, b: np.ndarray) -> list[np.nda
 
 
 def distinct(rows_BxMxK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(m of rows of booleans that differ from each other, of each row the place of its like there)."""
+  """(indices of boolean rows that all differ, for each row the position of its equal among them)."""
   batch, rows, terms = rows_BxMxK.shape
   if rows and not rows_BxMxK.strides[1]:  # Stored once.
     return np.zeros(1, int), np.zeros(rows, int)
