@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from convex_jax.proof.equations import has_body, is_float
-from convex_jax.proof.in_numpy import as_rows, distinct, rearranged
+from convex_jax.proof.in_numpy import as_rows, distinct
 from convex_jax.proof.values import (
   Known,
   Masks,
@@ -72,8 +72,7 @@ def _moving(data: Callable[[int], range], padded: bool = False):
       arrays = [x.low if isinstance(x, Known) else x.masks[0] for x in inputs]
       for i, mask in zip(moved, masks, strict=True):
         arrays[i] = mask
-      found = rearranged(op.primitive, op.params, arrays)
-      return found[0] if found is not None else np.asarray(op.bind(*arrays))
+      return op.move(*arrays)
 
     not_convex, not_concave = zip(*(masks_of(inputs[i]) for i in moved), strict=True)
     return move(not_convex), move(not_concave)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from convex_jax.proof.in_numpy import as_rows, rearranged
+from convex_jax.proof.in_numpy import as_rows
 from convex_jax.proof.linear import LINEAR, MOVES, carried, over_axes
 from convex_jax.proof.values import Known, Masks, Operation, Value, either, swapped, uniform
 
@@ -163,8 +163,7 @@ def same_elements(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray] | None:
   def numbers(moves):
     index = np.arange(np.prod(root.shape, dtype=int), dtype=np.int32).reshape(root.shape)
     for op in reversed(moves):
-      found = rearranged(op.primitive, op.params, [index])
-      index = found[0] if found is not None else np.asarray(op.bind(index))
+      index = op.move(index)
     return index
 
   return numbers(moves), numbers(others)

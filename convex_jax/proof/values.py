@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
+from convex_jax.proof.in_numpy import rearranged
 from convex_jax.proof.layouts import Parameters
 from convex_jax.proof.source import Place
 
@@ -129,6 +130,11 @@ class Operation:
     full = {"precision": None} if "precision" in self.params else {}
     params = {**self.params, **full, **changed}
     return self.eqn.primitive.bind(*map(jnp.asarray, arrays), **params)
+
+  def move(self, *arrays: np.ndarray) -> np.ndarray:
+    """`bind`, for a primitive that moves elements: by NumPy where that can."""
+    found = rearranged(self.primitive, self.params, arrays)
+    return found[0] if found is not None else np.asarray(self.bind(*arrays))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
