@@ -25,13 +25,9 @@ Input = Value | Known | np.ndarray
 Matrix = Any  # A `scipy.sparse.csr_array`, of which type checkers know too little.
 
 MOVES = {"broadcast_in_dim", "concatenate", "dynamic_slice", "dynamic_update_slice", "gather"}
-MOVES |= {"expand_dims", "pad", "reshape", "rev", "scan", "scatter-add", "scatter-sub"}
+MOVES |= {"expand_dims", "pad", "reshape", "rev", "scan", "scatter-add"}
 MOVES |= {"select_n", "slice", "split", "squeeze", "stack", "tile", "transpose"}
 SUMS = {"add", "add_any", "sub", "neg", "reduce_sum", "reduce_window_sum", "cumsum"}
-_UPDATES: dict[str, Callable[..., Any]] = {
-  "scatter-add": lax.scatter_add,
-  "scatter-sub": lax.scatter_sub,
-}
 BILINEAR = {"mul", "dot_general", "conv_general_dilated"}
 
 
@@ -59,9 +55,9 @@ def apply(op: Operation, arrays: list[jax.Array], dtype: Any = np.float64) -> ja
   """An affine operation on arrays of a dtype."""
   if op.primitive == "scan":  # The border of an unrolled loop.
     return jnp.stack(arrays) if op.index is None else arrays[0][op.index]
-  if op.primitive in _UPDATES:  # Whose bodies compute in the program's dtype.
+  if op.primitive == "scatter-add":  # Whose body computes in the program's dtype.
     options = {k: v for k, v in op.params.items() if not k.startswith("update_")}
-    return _UPDATES[op.primitive](*arrays, **options)
+    return lax.scatter_add(*arrays, **options)
   changed: dict[str, Any] = {}
   if "precision" in op.params and dtype != np.float64:
     changed["precision"] = op.params["precision"]

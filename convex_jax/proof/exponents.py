@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from convex_jax.proof.constants import fold
-from convex_jax.proof.in_numpy import keeps_order
 from convex_jax.proof.linear import is_total
 from convex_jax.proof.log_sum_exp import MOVES
 from convex_jax.proof.parameters import is_plain
@@ -51,8 +50,8 @@ def _exponents(x: Any) -> tuple[Value, tuple[int, ...] | None] | None:
   axes = None
   while (op := _made_by(x)) is not None:
     if axes is None and op.primitive in _RESHAPES:  # Axes are those of the exponents.
-      if np.prod(x.shape) != np.prod(op.inputs[0].shape) or not keeps_order(op.eqn):
-        return None  # It repeats elements, or turns them.
+      if np.prod(x.shape) != np.prod(op.inputs[0].shape):
+        return None  # It repeats elements.
     elif op.primitive == "reduce_sum" and axes is None and 0 not in op.inputs[0].shape:
       axes = tuple(op.params["axes"])
     elif op.primitive == "exp" and isinstance(op.inputs[0], Value):

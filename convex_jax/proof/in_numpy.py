@@ -32,14 +32,6 @@ def broadcast(array: np.ndarray, shape: Sequence[int], dimensions: Sequence[int]
   return np.broadcast_to(rising.reshape(thin), tuple(shape))
 
 
-def keeps_order(eqn: Any) -> bool:
-  """Whether a reshape, or a broadcast that repeats nothing, leaves the elements in order."""
-  if eqn.primitive.name == "reshape":
-    return eqn.params.get("dimensions") is None
-  dimensions = eqn.params.get("broadcast_dimensions", ())
-  return list(dimensions) == sorted(dimensions)
-
-
 def _slice(params: Params, x: np.ndarray) -> np.ndarray:
   steps = params["strides"] or (1,) * x.ndim
   cuts = zip(params["start_indices"], params["limit_indices"], steps, strict=True)

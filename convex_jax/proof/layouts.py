@@ -11,6 +11,8 @@ import jax
 import jax.extend.core as jex
 from jax import lax
 
+from convex_jax.proof.equations import has_body
+
 CALLS = {  # Primitives that run the body under this parameter, once.
   "jit": "jaxpr",
   "closed_call": "call_jaxpr",  # Not in jax 0.12.
@@ -72,16 +74,29 @@ def called(eqn: Any, operands: list[Any]) -> tuple[Any, list[Any]] | None:
 def composed(eqn: Any) -> Callable[..., Any] | None:
   """What an equation computes, in operations that have rules; None of any that has its own.
 
-  In jax 0.12 iterating over an array is an `unstack`, as `lax.unstack` is in all versions.
+  In jax 0.12 iterating over an array is an `unstack`, as `lax.unstack` is in all versions. A reshape
+  or a broadcast may transpose as well; of such a broadcast JAX's own gradient is wrong. A scatter
+  that subtracts adds what is negated.
   """
-  if eqn.primitive.name != "unstack":
-    return None
-  axis = Parameters(eqn)["axis"]
-
-  def rows(x):
-    return [lax.squeeze(part, (axis,)) for part in lax.split(x, (1,) * x.shape[axis], axis)]
-
-  return rows
+  name, params = eqn.primitive.name, Parameters(eqn)
+  if name == "unstack":
+    axis = params["axis"]
+    return lambda x: [
+      lax.squeeze(part, (axis,)) for part in lax.split(x, (1,) * x.shape[axis], axis)
+    ]
+  if name == "reshape" and (order := params["dimensions"]) is not None:
+    return lambda x: [lax.reshape(lax.transpose(x, order), params["new_sizes"])]
+  if name == "broadcast_in_dim":
+    places = params["broadcast_dimensions"]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    if order != list(range(len(places))):
+      return lambda x: [
+        lax.broadcast_in_dim(lax.transpose(x, order), params["shape"], sorted(places))
+      ]
+  if name == "scatter-sub" and not has_body(eqn):
+    options = {k: v for k, v in params.items() if not k.startswith("update_")}
+    return lambda x, indices, updates: [lax.scatter_add(x, indices, -updates, **options)]
+  return None
 
 
 def scan_of(eqn: Any) -> Scan:

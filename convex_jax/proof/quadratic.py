@@ -29,7 +29,7 @@ BLOCK = 2**22  # Elements of the largest array while they are computed.
 STEPS = 200  # Operations that are searched.
 EXACT = 96  # Size up to which matrices are judged in exact arithmetic.
 PRIMITIVES = {*LINEAR, "square", "integer_pow"}
-PRIMITIVES -= {"gather", "scatter", "scatter-add", "scatter-sub", "scatter-mul"}
+PRIMITIVES -= {"gather", "scatter", "scatter-add", "scatter-mul"}
 PRIMITIVES -= {"triangular_solve"}
 
 

@@ -35,7 +35,6 @@ import numpy as np
 from convex_jax.proof import interpreter
 from convex_jax.proof.arithmetic import Arithmetic
 from convex_jax.proof.constants import number
-from convex_jax.proof.in_numpy import keeps_order
 from convex_jax.proof.rounded import Rounded, as_rounded
 from convex_jax.proof.rounding_walk import Ball, Overflow, Walk
 from convex_jax.proof.source import Place
@@ -149,7 +148,7 @@ def _linear_end(x: Rounded) -> tuple[np.ndarray, np.ndarray] | None:
       return np.ravel(h.error), (weights.low + weights.high) / 2
     if name not in ("add", "reshape", "broadcast_in_dim", "convert_element_type"):
       return None
-    if math.prod(x.shape) != math.prod(varying[0].shape) or not keeps_order(eqn):
+    if math.prod(x.shape) != math.prod(varying[0].shape):
       return None
     x = varying[0]
   return None

@@ -175,6 +175,23 @@ def test_a_tangent_is_that_of_the_function(identity):
     assert y == 1 and 0.999 < closed < 1
 
 
+def test_slopes_of_a_broadcast_that_transposes():
+  """JAX's own gradient of it is that of one that does not."""
+  weights, high = np.array([[1.0, -2.0], [3.0, -5.0]]), np.array([1.0, 2.0, 3.0, 4.0])
+
+  def f(x):
+    turned = jax.lax.broadcast_in_dim(x.reshape(2, 2), (2, 2, 1), (1, 0))
+    return jnp.sum(turned[..., 0] * weights)
+
+  assert (jax.grad(f)(high) != weights.T.ravel()).any()  # Else the rest of this test shows nothing.
+  found = minimum.minimise(f, np.zeros(4), high)
+  assert -2 * 3 - 5 * 4 - 1e-6 < found.bound <= -26 <= found.value
+  slopes = weights.T.ravel() * high
+  for norm, dual in (("l1", np.inf), ("l2", 2), ("linf", 1)):
+    _, radius = one_sided_radius(lambda x: f(x * high) + 30, jnp.zeros(4), norm)
+    np.testing.assert_allclose(radius, 30 / np.linalg.norm(slopes, dual), 1e-6)
+
+
 @pytest.mark.parametrize("at", [1e6, 2.0**24, 1e8])
 def test_a_tangent_is_taken_aside_of_large_inputs_too(at):
   def logits(_, x):
