@@ -246,6 +246,9 @@ OPERATIONS = {  # Functions of an 8 x 8 x 3 image.
   "average": lambda k, x: lax.reduce_window(x, 0.0, lax.add, (2, 2, 1), (2, 2, 1), "VALID"),
   "moves": lambda k, x: jnp.pad(jnp.concatenate([x[::-1], x.swapaxes(0, 1)], 1), 1)[2:] * 0.3,
   "gather": lambda k, x: x[np.array([3, 1]), 2] / 3.0,
+  "gather, beyond the end": lambda k, x: (
+    x.at[np.array([3, 9])].get(mode="fill", fill_value=-1.0) * 0.3
+  ),
   "quotient": lambda k, x: x / (1 + x.mean() ** 2),
   "softmax": lambda k, x: jax.nn.softmax(x.ravel() / 8),
   "logsumexp": lambda k, x: jax.nn.logsumexp(x.ravel() / 8),
