@@ -135,6 +135,8 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
     return [(surely, np.ones_like(surely))]
   if name == "scatter-add" and is_float(eqn.outvars[0].aval.dtype):
     return [sums.scatter_add(eqn, *inputs)]
+  if name == "scatter-mul" and is_float(eqn.outvars[0].aval.dtype):
+    return [sums.scatter_multiply(eqn, *inputs)]
   if name == "scatter" and getattr(inputs[0].low.dtype, "kind", None) in {*"fiub"}:
     return [_scatter(eqn, *inputs)]
   if name in _BY_ENDS and not (name == "sort" and len(inputs) > 1):

@@ -1,5 +1,6 @@
 """Questions about one equation of a program, and its outputs in float64."""
 
+import math
 from typing import Any
 
 import jax.extend.core as jex
@@ -57,6 +58,17 @@ def has_body(eqn) -> bool:
     wanted = _UPDATES.get(eqn.primitive.name)
     return [[e.primitive.name for e in eqns] for eqns in bodies] not in ([], [[wanted]])
   return bool(bodies)
+
+
+def has_known_updates(eqn) -> bool:
+  """Whether a scatter makes the updates of its name, and all of them.
+
+  Of several whose indices have no entries, XLA makes one (jaxlib 0.12).
+  """
+  *rows, depth = eqn.invars[1].aval.shape
+  batched = eqn.params["dimension_numbers"].scatter_indices_batching_dims
+  alike = math.prod(n for axis, n in enumerate(rows) if axis not in batched)
+  return not has_body(eqn) and (depth > 0 or alike <= 1)
 
 
 def bind(eqn, *arrays: Any) -> list[Any]:

@@ -11,13 +11,14 @@ and so does any property that sums and non-negative weights keep: see `carried`.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jax import lax
 
-from convex_jax.proof.equations import has_body, is_float
+from convex_jax.proof.equations import has_known_updates, is_float
 from convex_jax.proof.in_numpy import as_rows, distinct
 from convex_jax.proof.values import (
   Known,
@@ -112,10 +113,10 @@ def sums_at_places(op: Operation, old, indices: Known, new) -> np.ndarray:
 
 def updates_of(op: Operation, x, indices, updates) -> np.ndarray | None:
   """How many updates each element gets; None if not known, or if a promise is broken."""
-  if not _is_index(indices) or has_body(op.eqn):
+  if not _is_index(indices) or not has_known_updates(op.eqn):
     return None
   count = sums_at_places(op, np.zeros(x.shape), indices, np.ones(updates.shape))
-  rows = indices.low.reshape(-1, indices.shape[-1]).tolist()
+  rows = indices.low.reshape(math.prod(indices.shape[:-1]), indices.shape[-1]).tolist()
   broken = op.params["indices_are_sorted"] and any(a > b for a, b in itertools.pairwise(rows))
   broken |= op.params["unique_indices"] and count.max(initial=0) > 1
   broken |= "PROMISE" in str(op.params["mode"]) and count.sum() != np.prod(updates.shape)
@@ -138,10 +139,6 @@ def _scatter_add(op: Operation, x, indices, updates) -> Masks:
   pairs = zip(masks_of(x), masks_of(updates), strict=True)
   nc, nk = (sums_at_places(op, old, indices, new) > 0 for old, new in pairs)
   return nc, nk
-
-
-def _scatter_sub(op: Operation, x, indices, updates) -> Masks:
-  return _scatter_add(op, x, indices, _negated(updates))
 
 
 def _scatter_multiply(op: Operation, x, indices, updates) -> Masks:
@@ -303,7 +300,6 @@ LINEAR = MOVES | {
   "div": _divide,
   **dict.fromkeys(("dot_general", "conv_general_dilated"), _bilinear),
   "scatter-add": _scatter_add,
-  "scatter-sub": _scatter_sub,
   "scatter-mul": _scatter_multiply,
   "triangular_solve": _solve,
   "reduce_sum": _sum(over_axes),

@@ -9,7 +9,7 @@ from jax import lax
 
 from convex_jax.proof import enclosures
 from convex_jax.proof.enclosures import Ends
-from convex_jax.proof.equations import Unknown, bind, has_body
+from convex_jax.proof.equations import Unknown, bind, has_known_updates
 from convex_jax.proof.float64 import float64
 from convex_jax.proof.values import Known
 
@@ -36,8 +36,8 @@ def _float_sum(eqn, array: np.ndarray) -> np.ndarray:
 
 def scattering(eqn, indices: Known) -> Callable[..., np.ndarray]:
   """A function that updates places of one array by another, as `lax.scatter_add` would."""
-  if has_body(eqn):
-    raise Unknown("scatter by a function of its own")
+  if not has_known_updates(eqn):
+    raise Unknown("scatter by a function of its own, or by indices that have no entries")
   if not indices.is_exact:
     raise Unknown("scatter by an index that is known only to within rounding")
 
@@ -60,6 +60,19 @@ def scatter_add(eqn, x: Known, indices: Known, updates: Known) -> Ends:
   high = low if x.is_exact and updates.is_exact else add(x.high, updates.high)
   sizes = [np.maximum(np.abs(t.low), np.abs(t.high)) for t in (x, updates)]
   return _within(eqn, low, high, 1 + indices.low.size, add(*sizes), [x, updates])
+
+
+def scatter_multiply(eqn, x: Known, indices: Known, updates: Known) -> Ends:
+  """Products of each number with the factor at its place, of which there is at most one."""
+  scatter = scattering(eqn, indices)
+  count = scatter(lax.scatter_add, np.zeros(x.shape), np.ones(updates.shape))
+  if count.max(initial=0) > 1:
+    raise Unknown("scatter-mul by several factors at one place")
+
+  def factor(end: np.ndarray) -> np.ndarray:
+    return scatter(lax.scatter_add, np.where(count == 0, 1.0, 0.0), end)
+
+  return enclosures.multiply((x.low, x.high), (factor(updates.low), factor(updates.high)))
 
 
 def multiplied(name: str, eqn, x: Known) -> Ends:

@@ -29,6 +29,11 @@ def zeros_and(places, values, method="add", **mode):
   return getattr(jnp.zeros(4).at[jnp.array(places)], method)(values, **mode)
 
 
+def _updates_of_all(x):
+  numbers = lax.ScatterDimensionNumbers((1,), (), ())
+  return lax.scatter_add(x, np.zeros((2, 0), np.int32), jnp.stack([x, -3 * relu(x)]), numbers)
+
+
 BOUNDS = [  # (name, function, what is to be proved)
   ("clip from 0 on", lambda x: jnp.clip(x, 0, INF), "convex"),
   ("clip to nothing", lambda x: jnp.clip(x, -INF, INF), "affine"),
@@ -74,6 +79,11 @@ UPDATES = [
   ("subtract a concave value", lambda x: relu(x).at[1].subtract(-relu(x[0])), "convex"),
   ("subtract a convex value", lambda x: relu(x).at[1].subtract(relu(x[0])), "unknown"),
   ("subtract twice", lambda x: zeros_and([1, 1], relu(x[:2]), "subtract"), "concave"),
+  ("set all", lambda x: x.at[:].set(relu(x)), "convex"),
+  ("set all, to a concave value", lambda x: x.at[...].set(-relu(x)), "concave"),
+  ("add to a scalar", lambda x: relu(x).sum().at[()].add(x[0]), "convex"),
+  ("subtract from all", lambda x: x.at[:].subtract(relu(x)), "concave"),
+  ("several updates of all, of which XLA makes one", _updates_of_all, "unknown"),
   ("subtract infinity", lambda x: x.at[1].subtract(INF), "unknown"),
   ("a difference of updates, squared", lambda x: (x.at[1].subtract(x[0])) ** 2, "convex"),
   ("set", lambda x: relu(x).at[1].set(x[0]), "convex"),
