@@ -210,17 +210,21 @@ class _Program:
       return _Step(inputs, lambda read: self._linear(value, op, read))
     values = [x for x in inputs if isinstance(x, Value)]
     if name in ("max", "min") and len(values) == 1:
+      (bound,) = (x for x in inputs if isinstance(x, Known))
       return _Step(
         inputs,
-        lambda read: differences.extreme(*map(read, inputs), sign=1 if name == "max" else -1),
+        lambda read: differences.bounded(
+          read(values[0]), np.asarray(bound.array), sign=1 if name == "max" else -1
+        ),
       )
     if name == "clamp" and values == [inputs[1]]:
-
-      def clamped(read):
-        low, x, high = map(read, inputs)
-        return differences.extreme(differences.extreme(x, low, sign=1), high, sign=-1)
-
-      return _Step(inputs, clamped)
+      low, high = (np.asarray(x.array) for x in (inputs[0], inputs[2]))
+      return _Step(
+        inputs,
+        lambda read: differences.bounded(
+          differences.bounded(read(values[0]), low, sign=1), high, sign=-1
+        ),
+      )
     if (found := exponents(op)) is not None:
       u, axes = found
       fold = functools.partial(
@@ -404,7 +408,7 @@ def _keeps_classes(value: Value) -> bool:
   if name == "reduce_window_sum":
     return params["window_dimensions"][-1] == 1 and tuple(params["padding"][-1]) == (0, 0)
   if name == "reshape":
-    return inputs[0].shape[-1:] == op.shape[-1:] and params["dimensions"] is None
+    return inputs[0].shape[-1:] == op.shape[-1:]
   if name == "squeeze":
     return last not in params["dimensions"]
   if name == "broadcast_in_dim":

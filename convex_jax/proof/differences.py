@@ -76,6 +76,24 @@ def extreme(x: Parts, y: Parts, sign: int = 1, soft: bool = False) -> Parts:
   return Parts(None, convex, total(x.other, y.other))
 
 
+def bounded(x: Parts, bound: np.ndarray, sign: int) -> Parts:
+  """The larger of a value and a known number (sign 1), or the smaller (-1); infinite, none."""
+  free = bound == -sign * np.inf
+  if free.all():
+    return x
+  known = np.where(free, 0.0, bound).astype(x.value.dtype)
+  both = extreme(x, Parts(jnp.asarray(known) if known.any() else None), sign=sign)
+  if not free.any():
+    return both
+
+  def chosen(a, b):
+    if a is None and b is None:
+      return None
+    return jnp.where(free, 0.0 if a is None else a, 0.0 if b is None else b)
+
+  return Parts(None, chosen(x.above, both.above), chosen(x.other, both.other))
+
+
 def _with(above: Any, other: Any) -> Any:
   both = total(above, other)
   return 0.0 if both is None else both

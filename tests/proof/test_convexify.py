@@ -148,6 +148,18 @@ FUNCTIONS = {  # name: (function of one array, shape of the array)
   "tanh and sigmoid": (lambda x: (jnp.tanh(x @ A) @ B - nn.sigmoid(x @ A)) @ C, ROWS),
   "SELU, then its negative": (lambda x: -nn.selu(nn.selu(x @ A) @ B) @ C, ROWS),
   "clip": (lambda x: jnp.clip(jnp.clip(x @ A, -1, 1) @ B, -0.5, 2.0) @ C, ROWS),
+  "bounds of some channels": (
+    lambda x: jnp.clip(nn.relu(x @ A) @ B, jnp.where(A[0] > 0, -1, -np.inf), np.inf) @ C,
+    ROWS,
+  ),
+  "a limit of some channels": (
+    lambda x: jnp.minimum(nn.relu(x @ A) @ B, jnp.where(A[0] > 0, 1, np.inf)) @ C,
+    ROWS,
+  ),
+  "updates that subtract": (
+    lambda x: nn.relu(x @ A).at[:, jnp.array([1, 3])].subtract(nn.relu(x[:, :2])) @ C,
+    ROWS,
+  ),
   "clamp of the library": (lambda x: jax.lax.clamp(-0.5, nn.relu(x @ A) @ B, 2.0) @ C, ROWS),
   "slopes per channel": (lambda x: nn.leaky_relu(nn.relu(x @ A) @ B, LAST[:8, 0]) @ C, ROWS),
   "thresholds per channel": (lambda x: jnp.maximum(nn.relu(x @ A) @ B, A[0]) @ C, ROWS),
