@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
+import numpy as np
 from jax import lax
 
-from convex_jax.proof.equations import has_body
+from convex_jax.proof.equations import has_body, is_float
 
 CALLS = {  # Primitives that run the body under this parameter, once.
   "jit": "jaxpr",
@@ -75,8 +76,9 @@ def composed(eqn: Any) -> Callable[..., Any] | None:
   """What an equation computes, in operations that have rules; None of any that has its own.
 
   In jax 0.12 iterating over an array is an `unstack`, as `lax.unstack` is in all versions. A reshape
-  or a broadcast may transpose as well; of such a broadcast JAX's own gradient is wrong. A scatter
-  that subtracts adds what is negated.
+  or a broadcast may transpose as well; of such a broadcast JAX's own gradient is wrong. A gather may
+  fill in any number where it reads beyond the array, which is 0 and a choice; a scatter that
+  subtracts adds what is negated.
   """
   name, params = eqn.primitive.name, Parameters(eqn)
   if name == "unstack":
@@ -93,10 +95,27 @@ def composed(eqn: Any) -> Callable[..., Any] | None:
       return lambda x: [
         lax.broadcast_in_dim(lax.transpose(x, order), params["shape"], sorted(places))
       ]
+  if name == "gather" and "FILL" in str(params["mode"]) and params["fill_value"] != 0:
+    return _filled(eqn) if is_float(eqn.outvars[0].aval.dtype) else None
   if name == "scatter-sub" and not has_body(eqn):
     options = {k: v for k, v in params.items() if not k.startswith("update_")}
     return lambda x, indices, updates: [lax.scatter_add(x, indices, -updates, **options)]
   return None
+
+
+def _filled(eqn: Any) -> Callable[..., Any]:
+  """A `gather` that fills in its number, NaN by default, instead of 0."""
+  params = Parameters(eqn)
+  keys = ("dimension_numbers", "slice_sizes", "unique_indices", "indices_are_sorted", "mode")
+  options = {key: params[key] for key in keys}
+  fill = np.nan if params["fill_value"] is None else params["fill_value"]
+
+  def filled(x, indices):
+    inside = lax.gather(np.ones(x.shape, bool), indices, **options, fill_value=False)
+    y = lax.gather(x, indices, **options, fill_value=0)
+    return [lax.select(inside, y, lax.full_like(y, fill))]
+
+  return filled
 
 
 def scan_of(eqn: Any) -> Scan:

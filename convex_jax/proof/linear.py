@@ -92,12 +92,10 @@ def _is_index(x: Value | Known) -> bool:
 
 
 def _gather(op: Operation, x, indices) -> Masks:
-  """Indices out of bounds give the fill value, by default NaN, which is not convex."""
+  """Beyond the array a gather gives the last element, or 0 (`layouts.composed`)."""
   if not _is_index(indices):
     return lost(op)
-  fill = op.params["fill_value"]
-  outside = fill is None or not np.isfinite(fill)
-  nc, nk = (np.asarray(op.bind(m, indices.low, fill_value=outside)) for m in masks_of(x))
+  nc, nk = (np.asarray(op.bind(m, indices.low, fill_value=False)) for m in masks_of(x))
   return nc, nk
 
 
@@ -313,8 +311,6 @@ WEIGHTED |= {"triangular_solve"}
 
 def carried(op: Operation, masks: Callable[[Value | Known], Masks]) -> Masks:
   """What a linear operation makes of another property's masks: those of its inputs."""
-  if op.primitive == "gather" and op.params["fill_value"] is not None:
-    return lost(op)  # Of that number the masks do not speak.
   weighted = op.primitive in WEIGHTED
 
   def seen(x):
@@ -365,8 +361,6 @@ def is_total(x: Any) -> bool:
         continue
     divisor = op.inputs[1] if op.primitive == "div" else None
     if isinstance(divisor, Value) or (divisor is not None and not has_no_zero(divisor)):
-      return False
-    if op.primitive == "gather" and "FILL" in str(op.params["mode"]):
       return False
     if op.primitive == "convert_element_type" and all(
       is_float(v.aval.dtype) for v in (*op.eqn.invars, *op.eqn.outvars)

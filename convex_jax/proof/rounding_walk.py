@@ -238,24 +238,18 @@ class Walk(interpreter.Walk):
       raise Unknown("by an index that depends on the input")
     operands, indices = [as_rounded(x) for x in inputs[:count]], [k.low for k in keys]
 
-    def move(arrays: Sequence[Any], eqn=eqn) -> list[Any]:
+    def move(arrays: Sequence[Any]) -> list[Any]:
       return _all(eqn, *arrays) if len(eqn.outvars) > 1 else [_run(eqn, *arrays, *indices)]
 
-    exact = eqn
-    if "fill_value" in eqn.params:  # What a `gather` fills in, beyond the array, has no error.
-      exact = eqn.replace(params=eqn.params | {"fill_value": 0.0})
-    lows, highs = (move([x.ends[i] for x in operands]) for i in (0, 1))
-    errors = move([x.error for x in operands], exact)
+    parts = [move([getattr(x, part) for x in operands]) for part in ("low", "high", "error")]
     shifts: Any = [None] * len(eqn.outvars)
     if count == 1 and operands[0].shift is not None:
-      shifts = move([operands[0].shift], exact)
-    if any(np.isnan(low).any() for low in lows):
-      raise Overflow  # NaN, where a `gather` is given no number to fill in.
+      shifts = move([operands[0].shift])
     affine = all(x.is_affine or not x.varies for x in operands) and len(eqn.outvars) == 1
     merged = kept(operands)
     return [
       self._made(eqn, [*operands, *keys], (low, high), error, affine, shift=shift, merged=merged)
-      for low, high, error, shift in zip(lows, highs, errors, shifts, strict=True)
+      for low, high, error, shift in zip(*parts, shifts, strict=True)
     ]
 
   def _converted(self, eqn, x: Rounded) -> Rounded:

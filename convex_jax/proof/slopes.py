@@ -84,11 +84,11 @@ class _Bound:
       window = (op.params[k] for k in keys)
       return lax.reduce_window(self.of(inputs[0]), 0.0, lax.add, *window)
     if name == "select_n" and isinstance(inputs[0], Known) and inputs[0].is_exact:
-      return self._bind(op, [inputs[0].low, *map(self.of, inputs[1:])])
+      return op.bind(inputs[0].low, *map(self.of, inputs[1:]))
     if name in _MOVES:
       whole = [x.low for x in inputs if isinstance(x, Known) and not x.is_float]
       data = [self.of(x) for x in inputs if isinstance(x, Value) or x.is_float]
-      return self._bind(op, [*data, *whole])  # Indices come last.
+      return op.bind(*data, *whole)  # Indices come last.
     raise ValueError(f"{name} has no bound on how fast it changes, in {op.place}")
 
   def _weighted(self, op: Operation, shape) -> jax.Array:
@@ -106,11 +106,7 @@ class _Bound:
     )
     if op.primitive in ("mul", "div"):
       return jnp.broadcast_to(a * b if op.primitive == "mul" else a / b, shape)
-    return self._bind(op, [a, b], preferred_element_type=self._size.dtype)
-
-  def _bind(self, op: Operation, arrays, **changed) -> jax.Array:
-    fill = {"fill_value": 0.0} if "fill_value" in op.params else {}
-    return op.bind(*arrays, **fill, **changed)
+    return op.bind(a, b, preferred_element_type=self._size.dtype)
 
 
 def linear_end(output: Value) -> tuple[Value, np.ndarray] | None:

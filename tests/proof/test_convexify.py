@@ -181,6 +181,12 @@ FUNCTIONS = {  # name: (function of one array, shape of the array)
     ROWS,
   ),
   "elements moved": (lambda x: nn.relu(x @ A)[:, ::-1][:, jnp.array([0, 3, 3, 1])] @ C[:4], ROWS),
+  "filled with a number": (
+    lambda x: (
+      (nn.relu(x @ A) @ B).at[:, jnp.array([2, 99])].get(mode="fill", fill_value=2.0) @ LAST[:2]
+    ),
+    ROWS,
+  ),
   "padded with a number": (
     lambda x: jnp.pad(nn.relu(x @ A), ((0, 0), (1, 1)), constant_values=2.0) @ LAST[:10],
     ROWS,

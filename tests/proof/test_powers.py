@@ -71,6 +71,11 @@ POWERS = [  # (name, function, what is to be proved)
   (
     "square of a filled gather",
     lambda x: relu(x).at[jnp.array([0, 9])].get(mode="fill", fill_value=-1.0) ** 2,
+    "convex",
+  ),
+  (
+    "square of its sum",
+    lambda x: relu(x).at[jnp.array([0, 9])].get(mode="fill", fill_value=-1.0).sum() ** 2,
     "unknown",
   ),
   ("absolute value of a convex value >= 0", lambda x: jnp.abs(jnp.abs(x) + 1), "convex"),
