@@ -209,21 +209,15 @@ class _Program:
     if affine_maps.is_affine(op):
       return _Step(inputs, lambda read: self._linear(value, op, read))
     values = [x for x in inputs if isinstance(x, Value)]
+    bounds = [np.asarray(x.array) for x in inputs if isinstance(x, Known)]
     if name in ("max", "min") and len(values) == 1:
-      (bound,) = (x for x in inputs if isinstance(x, Known))
-      return _Step(
-        inputs,
-        lambda read: differences.bounded(
-          read(values[0]), np.asarray(bound.array), sign=1 if name == "max" else -1
-        ),
-      )
+      sign = 1 if name == "max" else -1
+      return _Step(inputs, lambda read: differences.bounded(read(values[0]), bounds[0], sign))
     if name == "clamp" and values == [inputs[1]]:
-      low, high = (np.asarray(x.array) for x in (inputs[0], inputs[2]))
+      low, high = bounds
       return _Step(
         inputs,
-        lambda read: differences.bounded(
-          differences.bounded(read(values[0]), low, sign=1), high, sign=-1
-        ),
+        lambda read: differences.bounded(differences.bounded(read(values[0]), low, 1), high, -1),
       )
     if (found := exponents(op)) is not None:
       u, axes = found

@@ -32,7 +32,7 @@ from convex_jax.proof import (
   quadratic,
   rules,
 )
-from convex_jax.proof.collectives import on_one_device
+from convex_jax.proof.composed import composed
 from convex_jax.proof.constants import fold, number
 from convex_jax.proof.equations import (
   SAME,
@@ -219,7 +219,7 @@ class Walk:
   def _equation(self, eqn, inputs, place: Place) -> list[Value | Known]:
     name = eqn.primitive.name
     known = all(isinstance(x, Known) for x in inputs)
-    called, other = layouts.called(eqn, inputs), on_one_device(eqn) or layouts.composed(eqn)
+    called, other = layouts.called(eqn, inputs), composed(eqn)
     if called is not None:
       return self._inner(*called, place)
     if other is not None:

@@ -1,18 +1,13 @@
 """Where each version of jax keeps the bodies and the operands of primitives that have a body.
 
-The layouts known are those of jax 0.10 to 0.12; one that is not raises `ValueError`. Also what
-only a later version uses, in operations of the earlier.
+The layouts known are those of jax 0.10 to 0.12; one that is not raises `ValueError`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
-import numpy as np
-from jax import lax
-
-from convex_jax.proof.equations import has_body, is_float
 
 CALLS = {  # Primitives that run the body under this parameter, once.
   "jit": "jaxpr",
@@ -70,52 +65,6 @@ def called(eqn: Any, operands: list[Any]) -> tuple[Any, list[Any]] | None:
   sizes = params["const_lengths"]
   start, end = sizes.matvec + sizes.vecmat, sum(sizes)
   return params["jaxprs"].solve, operands[start : start + sizes.solve] + operands[end:]
-
-
-def composed(eqn: Any) -> Callable[..., Any] | None:
-  """What an equation computes, in operations that have rules; None of any that has its own.
-
-  In jax 0.12 iterating over an array is an `unstack`, as `lax.unstack` is in all versions. A reshape
-  or a broadcast may transpose as well; of such a broadcast JAX's own gradient is wrong. A gather may
-  fill in any number where it reads beyond the array, which is 0 and a choice; a scatter that
-  subtracts adds what is negated.
-  """
-  name, params = eqn.primitive.name, Parameters(eqn)
-  if name == "unstack":
-    axis = params["axis"]
-    return lambda x: [
-      lax.squeeze(part, (axis,)) for part in lax.split(x, (1,) * x.shape[axis], axis)
-    ]
-  if name == "reshape" and (order := params["dimensions"]) is not None:
-    return lambda x: [lax.reshape(lax.transpose(x, order), params["new_sizes"])]
-  if name == "broadcast_in_dim":
-    places = params["broadcast_dimensions"]
-    order = sorted(range(len(places)), key=places.__getitem__)
-    if order != list(range(len(places))):
-      return lambda x: [
-        lax.broadcast_in_dim(lax.transpose(x, order), params["shape"], sorted(places))
-      ]
-  if name == "gather" and "FILL" in str(params["mode"]) and params["fill_value"] != 0:
-    return _filled(eqn) if is_float(eqn.outvars[0].aval.dtype) else None
-  if name == "scatter-sub" and not has_body(eqn):
-    options = {k: v for k, v in params.items() if not k.startswith("update_")}
-    return lambda x, indices, updates: [lax.scatter_add(x, indices, -updates, **options)]
-  return None
-
-
-def _filled(eqn: Any) -> Callable[..., Any]:
-  """A `gather` that fills in its number, NaN by default, instead of 0."""
-  params = Parameters(eqn)
-  keys = ("dimension_numbers", "slice_sizes", "unique_indices", "indices_are_sorted", "mode")
-  options = {key: params[key] for key in keys}
-  fill = np.nan if params["fill_value"] is None else params["fill_value"]
-
-  def filled(x, indices):
-    inside = lax.gather(np.ones(x.shape, bool), indices, **options, fill_value=False)
-    y = lax.gather(x, indices, **options, fill_value=0)
-    return [lax.select(inside, y, lax.full_like(y, fill))]
-
-  return filled
 
 
 def scan_of(eqn: Any) -> Scan:

@@ -92,7 +92,7 @@ def _is_index(x: Value | Known) -> bool:
 
 
 def _gather(op: Operation, x, indices) -> Masks:
-  """Beyond the array a gather gives the last element, or 0 (`layouts.composed`)."""
+  """Beyond the array a gather gives the last element, or 0 (`composed`)."""
   if not _is_index(indices):
     return lost(op)
   nc, nk = (np.asarray(op.bind(m, indices.low, fill_value=False)) for m in masks_of(x))

@@ -22,7 +22,7 @@ from convex_jax.proof.arithmetic import (
   smallest_normal,
   unit_roundoff,
 )
-from convex_jax.proof.collectives import on_one_device
+from convex_jax.proof.composed import composed
 from convex_jax.proof.enclosures import Ends, size_of
 from convex_jax.proof.equations import SAME, Unknown, is_float, is_half_or_more, keeps_precision
 from convex_jax.proof.float64 import float64
@@ -116,7 +116,7 @@ class Walk(interpreter.Walk):
   def _equation(self, eqn, inputs, place: Place) -> list[Any]:
     self._order += 1
     name = eqn.primitive.name
-    called, other = layouts.called(eqn, inputs), on_one_device(eqn) or layouts.composed(eqn)
+    called, other = layouts.called(eqn, inputs), composed(eqn)
     if called is not None:
       return self._inner(*called, place)
     if other is not None:

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from convex_jax.proof import layouts
-from convex_jax.proof.collectives import on_one_device
+from convex_jax.proof.composed import composed
 from convex_jax.proof.equations import is_float, is_half_or_more
 from convex_jax.proof.float64 import float64
 from convex_jax.proof.interpreter import is_rounding, needed
@@ -60,7 +60,7 @@ def equation(eqn, inputs) -> Sequence[Any]:
   """The outputs of an equation in wide arithmetic; raises `Impure` of one with side effects."""
   name, params = eqn.primitive.name, eqn.params
   has_body = any(True for _ in jex.jaxprs_in_params(params))
-  called, other = layouts.called(eqn, inputs), on_one_device(eqn) or layouts.composed(eqn)
+  called, other = layouts.called(eqn, inputs), composed(eqn)
   if called is not None:
     return widened(called[0])(*called[1])
   if other is not None:
