@@ -56,9 +56,10 @@ _SPECIAL_FUNCTIONS |= {"lgamma", "zeta", "log2"}  # Not igamma, nor digamma near
 _HUGE = 1e300  # Of a number of which only that is known.
 _SUMS = {"reduce_sum", "cumsum", "reduce_window_sum"}
 # Which compute no float from others: what the program gets of exact numbers is exact.
-_DISCRETE = {"bitcast_convert_type", "sort", "scatter-max", "scatter-min"}
+_DISCRETE = {"bitcast_convert_type", "sort"}
 _DISCRETE |= {"real", "imag", "complex", "conj", "rem", "nextafter", "select_and_gather_add"}
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
+_EXTREMES_AT = {"scatter-max": lax.scatter_max, "scatter-min": lax.scatter_min}
 _ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
   "add": enclosures.add,
   "add_any": enclosures.add,
@@ -137,6 +138,8 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
     return [sums.scatter_add(eqn, *inputs)]
   if name == "scatter-mul" and is_float(eqn.outvars[0].aval.dtype):
     return [sums.scatter_multiply(eqn, *inputs)]
+  if name in _EXTREMES_AT and is_float(eqn.outvars[0].aval.dtype):
+    return [_scatter_extreme(eqn, *inputs)]
   if name == "scatter" and getattr(inputs[0].low.dtype, "kind", None) in {*"fiub"}:
     return [_scatter(eqn, *inputs)]
   if name in _BY_ENDS and not (name == "sort" and len(inputs) > 1):
@@ -379,6 +382,15 @@ def _may_be_nan(x: Known) -> Any:
   if getattr(x.low.dtype, "kind", "") not in ("f", "c"):
     return np.False_
   return np.isnan(x.low) | np.isnan(x.high)
+
+
+def _scatter_extreme(eqn, x: Known, indices: Known, updates: Known) -> Ends:
+  scatter = sums.scattering(eqn, indices)
+  if np.any(_may_be_nan(x)) or np.any(_may_be_nan(updates)):
+    raise Unknown(f"{eqn.primitive.name} of what may be no number")
+  update = _EXTREMES_AT[eqn.primitive.name]
+  low = scatter(update, x.low, updates.low)
+  return low, low if x.is_exact and updates.is_exact else scatter(update, x.high, updates.high)
 
 
 def _scatter(eqn, x: Known, indices: Known, updates: Known) -> Ends:

@@ -288,6 +288,8 @@ FACTORS = [
   ("a running product", lambda: jnp.cumprod(jnp.float32([-0.1, -0.2, 0.3, 4]))[2], True),
   ("what XLA takes for 0", lambda: -(jnp.exp(jnp.full(3, -1000.0)) @ jnp.ones(3)), False),
   ("sums of updates", lambda: jnp.zeros(3).at[jnp.array([0, 0, 1])].add(0.1)[0], True),
+  ("the largest of updates", lambda: (jnp.full(3, -0.3) * 3).at[1].max(0.1)[1], True),
+  ("the least of them", lambda: jnp.full(3, 0.1).at[_TWICE].min(0.3 * jnp.float32(-3))[0], False),
   ("factors of updates", lambda: jnp.full(3, -0.1).at[1:].multiply(-2.0)[0], False),
   ("one of them", lambda: jnp.full(3, -0.1).at[1:].multiply(-2.0)[1], True),
   ("a factor beyond the end", lambda: jnp.full(3, 0.1).at[5].multiply(-1.0, mode="drop")[2], True),
