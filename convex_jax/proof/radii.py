@@ -419,7 +419,7 @@ def one_sided_radius(
   radius = y(x) / |grad y(x)| in the dual norm: a convex function lies above its tangent
   (Pfrommer et al. 2023, "Asymmetric Certified Robustness via Feature-Convex Neural
   Networks", theorem 2), which is taken next to x. In the units of x; 0 where y(x) <= 0, a side
-  that has no closed form.
+  that has no closed form, and where JAX's derivative is NaN.
   """
   exact = Program(logit, jax.ShapeDtypeStruct(x.shape, x.dtype)).exact
   at = np.asarray(x, np.float64)
@@ -428,8 +428,8 @@ def one_sided_radius(
     y = float(jnp.squeeze(exact(jnp.asarray(at))))
     value, slope = jax.value_and_grad(lambda x: jnp.squeeze(exact(x)))(jnp.asarray(near))
   tangent = float(value) + float(np.sum(np.asarray(slope) * (at - near)))
-  margin = min(y, tangent) - ROUNDING * (1 + abs(y))
+  margin = float(np.minimum(y, tangent)) - ROUNDING * (1 + abs(y))  # NaN, if either is.
   size = float(np.linalg.norm(np.ravel(np.asarray(slope)), DUAL[norm]))
-  if margin <= 0:
+  if not margin > 0:
     return y, 0.0
   return y, margin / size if size else np.inf

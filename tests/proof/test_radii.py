@@ -175,6 +175,18 @@ def test_a_tangent_is_that_of_the_function(identity):
     assert y == 1 and 0.999 < closed < 1
 
 
+def test_a_derivative_that_is_no_number_gives_no_radius():
+  """Of the norm of what is 0 all around: 0 / 0."""
+
+  def norm_of(x):
+    return jnp.sqrt(jnp.sum(nn.relu(x) ** 2))
+
+  for norm in NORMS:
+    assert one_sided_radius(lambda x: 1 + norm_of(x), -jnp.ones(2), norm) == (1, 0)
+  found = minimum.minimise(norm_of, -np.ones(2), np.ones(2), -np.ones(2))
+  assert found.value >= 0 and found.bound <= 0
+
+
 def test_slopes_of_a_broadcast_that_transposes():
   """JAX's own gradient of it is that of one that does not."""
   weights, high = np.array([[1.0, -2.0], [3.0, -5.0]]), np.array([1.0, 2.0, 3.0, 4.0])
