@@ -168,11 +168,11 @@ class _Program:
         done[id(value)] = Parts(jnp.asarray(x, self._dtype))
         continue
       parts = self._steps[id(value)].make(read)
-      if parts.above is None and parts.other is None:
+      if parts.above is None and parts.below is None:
         parts = Parts(jnp.zeros(value.shape, self._dtype))
       done[id(value)] = parts
       if layers is not None and not affine_maps.is_affine(value.made_by):
-        other = 0.0 if parts.other is None else float(jnp.std(parts.other))
+        other = 0.0 if parts.below is None else float(jnp.std(parts.below))
         op = value.made_by
         layers.append(Layer(f"{op.primitive} in {op.place}", float(jnp.std(parts.value)), other))
     parts = done[id(self._output)]
@@ -182,13 +182,14 @@ class _Program:
     """(convex logits, common term)."""
     shape, above = self._output.shape, parts.above
     above = jnp.zeros(shape, self._dtype) if above is None else jnp.broadcast_to(above, shape)
+    common = jnp.zeros((*shape[:-1], 1), self._dtype)
+    if parts.common is not None:
+      common = jnp.broadcast_to(parts.common, shape)[..., :1]
     if parts.other is None:
-      return above, jnp.zeros((*shape[:-1], 1), self._dtype)
+      return above, common
     other = jnp.broadcast_to(parts.other, shape)
-    if parts.is_common:
-      return above, other[..., :1]
     others = 1 - jnp.eye(shape[-1], dtype=self._dtype)
-    return above + other @ others, other.sum(-1, keepdims=True)
+    return above + other @ others, common + other.sum(-1, keepdims=True)
 
   def _read_known(self, k: Any) -> Parts:
     if isinstance(k, Known):
@@ -300,18 +301,17 @@ class _Program:
     parts = [read(x) for x in op.inputs]
     turned = [-p if sign < 0 else p for p, sign in zip(parts, signs, strict=True)]
     apply = functools.partial(self._apply, "add" if op.primitive == "sub" else op.primitive, op)
-    is_common = id(value) in self._tail and all(p.is_common or p.other is None for p in turned)
     affine = apply([p.affine for p in turned])
-    convex, other = (
+    convex, other, common = (
       apply(
         [
           getattr(p, kind) if isinstance(x, Value) else None
           for p, x in zip(turned, op.inputs, strict=True)
         ]
       )
-      for kind in ("convex", "other")
+      for kind in ("convex", "other", "common")
     )
-    return Parts(affine, convex, other, is_common and other is not None)
+    return Parts(affine, convex, other, common)
 
   def _apply(self, name: str, op: Operation, arrays: list[Any]) -> Any:
     """An operation without weights on one kind of part, in which what is absent is 0."""
@@ -350,8 +350,8 @@ class _Program:
       times(parts.other, plus) if has_plus else None,
       times(parts.convex, minus) if has_minus else None,
     )
-    # What is common stays so: of that, `_keeps_classes` leaves only factors above 0.
-    return Parts(times(parts.affine, weights), convex, other, parts.is_common)
+    common = times(parts.common, weights)  # By one number, as `_keeps_classes` says.
+    return Parts(times(parts.affine, weights), convex, other, common)
 
   def _head(self, op: Operation, parts: Parts, weights: np.ndarray, axis: int) -> Parts:
     """Weights less their minimum over the classes, and the same for their negatives."""
@@ -363,7 +363,7 @@ class _Program:
     common = differences.total(times(parts.convex, -least), times(parts.other, most))
     if common is not None:
       common = jnp.broadcast_to(common, op.shape)
-    return Parts(times(parts.affine, weights), convex, common, is_common=True)
+    return Parts(times(parts.affine, weights), convex, common=common)
 
 
 # The end of the network, in which the classes lie along the last axis.

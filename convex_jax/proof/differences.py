@@ -1,6 +1,7 @@
 """Values as differences of convex functions, and what operations that are not affine make of them.
 
-z = u + a - b, with u affine and a and b convex: `Parts(u, a, b)`. See `convexified`.
+z = u + a - b, with u affine and a and b convex: `Parts(u, a, b)`. Of logits, also less a c that is
+the same for all classes and of any curvature: `Parts(u, a, b, c)`. See `convexified`.
 """
 
 import dataclasses
@@ -18,12 +19,12 @@ from convex_jax.proof.values import Operation
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parts:
-  """A value as affine + convex - other; None is 0."""
+  """A value as affine + convex - other - common; None is 0."""
 
   affine: Any = None
   convex: Any = None
   other: Any = None
-  is_common: bool = False  # Whether `other` is the same along the last axis, and of any curvature.
+  common: Any = None  # The same along the last axis, of any curvature.
 
   @property
   def above(self) -> Any:
@@ -31,19 +32,22 @@ class Parts:
     return total(self.affine, self.convex)
 
   @property
+  def below(self) -> Any:
+    """What is subtracted."""
+    return total(self.other, self.common)
+
+  @property
   def value(self) -> jax.Array:
-    above = self.above
-    return above if self.other is None else -self.other if above is None else above - self.other
+    above, below = self.above, self.below
+    return above if below is None else -below if above is None else above - below
 
   def __neg__(self) -> "Parts":
     affine = None if self.affine is None else -self.affine
     return Parts(affine, self.other, self.convex)
 
   def map(self, f: Callable[[jax.Array], jax.Array]) -> "Parts":
-    affine, convex, other = (
-      None if x is None else f(x) for x in (self.affine, self.convex, self.other)
-    )
-    return Parts(affine, convex, other)
+    parts = (self.affine, self.convex, self.other, self.common)
+    return Parts(*(None if x is None else f(x) for x in parts))
 
 
 def total(*parts: Any) -> Any:
@@ -162,7 +166,7 @@ def divided(x: Parts, divisor: np.ndarray, shape: Sequence[int], dtype: Any) -> 
   size, sign = jnp.asarray(np.abs(divisor), dtype), np.sign(divisor)
   scaled = x.map(lambda a: jnp.broadcast_to(a / size, shape))
   if (sign > 0).all():
-    return dataclasses.replace(scaled, is_common=x.is_common)
+    return scaled
   turned = -scaled
   if (sign < 0).all():
     return turned

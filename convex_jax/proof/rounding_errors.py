@@ -62,7 +62,7 @@ class Program:
     self._arithmetic = arithmetic
     self._at = len(jax.tree.leaves(args[: argnums % len(args)]))
     self._given = jax.tree.leaves(args)
-    self._spreads: dict[tuple[str, int], np.ndarray] = {}
+    self._spreads: dict[tuple[str, int, bytes], np.ndarray] = {}
 
   @property
   def text(self) -> str:

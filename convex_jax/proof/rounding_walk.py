@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -101,10 +102,13 @@ def _all(eqn: Any, *arrays: Any) -> list[Any]:
 class Walk(interpreter.Walk):
   """One pass over a program, for a ball."""
 
-  def __init__(self, arithmetic: Arithmetic, ball: Ball, spreads: dict[tuple[str, int], Any]):
+  def __init__(
+    self, arithmetic: Arithmetic, ball: Ball, spreads: dict[tuple[str, int, bytes], Any]
+  ):
     super().__init__()
     self._arithmetic, self._ball, self._spreads = arithmetic, ball, spreads
     self._input: Any = None
+    self._decided = hashlib.sha256()
 
   def input(self, shape: tuple[int, ...]) -> Rounded:
     """The program's input: any number of its dtype in the ball, which it may flush to 0."""
@@ -127,12 +131,16 @@ class Walk(interpreter.Walk):
       if name == "scan":
         return self._loop(eqn, inputs, place)
       if name == "while" and (outputs := self._while(eqn, inputs, place)) is not None:
+        self._decide(np.asarray(self._order))  # How often it ran.
         return outputs
       if name == "cond" and isinstance(inputs[0], Known) and inputs[0].is_exact:
+        self._decide(inputs[0].low)
         return self._cond(eqn, *inputs, place=place)
       if is_float(eqn.outvars[0].aval.dtype) and any(map(is_number, inputs)):
         outputs = self._floats(name, eqn, inputs)
         if outputs is not None:
+          if any(x.is_affine for x in outputs):
+            self._decide(*(as_known(x).low for x in inputs if not is_number(x)))
           return outputs
       return self._folded(eqn, inputs)
     except Unknown as reason:
@@ -140,6 +148,11 @@ class Walk(interpreter.Walk):
         f"{name} has no bound on its rounding error ({reason}), in {place}; expected arithmetic,"
         " exp, log, tanh, logistic, erf, roots, maxima, sums, products, choices by comparison"
       ) from reason
+
+  def _decide(self, *choices: Any) -> None:
+    """Remembers what may differ from ball to ball: which affine function later values are."""
+    for choice in choices:
+      self._decided.update(np.asarray(choice).tobytes())
 
   def _folded(self, eqn, inputs) -> list[Any]:
     """The outputs that `constants` knows, for the real and the computed operands at once."""
@@ -350,7 +363,7 @@ class Walk(interpreter.Walk):
     """
     if not affine:
       return ends
-    key = self._ball.norm, self._order
+    key = self._ball.norm, self._order, self._decided.digest()
     if key not in self._spreads:
       self._spreads[key] = self._spread(eqn, operands)
     middle, half = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2

@@ -141,6 +141,14 @@ IMAGES, ROWS = (2, 6, 6, 2), (4, 6)
 MAX_POOL = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding="SAME")
 FUNCTIONS = {  # name: (function of one array, shape of the array)
   "affine": (lambda x: x @ A @ C, ROWS),
+  "a head of one sign, less convex units": (
+    lambda x: nn.relu(x @ A) @ jnp.abs(C) - nn.relu(x @ A)[:, :3] - nn.relu(-x @ A)[:, :3],
+    ROWS,
+  ),
+  "a head of one sign, plus concave units": (
+    lambda x: (nn.relu(x @ A) @ jnp.abs(C) + (-nn.relu(x @ A)[:, :3])) / 2 * 3,
+    ROWS,
+  ),
   "no weights after the activation": (lambda x: nn.relu(x @ A)[:, :3], ROWS),
   "one example without a batch": (lambda x: nn.gelu(x @ A) @ C, (6,)),
   "weights on the left": (lambda x: C.T @ nn.relu(A.T @ x), (6,)),
@@ -327,7 +335,7 @@ WRONG = {  # What is wrong: (name in the module, its replacement).
 
 
 def value_of(x):
-  return 0.0 if x.above is None and x.other is None else x.value
+  return 0.0 if x.above is None and x.below is None else x.value
 
 
 def maximum_of(*parts):

@@ -275,6 +275,24 @@ def test_no_error_of_an_operation_exceeds_its_bound(name):
   assert largest_ratio(f, kernel, x) <= 1
 
 
+@pytest.mark.parametrize(
+  "f",
+  [
+    lambda x: jnp.exp(jnp.sum(jnp.where(x > 0, 16 * x, x / 1024))),
+    lambda x: jnp.exp(jnp.sum(lax.cond(x[0] > 0, lambda x: 16 * x, lambda x: x / 1024, x))),
+    lambda x: jnp.exp(jnp.sum(jnp.stack([x / 1024, 16 * x])[(x > 0).astype(int)])),
+    lambda x: jnp.exp(lax.fori_loop(0, 1 + 3 * (x[0] > 0), lambda i, y: y * 1.5, x).sum()),
+  ],
+  ids=["choice", "branch", "index", "loop"],
+)
+def test_a_bound_does_not_depend_on_the_balls_before(f):
+  """Where another ball lies, the program may compute another affine function."""
+  ball, other = (Ball(np.array([at]), "linf", 1.0) for at in (1.5, -1.5))
+  fresh, used = (program(f, np.zeros(1)) for _ in range(2))
+  used.error(other)
+  np.testing.assert_array_equal(used.error(ball), fresh.error(ball))
+
+
 F, H = np.float32, np.float16
 MERGED = {  # What XLA computes in other numbers than the program's, at some x; the dtype is float32 but for "half".
   "constants, flushed to 0": (lambda x: x * F(1e-30) * F(1e-15), [1e30]),
