@@ -57,7 +57,8 @@ def apply(op: Operation, arrays: list[jax.Array], dtype: Any = np.float64) -> ja
     return jnp.stack(arrays) if op.index is None else arrays[0][op.index]
   if op.primitive == "scatter-add":  # Whose body computes in the program's dtype.
     options = {k: v for k, v in op.params.items() if not k.startswith("update_")}
-    return lax.scatter_add(*arrays, **options)
+    add: Any = lax.scatter_add
+    return add(*arrays, **options)
   changed: dict[str, Any] = {}
   if "precision" in op.params and dtype != np.float64:
     changed["precision"] = op.params["precision"]

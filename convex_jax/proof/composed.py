@@ -4,23 +4,37 @@ So a parameter that changes what an operation means, as a transpose within a res
 nowhere else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from convex_jax.proof.collectives import on_one_device
 from convex_jax.proof.equations import has_body, is_float
 from convex_jax.proof.layouts import Parameters
+from convex_jax.proof.values import Known
 
 Function = Callable[..., list[Any]]  # Of the operands; returns the outputs.
 
 
-def composed(eqn: Any) -> Function | None:
+def composed(eqn: Any, operands: Sequence[Any]) -> Function | None:
   """What an equation computes, in other operations; None of one that has rules of its own."""
-  form = _FORMS.get(eqn.primitive.name)
-  return on_one_device(eqn) if form is None else form(eqn, Parameters(eqn))
+  name = eqn.primitive.name
+  if name in _FORMS:
+    return _FORMS[name](eqn, Parameters(eqn))
+  return _elementwise(eqn, operands) if name in _ELEMENTWISE else on_one_device(eqn)
+
+
+def _elementwise(eqn: Any, operands: Sequence[Any]) -> Function | None:
+  """A scalar value next to an array counts for each element; a known number is left as it is."""
+  shape = eqn.outvars[0].aval.shape
+  pairs = zip(eqn.invars, operands, strict=True)
+  if all(v.aval.shape == shape or isinstance(x, Known) for v, x in pairs):
+    return None
+  params = eqn.params
+  return lambda *xs: [eqn.primitive.bind(*(jnp.broadcast_to(x, shape) for x in xs), **params)]
 
 
 def _unstack(eqn: Any, params: Parameters) -> Function:
@@ -68,6 +82,8 @@ def _subtract_at(eqn: Any, params: Parameters) -> Function | None:
   return lambda x, indices, updates: [lax.scatter_add(x, indices, -updates, **options)]
 
 
+_ELEMENTWISE = {"add", "sub", "mul", "div", "max", "min", "pow", "rem", "gt", "ge", "lt", "le"}
+_ELEMENTWISE |= {"eq", "ne", "and", "or", "xor"}
 _FORMS: dict[str, Callable[[Any, Parameters], Function | None]] = {
   "unstack": _unstack,
   "reshape": _reshape,

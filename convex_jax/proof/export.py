@@ -84,9 +84,14 @@ def export_cvxpy(f: Callable[..., jax.Array], *args: Any, argnums: int = -1) -> 
 
   Raises:
     convex_jax.proof.certificate.NotProved: some output is not proved convex.
-    ValueError: an operation is proved and has no conic form here; the message says where it is.
+    ValueError: an operation is proved and has no conic form here; the message says where it is. Or
+      the function returns no number.
   """
   output = proved(f, *args, argnums=argnums)
+  if not math.prod(output.shape):
+    raise ValueError(
+      f"the function returns an array of shape {output.shape}; expected some entries"
+    )
   export = _Export(output, math.prod(args[argnums].shape))
   y = export.affine([output])
   if (y.below | y.infinite).any():

@@ -10,6 +10,7 @@ verdicts hold for the function over the reals, on all of R^n.
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -219,7 +220,7 @@ class Walk:
   def _equation(self, eqn, inputs, place: Place) -> list[Value | Known]:
     name = eqn.primitive.name
     known = all(isinstance(x, Known) for x in inputs)
-    called, other = layouts.called(eqn, inputs), composed(eqn)
+    called, other = layouts.called(eqn, inputs), composed(eqn, inputs)
     if called is not None:
       return self._inner(*called, place)
     if other is not None:
@@ -324,16 +325,26 @@ class Walk:
     return [*carry, *(_stack(column, place) for column in zip(*rows, strict=True))]
 
   def _while(self, eqn, inputs, place: Place) -> list[Value | Known] | None:
-    """The outputs of a `while` whose test is known, unrolled; None where it is too long."""
+    """The outputs of a `while` whose test is known, unrolled; None where it is too long.
+
+    Under `vmap` it may test several rows, of which those whose test fails stay as they are.
+    """
     test, body, tested, fixed = layouts.while_of(eqn)
     outer, consts, carry = inputs[:tested], inputs[tested:][:fixed], inputs[tested + fixed :]
     for _ in range(LOOP_LIMIT):
       (more,) = self._inner(test, [*outer, *carry], place)
       if not isinstance(more, Known) or not more.is_exact:
         return None
-      if not more.low:
+      if not more.low.any():
         return list(carry)
-      carry = self._inner(body, [*consts, *carry], place)
+      moved = self._inner(body, [*consts, *carry], place)
+      if not more.low.all():
+        choose = functools.partial(_where, more.low)
+        moved = [
+          self._compute(choose, (v, v), [new, old], place)[0]
+          for v, new, old in zip(eqn.outvars, moved, carry, strict=True)
+        ]
+      carry = moved
     return None
 
   def _cond(self, eqn, index, *inputs, place: Place) -> list[Value | Known]:
@@ -360,6 +371,11 @@ class Walk:
     jaxpr, consts = layouts.parts_of(jaxpr)
     known = [number(x, v.aval.dtype) for x, v in zip(consts, jaxpr.constvars, strict=True)]
     return self.run(jaxpr, known, inputs, place)
+
+
+def _where(rows: np.ndarray, new, old) -> list[Any]:
+  """The rows of `new` where that is true, of `old` elsewhere."""
+  return [lax.select(lax.broadcast_in_dim(rows, old.shape, range(rows.ndim)), new, old)]
 
 
 def _condition(x: Value | Known) -> Value | Known:

@@ -120,7 +120,7 @@ class Walk(interpreter.Walk):
   def _equation(self, eqn, inputs, place: Place) -> list[Any]:
     self._order += 1
     name = eqn.primitive.name
-    called, other = layouts.called(eqn, inputs), composed(eqn)
+    called, other = layouts.called(eqn, inputs), composed(eqn, inputs)
     if called is not None:
       return self._inner(*called, place)
     if other is not None:

@@ -60,7 +60,7 @@ def equation(eqn, inputs) -> Sequence[Any]:
   """The outputs of an equation in wide arithmetic; raises `Impure` of one with side effects."""
   name, params = eqn.primitive.name, eqn.params
   has_body = any(True for _ in jex.jaxprs_in_params(params))
-  called, other = layouts.called(eqn, inputs), composed(eqn)
+  called, other = layouts.called(eqn, inputs), composed(eqn, inputs)
   if called is not None:
     return widened(called[0])(*called[1])
   if other is not None:

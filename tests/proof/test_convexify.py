@@ -141,6 +141,10 @@ IMAGES, ROWS = (2, 6, 6, 2), (4, 6)
 MAX_POOL = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding="SAME")
 FUNCTIONS = {  # name: (function of one array, shape of the array)
   "affine": (lambda x: x @ A @ C, ROWS),
+  "a scalar next to an array": (
+    lambda x: jnp.minimum(nn.relu(x).max() - nn.relu(-x).max(), x) @ A @ C,
+    ROWS,
+  ),
   "a head of one sign, less convex units": (
     lambda x: nn.relu(x @ A) @ jnp.abs(C) - nn.relu(x @ A)[:, :3] - nn.relu(-x @ A)[:, :3],
     ROWS,

@@ -256,6 +256,8 @@ def test_what_is_not_proved_is_refused(function, message):
 def test_several_outputs_are_refused():
   with pytest.raises(ValueError, match="returns 2 arrays; expected one"):
     export_cvxpy(lambda x: (x, x), jnp.ones(N))
+  with pytest.raises(ValueError, match=r"shape \(0,\); expected some entries"):
+    export_cvxpy(lambda x: x[:0], jnp.zeros(3))
   with pytest.raises(NotProved, match="does not depend on the input"):
     export_cvxpy(lambda x: jnp.ones(2), jnp.ones(N))
 

@@ -38,6 +38,14 @@ def scanned(weights, cell=nn.elu):
   return function
 
 
+ROWS = np.array([1, 2])
+
+
+def doubled(times):
+  """2^n for each n of some, by loops that `vmap` makes one of."""
+  return jax.vmap(lambda n: jax.lax.fori_loop(0, n, lambda i, y: 2 * y, 1.0))(times)
+
+
 def hand_made_logsumexp(x):
   top = jax.lax.stop_gradient(x.max(1, keepdims=True))
   return jnp.log(jnp.exp(x - top).sum(1)) + top[:, 0]
@@ -224,6 +232,15 @@ CURVATURES = [  # (name, function, curvature)
     )[0],
     "convex",
   ),
+  ("a scalar and numbers", lambda x: jnp.maximum(x.sum(), jnp.arange(3.0)), "convex"),
+  ("the smaller of both", lambda x: jnp.minimum(x.sum(), jnp.arange(3.0)), "concave"),
+  ("a scalar and an array", lambda x: jnp.maximum(nn.relu(x).sum(), x), "convex"),
+  ("their difference", lambda x: x - nn.relu(x).sum(), "concave"),
+  ("a product of a scalar", lambda x: nn.relu(x).sum() * jnp.arange(3.0), "convex"),
+  ("powers of a scalar", lambda x: jnp.abs(x).sum() ** jnp.arange(1.0, 4), "convex"),
+  ("loops of rows", lambda x: x**2 * doubled(np.array([1, 3, 2])).sum(), "convex"),
+  ("loops of rows, of which one is short", lambda x: x**2 * (3 - doubled(ROWS)[0]), "convex"),
+  ("and one is long", lambda x: x**2 * (3 - doubled(ROWS)[1]), "concave"),
   ("out of bounds", lambda x: x.at[:, jnp.array([0, 7])].get(mode="fill"), "unknown"),
 ]
 
