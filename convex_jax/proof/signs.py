@@ -136,7 +136,15 @@ def infinite(x: Value | Known) -> Masks:
   op = x.made_by
   if op is None or op.eqn is None or op.primitive not in (*MOVES, "neg"):
     return uniform(True, x.shape), uniform(True, x.shape)
-  return carried(op, infinite)
+  if op.primitive != "gather":
+    return carried(op, infinite)
+  of, indices = op.inputs
+  if not isinstance(indices, Known) or not indices.is_exact:
+    return uniform(True, x.shape), uniform(True, x.shape)
+  above, below = (  # The 0 that it may fill in is finite.
+    np.asarray(op.bind(mask, indices.low, fill_value=True)) for mask in infinite(of)
+  )
+  return above, below
 
 
 # Repetitions.

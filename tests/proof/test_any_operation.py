@@ -47,11 +47,19 @@ def refuted(f, seed, shape):
 
 
 def functions(seed, table):
-  """Of the numbers |x|, of either sign, that the operations take; and with known ones, as factors."""
+  """Of the numbers |x|, of either sign, that the operations take; what other rules make of their
+  signs, and of where they are infinite; and with known numbers, as factors."""
   case, rng = operations.case(seed, table), np.random.default_rng(seed)
   signs = rng.choice([-1.0, 1.0, 2.0] if rng.random() < 0.6 else [1.0, 2.0], case.shape)
   known, taken = operations.weights(rng, case.shape), rng.integers(0, signs.size, case.result)
+
+  def others(x):
+    y = jnp.ravel(case.apply(jnp.abs(x) * np.sign(signs.flat[0])))
+    beside = jnp.ravel(jnp.abs(x))[taken.ravel()] - 1
+    return jnp.stack([y**2, jnp.minimum(y, beside), jnp.maximum(y, -beside)])
+
   yield case, lambda x: case.apply(jnp.abs(x) * signs.astype(x.dtype))
+  yield case, others
   yield case, lambda x: jnp.ravel(jnp.abs(x))[taken] * case.apply(jnp.asarray(known))
 
 
@@ -75,7 +83,7 @@ def proved_but_refuted(seeds, table=()):
 def test_nothing_that_is_proved_has_a_midpoint_too_high(seeds):
   wrong, count = proved_but_refuted(seeds)
   assert wrong == []
-  assert count["proved"] > 3 * count["neither"]
+  assert count["proved"] > count["neither"]
 
 
 FORGETFUL = {  # Of each primitive: the operation that makes it, and a rule that forgets something.

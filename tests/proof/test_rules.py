@@ -79,6 +79,13 @@ UPDATES = [
   ("subtract a concave value", lambda x: relu(x).at[1].subtract(-relu(x[0])), "convex"),
   ("subtract a convex value", lambda x: relu(x).at[1].subtract(relu(x[0])), "unknown"),
   ("subtract twice", lambda x: zeros_and([1, 1], relu(x[:2]), "subtract"), "concave"),
+  (
+    "filled with 0, which is not infinite",
+    lambda x: jnp.minimum(
+      relu(x).at[jnp.array([9])].get(mode="fill", fill_value=0.0), relu(x[:1]) - 1
+    ),
+    "unknown",
+  ),
   ("set all", lambda x: x.at[:].set(relu(x)), "convex"),
   ("set all, to a concave value", lambda x: x.at[...].set(-relu(x)), "concave"),
   ("add to a scalar", lambda x: relu(x).sum().at[()].add(x[0]), "convex"),
