@@ -215,6 +215,8 @@ def _places(rng, shape: Shape) -> _Places:
   thin = [i for i in range(rank) if sizes[i] == 1 and i not in batched]
   dropped = tuple(i for i in thin if rng.random() < 0.6)
   mapped = tuple(i for i in order(rng, rank) if i not in batched and rng.random() < 0.8)
+  if not mapped:  # Of several such updates XLA makes one.
+    rows = [n if i in of_batch else 1 for i, n in enumerate(rows)]
   indices = rng.integers(-2, 5, (*rows, len(mapped))).astype(np.int32)
   mode = ["clip", "fill", "promise_in_bounds"][rng.integers(3)]
   if mode == "promise_in_bounds":
