@@ -133,18 +133,17 @@ def infinite(x: Value | Known) -> Masks:
   """Where a number is not known to be minus infinity, and not known to be infinity."""
   if isinstance(x, Known):
     return ~(x.high == -np.inf), ~(x.low == np.inf)
-  op = x.made_by
+  op, unknown = x.made_by, uniform(True, x.shape)
   if op is None or op.eqn is None or op.primitive not in (*MOVES, "neg"):
-    return uniform(True, x.shape), uniform(True, x.shape)
+    return unknown, unknown
   if op.primitive != "gather":
     return carried(op, infinite)
   of, indices = op.inputs
   if not isinstance(indices, Known) or not indices.is_exact:
-    return uniform(True, x.shape), uniform(True, x.shape)
-  above, below = (  # The 0 that it may fill in is finite.
-    np.asarray(op.bind(mask, indices.low, fill_value=True)) for mask in infinite(of)
-  )
-  return above, below
+    return unknown, unknown
+  # The 0 that a gather may fill in is finite.
+  above, below = (op.bind(mask, indices.low, fill_value=True) for mask in infinite(of))
+  return np.asarray(above), np.asarray(below)
 
 
 # Repetitions.

@@ -45,7 +45,7 @@ def refuted(f, seed, shape):
 
 
 def functions(seed, table):
-  """The operations of |x|, with signs; other rules, of what is known of the results; known factors."""
+  """Functions in which the operations take |x| of either sign, or numbers that multiply |x|."""
   case, rng = operations.case(seed, table), np.random.default_rng(seed)
   signs = rng.choice([-1.0, 1.0, 2.0] if rng.random() < 0.6 else [1.0, 2.0], case.shape)
   known, taken = operations.weights(rng, case.shape), rng.integers(0, signs.size, case.result)
@@ -110,7 +110,7 @@ def logits(seed):
   yield case, lambda x: jnp.ravel(case.apply(act(x))) @ np.abs(last).astype(x.dtype)
 
 
-def of_each(function, seeds, *args):
+def of_each(function, seeds):
   """How many cases a function takes, and how many it refuses, in a sentence about an operation."""
   count = collections.Counter()
   for seed in seeds:
@@ -118,7 +118,7 @@ def of_each(function, seeds, *args):
       if not np.isfinite(f(drawn(seed, case.shape, 1)[0][0])).all():
         continue
       try:
-        function(seed, case, f, *args)
+        function(seed, case, f)
         count["done"] += 1
       except ValueError as refusal:
         sentence = ", in " in str(refusal) or "not depend on the input" in str(refusal)
@@ -129,7 +129,7 @@ def of_each(function, seeds, *args):
 
 @seeds_of
 def test_derivatives_are_those_of_the_program(seeds):
-  """By which radii and minima are certified; JAX's own are wrong of a broadcast that transposes."""
+  """Radii and minima are certified by them; JAX's own of a broadcast that transposes are wrong."""
 
   def check(seed, case, f):
     exact = Program(f, jax.ShapeDtypeStruct(case.shape, np.float32)).exact
@@ -138,9 +138,8 @@ def test_derivatives_are_those_of_the_program(seeds):
       slopes = np.asarray(jax.jit(jax.jacrev(exact))(x)).reshape(3, -1)
       moved = [np.asarray(exact(x + sign * 1e-6 * x)) for sign in (1, -1)]
     along = (moved[0] - moved[1]) / 2e-6
-    told = np.isfinite(slopes).all(
-      1
-    )  # JAX's of a clipped scatter-max is NaN, which proves nothing.
+    # JAX's derivative of a clipped scatter-max is NaN, by which nothing is certified.
+    told = np.isfinite(slopes).all(1)
     np.testing.assert_allclose(slopes[told] @ x.ravel(), along[told], 1e-4, 1e-4)
 
   assert of_each(check, seeds)["done"] > len(seeds)
