@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from convex_jax.proof import enclosures, sums
 from convex_jax.proof.enclosures import ULPS, Ends
@@ -31,7 +30,8 @@ from convex_jax.proof.equations import (
   keeps_precision,
 )
 from convex_jax.proof.in_numpy import broadcast, rearranged, select
-from convex_jax.proof.values import Known
+from convex_jax.proof.updates import UPDATES
+from convex_jax.proof.values import Known, may_be_nan
 
 # Applied to the low ends and to the high ends of their data: moves of elements, and functions
 # that are non-decreasing in each. The rest of their operands are indices.
@@ -59,7 +59,6 @@ _SUMS = {"reduce_sum", "cumsum", "reduce_window_sum"}
 _DISCRETE = {"bitcast_convert_type", "sort"}
 _DISCRETE |= {"real", "imag", "complex", "conj", "rem", "nextafter", "select_and_gather_add"}
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
-_EXTREMES_AT = {"scatter-max": lax.scatter_max, "scatter-min": lax.scatter_min}
 _ARITHMETIC: dict[str, Callable[[Ends, Ends], Ends]] = {
   "add": enclosures.add,
   "add_any": enclosures.add,
@@ -134,14 +133,9 @@ def _enclose(name: str, eqn, inputs: Sequence[Known], varies: bool) -> list[Ends
   if name == "is_finite":
     surely = np.isfinite(inputs[0].low) & np.isfinite(inputs[0].high)
     return [(surely, np.ones_like(surely))]
-  if name == "scatter-add" and is_float(eqn.outvars[0].aval.dtype):
-    return [sums.scatter_add(eqn, *inputs)]
-  if name == "scatter-mul" and is_float(eqn.outvars[0].aval.dtype):
-    return [sums.scatter_multiply(eqn, *inputs)]
-  if name in _EXTREMES_AT and is_float(eqn.outvars[0].aval.dtype):
-    return [_scatter_extreme(eqn, *inputs)]
-  if name == "scatter" and getattr(inputs[0].low.dtype, "kind", None) in {*"fiub"}:
-    return [_scatter(eqn, *inputs)]
+  kind = getattr(inputs[0].low.dtype, "kind", None) if inputs else None  # None of random keys.
+  if name in UPDATES and (kind == "f" or (name == "scatter" and kind in {*"iub"})):
+    return [UPDATES[name](eqn, *inputs)]
   if name in _BY_ENDS and not (name == "sort" and len(inputs) > 1):
     return _by_ends(name, eqn, inputs)
   if floats and name in _ARITHMETIC:
@@ -274,7 +268,7 @@ def _by_ends(name: str, eqn, inputs: Sequence[Known]) -> list[Ends]:
     return _as_the_program_does(eqn, [x.low for x in inputs])
   keys = [i.low for i in indices]
 
-  if name not in _MOVES and any(np.any(_may_be_nan(x)) for x in inputs):
+  if name not in _MOVES and any(np.any(may_be_nan(x)) for x in inputs):
     raise Unknown(f"{name} of what may be no number")
 
   def apply(arrays):
@@ -365,7 +359,7 @@ def _order(name: str, a: Known, b: Known) -> Ends:
   if name == "ne":
     surely, perhaps = _order("eq", a, b)
     return ~perhaps, ~surely
-  unknown = _may_be_nan(a) | _may_be_nan(b)
+  unknown = may_be_nan(a) | may_be_nan(b)
   if a is b:  # A number equals itself: so programs ask whether it is NaN.
     same = np.full(a.shape, name != "gt")
     return same & ~unknown, same | unknown
@@ -376,35 +370,3 @@ def _order(name: str, a: Known, b: Known) -> Ends:
     compare = np.greater if name == "gt" else np.greater_equal
     surely, perhaps = compare(a.low, b.high), compare(a.high, b.low)
   return surely & ~unknown, perhaps | unknown
-
-
-def _may_be_nan(x: Known) -> Any:
-  if getattr(x.low.dtype, "kind", "") not in ("f", "c"):
-    return np.False_
-  return np.isnan(x.low) | np.isnan(x.high)
-
-
-def _scatter_extreme(eqn, x: Known, indices: Known, updates: Known) -> Ends:
-  scatter = sums.scattering(eqn, indices)
-  if np.any(_may_be_nan(x)) or np.any(_may_be_nan(updates)):
-    raise Unknown(f"{eqn.primitive.name} of what may be no number")
-  update = _EXTREMES_AT[eqn.primitive.name]
-  low = scatter(update, x.low, updates.low)
-  return low, low if x.is_exact and updates.is_exact else scatter(update, x.high, updates.high)
-
-
-def _scatter(eqn, x: Known, indices: Known, updates: Known) -> Ends:
-  """Several numbers at one place: which comes last is not defined."""
-  scatter = sums.scattering(eqn, indices)
-  if np.isnan(updates.low + updates.high).any():
-    raise Unknown("scatter of what may be no number")
-  there = scatter(lax.scatter_add, np.zeros(x.shape), np.ones(updates.shape)) > 0
-  ends = []
-  for update, old, new in (
-    (lax.scatter_min, x.low, updates.low),
-    (lax.scatter_max, x.high, updates.high),
-  ):
-    first = scatter(lax.scatter, old, new)  # Any of them, from which to look for the least.
-    ends.append(np.where(there, scatter(update, first, new), old))
-  low, high = ends
-  return (low, low) if np.array_equal(low, high) else (low, high)

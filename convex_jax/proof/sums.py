@@ -1,16 +1,14 @@
 """Enclosures of sums and products of many known numbers, in whatever order a program takes them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from convex_jax.proof import enclosures
 from convex_jax.proof.enclosures import Ends
-from convex_jax.proof.equations import Unknown, bind, has_known_updates
-from convex_jax.proof.float64 import float64
+from convex_jax.proof.equations import Unknown, bind
 from convex_jax.proof.values import Known
 
 
@@ -25,54 +23,13 @@ def total(eqn, x: Known) -> Ends:
   low = _float_sum(eqn, x.low)
   high = low if x.low is x.high else _float_sum(eqn, x.high)
   size = _float_sum(eqn, np.maximum(np.abs(x.low), np.abs(x.high)))
-  return _within(eqn, low, high, n, size, [x])
+  return within(eqn, low, high, n, size, [x])
 
 
 def _float_sum(eqn, array: np.ndarray) -> np.ndarray:
   if eqn.primitive.name == "reduce_sum":
     return np.asarray(array.sum(tuple(eqn.params["axes"])))
   return bind(eqn, array)[0]
-
-
-def scattering(eqn, indices: Known) -> Callable[..., np.ndarray]:
-  """A function that updates places of one array by another, as `lax.scatter_add` would."""
-  if not has_known_updates(eqn):
-    raise Unknown("scatter by a function of its own, or by indices that have no entries")
-  if not indices.is_exact:
-    raise Unknown("scatter by an index that is known only to within rounding")
-
-  def scatter(update: Callable, old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    given = {key: eqn.params[key] for key in ("dimension_numbers", "mode")}
-    with float64():
-      return np.asarray(update(jnp.asarray(old), indices.low, jnp.asarray(new), **given))
-
-  return scatter
-
-
-def scatter_add(eqn, x: Known, indices: Known, updates: Known) -> Ends:
-  """Sums of the numbers at each place, and of what was there."""
-  scatter = scattering(eqn, indices)
-
-  def add(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    return scatter(lax.scatter_add, old, new)
-
-  low = add(x.low, updates.low)
-  high = low if x.is_exact and updates.is_exact else add(x.high, updates.high)
-  sizes = [np.maximum(np.abs(t.low), np.abs(t.high)) for t in (x, updates)]
-  return _within(eqn, low, high, 1 + indices.low.size, add(*sizes), [x, updates])
-
-
-def scatter_multiply(eqn, x: Known, indices: Known, updates: Known) -> Ends:
-  """Products of each number with the factor at its place, of which there is at most one."""
-  scatter = scattering(eqn, indices)
-  count = scatter(lax.scatter_add, np.zeros(x.shape), np.ones(updates.shape))
-  if count.max(initial=0) > 1:
-    raise Unknown("scatter-mul by several factors at one place")
-
-  def factor(end: np.ndarray) -> np.ndarray:
-    return scatter(lax.scatter_add, np.where(count == 0, 1.0, 0.0), end)
-
-  return enclosures.multiply((x.low, x.high), (factor(updates.low), factor(updates.high)))
 
 
 def multiplied(name: str, eqn, x: Known) -> Ends:
@@ -125,7 +82,7 @@ def contraction(name: str, eqn, a: Known, b: Known) -> Ends:
   return enclosures.outward(low - margin, high + margin, (margin == 0, margin == 0))
 
 
-def _within(eqn, low, high, n: int, size, terms: Sequence[Known]) -> Ends:
+def within(eqn, low, high, n: int, size, terms: Sequence[Known]) -> Ends:
   """The ends of sums of n terms, moved outwards by what rounding them one by one may do."""
   if _overflows(eqn, terms, size):
     raise Unknown(f"{eqn.primitive.name}, of which a part may overflow")

@@ -238,3 +238,10 @@ def composed(x: Value, convex: Any, concave: Any, rising: Any, falling: Any) -> 
     return np.broadcast_to(np.where(is_curved, mask, True), x.shape)
 
   return one(convex, *x.masks), one(concave, *x.masks[::-1])
+
+
+def may_be_nan(x: Known) -> Any:
+  """Where a known number may be NaN."""
+  if getattr(x.low.dtype, "kind", "") not in ("f", "c"):
+    return np.False_
+  return np.isnan(x.low) | np.isnan(x.high)
