@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,20 @@ def test_the_update_is_a_branch_on_a_cpu_alone(tiny_config, few_digits, monkeypa
   plan, arrays = job.batches(range(1)), job.splits["train"].arrays
   traced = jax.make_jaxpr(job._train_call)(job.state_shapes(), arrays, plan)
   assert ("cond[" in str(traced)) == (platform == "cpu")
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_norm_of_gradients(devices):
+  rng, few = np.random.default_rng(0), mesh.make_mesh(jax.devices()[:devices])
+  shapes = [(), (5,), (4, 3), (3, 3, 2, 4)]
+  grads = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+  norm = jax.jit(mesh.traced_on(few, step._norm))
+  whole = np.concatenate([g.ravel() for g in grads]).astype(float)
+  np.testing.assert_allclose(norm(grads), np.linalg.norm(whole), rtol=1e-6)
+  for place, value in itertools.product(range(len(grads)), (np.nan, np.inf, -np.inf)):
+    spoilt = [g.copy() for g in grads]
+    spoilt[place].flat[-1] = value
+    assert not np.isfinite(norm(spoilt))
 
 
 def test_pmap_with_an_axis_name_gives_the_same_update(tiny_config, few_digits):
