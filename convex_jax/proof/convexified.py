@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convex_jax.proof import affine_maps, differences, interpreter
+from convex_jax.proof import affine_maps, class_axis, differences, interpreter
 from convex_jax.proof.certificate import Certificate, certify
 from convex_jax.proof.differences import Parts
 from convex_jax.proof.exponents import exponents
@@ -151,7 +151,9 @@ class _Program:
     self._steps: dict[int, _Step] = {}
     self._splits: dict[Any, Split] = {}
     self._order = affine_maps.in_order([output], self._inputs_of)
-    self._tail = _tail(output, self._order, self._steps)
+    self._tail = class_axis.tail(
+      output, self._order, lambda value: self._steps[id(value)].inputs if value.made_by else ()
+    )
 
   def __call__(
     self, x: jax.Array, layers: list[Layer] | None = None
@@ -292,7 +294,7 @@ class _Program:
       if op.primitive == "div":
         return differences.divided(parts, np.asarray(known[0].array), op.shape, self._dtype)
       weights = np.asarray(known[0].array)
-      if id(value) in self._tail and (axis := _class_axis(op)) is not None:
+      if id(value) in self._tail and (axis := class_axis.of_weights(op)) is not None:
         return self._head(op, parts, weights, axis)
       return self._weighted(op, parts, weights)
     if op.primitive in ("max", "min", "clamp"):  # With bounds that do not bind.
@@ -350,7 +352,7 @@ class _Program:
       times(parts.other, plus) if has_plus else None,
       times(parts.convex, minus) if has_minus else None,
     )
-    common = times(parts.common, weights)  # By one number, as `_keeps_classes` says.
+    common = times(parts.common, weights)  # By one number: `class_axis.tail`.
     return Parts(times(parts.affine, weights), convex, other, common)
 
   def _head(self, op: Operation, parts: Parts, weights: np.ndarray, axis: int) -> Parts:
@@ -364,67 +366,6 @@ class _Program:
     if common is not None:
       common = jnp.broadcast_to(common, op.shape)
     return Parts(times(parts.affine, weights), convex, common=common)
-
-
-# The end of the network, in which the classes lie along the last axis.
-
-
-def _tail(output: Value, order: list[Value], steps: dict[int, _Step]) -> set[int]:
-  """Values of which only the logits are made, and whose last axis is that of the classes."""
-  users: dict[int, list[Value]] = {}
-  for value in order:
-    for x in steps[id(value)].inputs if value.made_by else ():
-      if isinstance(x, Value):
-        users.setdefault(id(x), []).append(value)
-  tail: set[int] = set()
-  for value in reversed(order):
-    if value is output or all(id(u) in tail and _keeps_classes(u) for u in users[id(value)]):
-      tail.add(id(value))
-  return tail
-
-
-def _keeps_classes(value: Value) -> bool:
-  """Whether a value adds up parts of one other, with weights >= 0 that no two classes differ in."""
-  op = value.made_by
-  if op is None or not affine_maps.is_affine(op):
-    return False
-  name, inputs, params = op.primitive, op.inputs, op.params
-  if name in ("add", "add_any"):
-    return all(x.shape == op.shape for x in inputs if isinstance(x, Value))
-  if name == "sub":
-    return isinstance(inputs[1], Known) and inputs[0].shape == op.shape
-  if name in ("mul", "div"):
-    known = next(x for x in inputs if isinstance(x, Known)).array
-    return bool(known.size and known.flat[0] > 0 and np.all(known == known.flat[0]))
-  last = len(inputs[0].shape) - 1
-  if name == "reduce_sum":
-    return last not in params["axes"]
-  if name == "reduce_window_sum":
-    return params["window_dimensions"][-1] == 1 and tuple(params["padding"][-1]) == (0, 0)
-  if name == "reshape":
-    return inputs[0].shape[-1:] == op.shape[-1:]
-  if name == "squeeze":
-    return last not in params["dimensions"]
-  if name == "broadcast_in_dim":
-    places = params["broadcast_dimensions"]
-    return bool(places) and places[-1] == len(op.shape) - 1 and inputs[0].shape[-1] == op.shape[-1]
-  return False
-
-
-def _class_axis(op: Operation) -> int | None:
-  """The axis of the weights along which the classes lie, if they are the result's last axis."""
-  if op.primitive == "dot_general":
-    sums, (batch, _) = op.params["dimension_numbers"]
-    at = 0 if isinstance(op.inputs[0], Known) else 1
-    free = [i for i in range(len(op.inputs[at].shape)) if i not in sums[at]]
-    is_last = at == 1 or len(op.inputs[1].shape) == len(sums[1])
-    return free[0] if len(free) == 1 and is_last and not batch else None
-  if op.primitive == "conv_general_dilated" and isinstance(op.inputs[1], Known):
-    numbers = op.params["dimension_numbers"]
-    is_last = numbers.out_spec[1] == len(op.shape) - 1
-    plain = op.params["feature_group_count"] == op.params["batch_group_count"] == 1
-    return numbers.rhs_spec[0] if is_last and plain else None
-  return None
 
 
 # Operations that are not affine.
