@@ -17,7 +17,7 @@ Assumed of the compiler and the machine:
 
 - they compute the jaxpr's operations, rounding to nearest. They may fuse and contract them,
   sum in any order, divide by way of a reciprocal, keep more precision than a dtype has, and merge
-  constants and exponentials as `merged` says; but products are sums of products (no Strassen or
+  constants, quotients and exponentials as `merged` says; but products are sums of products (no Strassen or
   Winograd algorithms), and no function is replaced by another one in any other way;
 - exp, tanh and the like are right to within `arithmetic.FUNCTIONS`, measured on the CPU with a margin;
 - how products of matrices are computed is what an `arithmetic.Arithmetic` says.

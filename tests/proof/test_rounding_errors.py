@@ -349,6 +349,68 @@ def test_no_error_of_what_the_compiler_merges_exceeds_its_bound(name):
   assert (np.isinf(error) | (np.abs(got - real) <= error)).all()
 
 
+QUOTIENTS = {  # Of an input x and weights w, which are arguments of the compiled program, too.
+  "x / y / z": (lambda w, x: x[0] / x[1] / x[2], [], [1e25, 1e20, 1e20]),
+  "x / (y / z)": (lambda w, x: x[0] / (x[1] / x[2]), [], [1e25, 1e25, 1e25]),
+  "of quotients": (
+    lambda w, x: (x[0] / x[1]) / (x[2] / x[3]),
+    [],
+    [1e25, 1e24, 1e25, 1e24],
+  ),
+  "of small ones": (lambda w, x: (x[0] / x[1]) / (x[2] / x[3]), [], [1e-25] * 4),
+  "c / (d / x)": (lambda w, x: F(1e30) / (F(1e30) / x), [], [1e30]),
+  "of weights": (lambda w, x: x * (w[0] / w[1] / w[2]), [1e25, 1e20, 1e20], [1.0]),
+  "of small weights": (lambda w, x: x * (w[0] / w[1] / w[2]), [1e-25, 1e-20, 1e-20], [1.0]),
+  "by a quotient of weights": (
+    lambda w, x: jax.nn.relu(x) * (w[0] / (w[1] / w[2])),
+    [1e25, 1e25, 1e25],
+    [1.0],
+  ),
+  "by an exponential": (lambda w, x: w[0] / jnp.exp(x) / w[1], [1e30, 1e30], [50.0]),
+  "moved": (
+    lambda w, x: x * ((w[:1] / w[1:2]).reshape(1, 1)[0] / w[2]),
+    [1e25, 1e20, 1e20],
+    [1.0],
+  ),
+  "the greater of two": (
+    lambda w, x: x * (jnp.maximum(w[0] / w[1], w[0] / w[1]) / w[2]),
+    [1e25, 1e20, 1e20],
+    [1.0],
+  ),
+  "a weight times constants": (lambda w, x: x * (w[0] * F(1e30) * F(1e30)), [1e-35], [1.0]),
+  "a weight and constants": (
+    lambda w, x: x * (w[0] + F(3e38) + F(3e38)),
+    [-3e38],
+    [1.0],
+  ),
+  "a product with a weight": (
+    lambda w, x: (x * F(1e-20)) * (w[0] * F(1e30)),
+    [1e-30],
+    [1e-15],
+  ),
+}
+
+
+@pytest.mark.parametrize("name", QUOTIENTS)
+def test_quotients_and_weights_may_be_merged(name):
+  """Compiled, some of these are 0, infinite or NaN where the program's own order is not."""
+  f, w, x = QUOTIENTS[name]
+  w, x = np.float32(w), np.float32(x)
+  p = program(f, w, x)
+  error = p.error(Ball(np.float64(x), "linf", 0.0))
+  with jax.enable_x64(True):
+    real = np.asarray(p.exact(jnp.asarray(x, jnp.float64)))
+  for got in (jax.jit(f)(w, x), jax.jit(functools.partial(f, w))(x), f(w, x)):
+    assert (np.isinf(error) | (np.abs(np.asarray(got, np.float64) - real) <= error)).all()
+
+
+def test_ordinary_quotients_have_a_narrow_bound():
+  """The negative control of a bound that would be infinite wherever something is divided twice."""
+  x = np.float32([3.0, 0.7, -2.0])
+  p = program(lambda w, x: jax.nn.relu(x) / w[0] / (w[1] / w[2]), np.float32([0.1, 7, 300]), x)
+  assert 0 < p.error(Ball(np.float64(x), "linf", 0.1)).max() < 1e-3
+
+
 LOST = 64, 2048  # Terms of 1, and terms of 2^-24, which are lost beside the sums of the former.
 
 
