@@ -43,6 +43,11 @@ def _unstack(eqn: Any, params: Parameters) -> Function:
   return lambda x: [lax.squeeze(part, (axis,)) for part in lax.split(x, (1,) * x.shape[axis], axis)]
 
 
+def _split(eqn: Any, params: Parameters) -> Function | None:
+  """Into one part."""
+  return (lambda x: [x]) if len(eqn.outvars) == 1 else None
+
+
 def _reshape(eqn: Any, params: Parameters) -> Function | None:
   order = params["dimensions"]
   if order is None:
@@ -86,6 +91,7 @@ _ELEMENTWISE = {"add", "sub", "mul", "div", "max", "min", "pow", "rem", "gt", "g
 _ELEMENTWISE |= {"eq", "ne", "and", "or", "xor"}
 _FORMS: dict[str, Callable[[Any, Parameters], Function | None]] = {
   "unstack": _unstack,
+  "split": _split,
   "reshape": _reshape,
   "broadcast_in_dim": _broadcast,
   "gather": _gather,

@@ -173,6 +173,17 @@ class Jet:
     value, slope, second = negative(self.value), _negated(self.slope), _negated(self.second)
     return Jet(value, slope, self.over, second, self.is_continuous)
 
+  def repeated(self, times: int) -> "Jet":
+    """The sum of so many of it, at least one; for negative numbers, of its negative."""
+    part, left = (self if times > 0 else self.negated()), abs(times)
+    total = None
+    while left:
+      if left % 2:
+        total = part if total is None else total.plus(part)
+      part, left = part.plus(part), left // 2
+    assert total is not None
+    return total
+
   def times(self, other: "Jet") -> "Jet":
     slope = _plus(
       _times(_times(self.slope, other.over), other.value),

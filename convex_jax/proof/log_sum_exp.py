@@ -39,6 +39,7 @@ from convex_jax.proof.values import (
 )
 
 LIMIT = 60  # Operations that one reading goes through.
+MANY = 100  # Terms of the longest sum that is read: values that enter again and again make it long.
 ENDS = {"add", "add_any", "sub", "log", "log1p", "log2", "sign"}  # What a pattern may end in.
 MOVES = {"broadcast_in_dim", "reshape", "rev", "slice", "squeeze", "transpose"}
 # Log-convexity goes through these as convexity does, where no weight is negative.
@@ -217,12 +218,11 @@ class _Reader:
     if op is None:
       return whole
     name, inputs, shape = op.primitive, op.inputs, op.shape
-    if name in ("add", "add_any"):
+    if name in ("add", "add_any", "sub"):
       a, b = (self.sum(i).spread(shape) for i in inputs)
-      return a.plus(b)
-    if name == "sub":
-      a, b = (self.sum(i).spread(shape) for i in inputs)
-      return a.plus(b.finite().scaled(negative=True))
+      if len(a.terms) + len(b.terms) > MANY:
+        return whole
+      return a.plus(b.finite().scaled(negative=True) if name == "sub" else b)
     if name == "neg":
       return self.sum(inputs[0]).finite().scaled(negative=True)
     if name in ("mul", "div"):

@@ -116,7 +116,7 @@ def merge(
       reached = max(reached, most)
     return Merged(factors, added), 0.0 if reached <= largest else np.inf
   if name in ("square", "integer_pow"):
-    operands = operands * (2 if name == "square" else eqn.params["y"])
+    operands = [*operands] * (2 if name == "square" else eqn.params["y"])
   elif name not in ("mul", "div"):
     return NOTHING, 0.0
   error, exponents = 0.0, [x.merged.exponent for x in operands]

@@ -40,6 +40,9 @@ ELEMENTWISE |= {"sqrt"}
 STEPS = {"convert_element_type", "sign"}  # The former of conditions.
 LARGE = 1000  # Entries of the largest number that a signature holds.
 LONG = 500  # Operations of the longest one.
+MANY = 100  # Terms of the longest sum in which equal ones are searched for.
+
+_Terms = dict[int, tuple[Any, int]]
 
 
 class Piece:
@@ -59,6 +62,9 @@ class Piece:
     # By identity; the nodes are kept, lest another takes their place in memory.
     self._jets: dict[int, tuple[Any, Jet]] = {id(root): (root, Jet(value, ONE, ONE, ZERO))}
     self._settled: dict[int, tuple[Any, Any, Any]] = {}
+    self._sums: dict[int, tuple[Any, _Terms, int]] = {}
+    self._same: dict[tuple[int, int], tuple[Any, Any, bool]] = {}
+    self._equal: dict[tuple[int, int, int, int], tuple[Any, ...]] = {}
 
   def part(self, low: Any, high: Any) -> "Piece":
     """Parts of it, along a new first axis, where every choice is the same."""
@@ -104,11 +110,11 @@ class Piece:
         square = inputs[0] is inputs[1]
         return a.power(2) if square else a.times(b)
       whole = a.plus(b if name == "add" else b.negated())
-      terms = self._terms(node)
-      if (rest := self._uncancelled(terms)) == terms:
+      rest, is_less = self._uncancelled(*self._terms(node))
+      if not is_less:
         return whole
       # No number is infinite, so x - x is 0. But a jump stays one: at the point it may not cancel.
-      jets = [self.of(x) if sign > 0 else self.of(x).negated() for sign, x in rest]
+      jets = [self.of(x).repeated(times) for x, times in rest]
       total = functools.reduce(Jet.plus, jets, Jet(ZERO, ZERO, ONE, ZERO))
       return dataclasses.replace(total, is_continuous=whole.is_continuous)
     if name == "div" and isinstance(inputs[1], Known) and has_no_zero(inputs[1]):
@@ -130,27 +136,37 @@ class Piece:
       return jet.through(DERIVATIVES[name](jet.value))
     raise NoRuleError
 
-  def _terms(self, node: Value | Known, sign: int = 1) -> list[tuple[int, Value | Known]]:
-    """What a sum adds and subtracts, (1 or -1, number), on this piece."""
+  def _terms(self, node: Value | Known) -> tuple[_Terms, int]:
+    """What a sum consists of on this piece, each with how often it is added; and of how many terms.
+
+    Terms that are one value are together, so that a value that enters by many ways counts once.
+    """
     node, _ = self.settled(node)
     op = node.made_by if isinstance(node, Value) and node is not self.root else None
     if op is None or op.primitive not in ("add", "sub", "neg"):
-      return [(sign, node)]
-    signs = {"add": (sign, sign), "sub": (sign, -sign), "neg": (-sign,)}[op.primitive]
-    parts = zip(operation(node).inputs, signs, strict=True)
-    return [term for x, s in parts for term in self._terms(x, s)]
+      return {id(node): (node, 1)}, 1
+    if id(node) not in self._sums:
+      total, size = {}, 0
+      signs = {"add": (1, 1), "sub": (1, -1), "neg": (-1,)}[op.primitive]
+      for x, sign in zip(operation(node).inputs, signs, strict=True):
+        terms, number = self._terms(x)
+        size += number
+        for key, (term, times) in terms.items():
+          total[key] = term, sign * times + total.get(key, (term, 0))[1]
+      self._sums[id(node)] = node, total, size
+    return self._sums[id(node)][1:]
 
-  def _uncancelled(self, terms: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
-    """The terms that are not the negative of another."""
-    rest: list[tuple[int, Any]] = []
-    for sign, x in terms:
-      for i, (other, y) in enumerate(rest):
-        if other == -sign and self._are_same(x, y):
-          del rest[i]
+  def _uncancelled(self, terms: _Terms, size: int) -> tuple[list[tuple[Value | Known, int]], bool]:
+    """The terms that are not the negative of another; and whether they are fewer."""
+    rest: list[tuple[Value | Known, int]] = []
+    for x, times in terms.values():
+      for i, (y, other) in enumerate(rest) if len(terms) <= MANY else ():
+        if other * times < 0 and self._are_same(x, y):
+          rest[i] = y, other + times
           break
       else:
-        rest.append((sign, x))
-    return rest
+        rest.append((x, times))
+    return [(x, times) for x, times in rest if times], sum(abs(n) for _, n in rest) < size
 
   def _are_same(self, x: Value | Known, y: Value | Known) -> bool:
     """Whether two numbers are the same computation of the same numbers, all over the piece."""
@@ -161,10 +177,13 @@ class Piece:
       return x.is_float and x.is_exact and y.is_exact and np.array_equal(x.low, y.low)
     if isinstance(x, Known) or isinstance(y, Known) or self.root in (x, y):
       return False
-    first, second = operation(x), operation(y)
-    if (first.primitive, first.params) != (second.primitive, second.params):
-      return False
-    return all(map(self._are_same, first.inputs, second.inputs))
+    key = id(x), id(y)
+    if key not in self._same:
+      first, second = operation(x), operation(y)
+      alike = (first.primitive, first.params) == (second.primitive, second.params)
+      alike = alike and all(map(self._are_same, first.inputs, second.inputs))
+      self._same[key] = x, y, alike
+    return self._same[key][2]
 
   def step(self, op: Operation) -> Any:
     """A sign, or a condition as a number, which is the same all over the piece."""
@@ -304,6 +323,13 @@ def softened(node: Any) -> tuple[Any, Any] | None:
 def _are_equal(p: Piece, x: Any, end: int, q: Piece, y: Any) -> Any:
   """Whether the limit of x at an end of the piece p is surely the value of y there, at q."""
   x, y = _without_zeros(p, x, end), _without_zeros(q, y, PIECE)
+  key = id(x), end, id(q), id(y)
+  if key not in p._equal:
+    p._equal[key] = x, q, y, _compared(p, x, end, q, y)
+  return p._equal[key][-1]
+
+
+def _compared(p: Piece, x: Any, end: int, q: Piece, y: Any) -> Any:
   a, b = ends_at(p.of(x).value, end), ends_at(q.of(y).value, PIECE)
   exact = _are_exact(a, b)
   if np.all(exact) or x is y:

@@ -70,9 +70,10 @@ class Certifier:
       given for pixels in 0..1.
 
   Raises:
-    convex_jax.proof.certificate.NotProved: a logit is not proved convex in the input, or its slope has no bound.
+    convex_jax.proof.certificate.NotProved: a logit is not proved convex in the input.
     ValueError: the rounding error of an operation has no bound; no convex form of it is known;
-      the function returns something else than two or more logits.
+      JAX has no derivative of it in reverse mode; the function returns something else than two or
+      more logits.
   """
 
   def __init__(
@@ -124,17 +125,22 @@ class Certifier:
     self._slopes = int(apart.shape[-1] * np.prod(shape))  # How many an input has.
     with float64():
       front, rest, self._columns = affine_front.split(one, shape)
-    self._with_slopes = jax.jit(jax.vmap(with_slopes))
+      batch = jax.ShapeDtypeStruct((1, *shape), jnp.float64)
+      self._with_slopes = jax.jit(jax.vmap(with_slopes))
+      try:
+        jax.eval_shape(self._with_slopes, batch, batch)
+      except ValueError as error:  # Of a loop, say.
+        raise ValueError(
+          f"radii need derivatives of the logits in reverse mode: {error}"
+        ) from error
     self._front = jax.jit(front)
     self._moved = jax.jit(functools.partial(_moved, rest))
     # Bounds on the slopes of y_k - y_j, (K, K, D) or (K, K, 1), and of y_j, (K, D) or (K, 1).
     try:
       self._between = slopes.sensitivities(apart, (1, *shape))
       self._alone = slopes.sensitivities(output, (1, *shape), alone=True)
-    except ValueError as error:
-      if not convexified:
-        raise NotProved(f"its slope has no bound: {error}") from error
-      classes = output.shape[-1]  # A GELU is a product, which has none. The corners need none.
+    except ValueError:  # A product has none, or a square; corners need none.
+      classes = output.shape[-1]
       self._between = np.full((classes, classes, 1), np.inf)
       self._alone = np.full((classes, 1), np.inf)
 

@@ -130,7 +130,7 @@ def _in_own_dtypes(eqn, inputs) -> Sequence[Any]:
 
 
 def _to_float64(array: Any) -> Any:
-  if not isinstance(array, jax.Array | np.ndarray):  # A mutable array.
+  if not isinstance(array, jax.Array | np.ndarray | np.generic):  # A mutable array.
     return array
   wide = _to_wide(array.dtype)
   return array if wide == array.dtype else lax.convert_element_type(array, wide)

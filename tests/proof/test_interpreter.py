@@ -67,6 +67,14 @@ def shifted_by(bounded):
   return function
 
 
+def entering_often(x):
+  """A sum of which the same values are terms by thousands of ways; one by one, it takes long."""
+  a, b = x, nn.relu(x)
+  for _ in range(18):
+    a, b = b, a + b - nn.relu(a)
+  return b
+
+
 CURVATURES = [  # (name, function, curvature)
   ("identity", lambda x: x, "affine"),
   ("dense", lambda x: x @ MIXED + 1, "affine"),
@@ -160,6 +168,20 @@ CURVATURES = [  # (name, function, curvature)
   ("rows of weights", lambda x: sum(nn.relu(x) * w for w in jax.lax.unstack(POSITIVE)), "convex"),
   ("rows of weights of both signs", lambda x: nn.relu(x) * jax.lax.unstack(MIXED)[0], "unknown"),
   ("halves of a split", lambda x: jnp.split(nn.relu(x), 2, 0)[1], "convex"),
+  ("a split into one part", lambda x: jnp.split(nn.relu(x), 1)[0], "convex"),
+  ("a negative split into one part", lambda x: -jnp.split(nn.relu(x), 1, 1)[0], "concave"),
+  ("the row of one row", lambda x: sum(jnp.linalg.norm(row) for row in x[:1]), "convex"),
+  ("a value that enters often", entering_often, "unknown"),
+  (
+    "of which enough are left",
+    lambda x: (lambda z: z + z + z)(nn.relu(x)) - nn.relu(x) - nn.relu(x),
+    "convex",
+  ),
+  (
+    "of which too few are left",
+    lambda x: (lambda z: z + z)(nn.relu(x)) - nn.relu(x) - nn.relu(x) - nn.relu(x),
+    "concave",
+  ),
   ("a point of its own", lambda x: jnp.where(x >= 0, jnp.where(x > 0, 0.0, 3.0), 0.0), "unknown"),
   (
     "steps that cancel but at 0",

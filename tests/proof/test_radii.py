@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from ml_collections import FrozenConfigDict
 
 from configs import base
@@ -116,6 +117,49 @@ def test_no_attack_within_a_certified_radius_changes_the_class(name):
         # The control: a ball 1,000 times as large contains another class.
         assert attacker.attack(x, norm, 1000 * inside).changes > 0
   assert total == 3 * 3 * 2 * 160
+
+
+HEADS = {  # Convex in x, of weights (D, K); the slopes of some have no bound.
+  "log-sum-exp": lambda w, x: nn.logsumexp(x[..., None] * w, axis=1),
+  "distances": lambda w, x: jnp.linalg.norm(x[..., None] - w, axis=1),
+  "squared distances": lambda w, x: ((x[..., None] - w) ** 2).sum(1),
+  "squared units": lambda w, x: nn.relu(x @ w) ** 2 @ np.eye(w.shape[1], dtype=np.float32),
+  "exponentials": lambda w, x: jnp.exp(x @ w),
+  "running maxima": lambda w, x: lax.cummax(x @ w, 1),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_slope_without_a_bound_is_no_obstacle(name):
+  f, rng = HEADS[name], np.random.default_rng(0)
+  w = rng.normal(size=(6, 4)).astype(np.float32)
+  certifier, found = Certifier(f, w, (6,)), 0.0
+  with jax.enable_x64(True):
+    attacker = attacks.Attacker(functools.partial(f, w), restarts=16, steps=10)
+    for x in rng.normal(size=(2, 6)):
+      radius = certifier.radius(x)
+      for norm in NORMS:
+        inside = min(0.9999 * radius.radii[norm], 100.0)
+        found += inside
+        assert attacker.attack(x, norm, inside).changes == 0
+  assert found > 0
+
+
+def test_a_loop_without_derivatives_is_refused_at_once():
+  def logits(w, x):
+    return lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, nn.relu(s[1] @ w)), (0, x))[1]
+
+  with pytest.raises(ValueError, match=r"radii need derivatives .* reverse mode: .*fori_loop"):
+    Certifier(logits, np.eye(3, dtype=np.float32), (3,))
+
+
+@pytest.mark.parametrize("scale", [np.float32(2), np.float64(2), 2.0, 2])
+def test_a_weight_may_be_a_number_of_any_kind(scale):
+  def logits(weights, x):
+    return nn.relu(x @ weights["w"]) * weights["scale"]
+
+  weights = {"w": np.float32([[1, 0], [0, 1]]), "scale": scale}
+  assert Certifier(logits, weights, (2,)).radius(np.array([3.0, 1.0])).radii["l1"] > 1.9
 
 
 FREE = [  # Networks that are not convex, of which there are radii nevertheless.
