@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from convex_jax.proof.equations import is_step
+from convex_jax.proof.interpreter import LOOP_LIMIT
 from convex_jax.proof.linear import MOVES, is_defined
 from convex_jax.proof.rules import RULES
 from convex_jax.proof.values import Known, Operation, Value
@@ -71,22 +72,29 @@ def _fault(op: Operation, kind: str) -> str:
     return f"an activation that is neither convex nor concave: {op.note}"
   if not is_defined(name, op.inputs):
     bad = next(x for x in known if not is_defined(name, [x]))
-    return f"{name}: {_count(bad, lambda a: ~np.isfinite(a))} not finite"
+    finite = np.isfinite(bad.low) & np.isfinite(bad.high)
+    doubt = "not finite" if bad.is_exact else "not known to be finite"
+    return f"{name}: {_count(bad, ~finite, lambda a: ~np.isfinite(a))} {doubt}"
   if name in ("dot_general", "conv_general_dilated", "mul", "div"):
     if not known:
       noun = "quotient" if name == "div" else "product"
       return f"{name}: a {noun} of two values that both depend on the input"
     if isinstance(op.inputs[-1], Value) and name == "div":
       return "div: a quotient by a value that depends on the input"
-    return f"{name}: {_count(known[0], lambda a: a < 0)} negative and multiply a value not affine"
+    surely, perhaps = known[0].high < 0, ~(known[0].low >= 0)
+    entries = _count(known[0], surely if surely.any() else perhaps, lambda a: a < 0)
+    doubt = "negative" if surely.any() else "not known to be >= 0"
+    return f"{name}: {entries} {doubt} and multiply a value not affine"
   if name in ("add", "sub"):
     return f"{name}: the {'sum' if name == 'add' else 'difference'} of {_list(values)}"
   if name == "select_n" and isinstance(op.inputs[0], Value):
     return "select_n by a condition that depends on the input"
+  if name in ("scan", "while"):
+    return f"{name}, of more than {LOOP_LIMIT:,} steps or of as many as depend on the input"
   if name not in RULES:
     return f"{name} of a value that depends on the input, for which there is no rule"
   if not values:
-    return f"{name} by a condition that depends on the input"
+    return f"{name} by a condition, an index or a complex number that depends on the input"
   return f"{name} of {_list(values)}, which is not {kind}"
 
 
@@ -106,10 +114,16 @@ def _list(values: Sequence[str]) -> str:
   return " and ".join(f"{'an' if v == 'affine' else 'a'} {v}" for v in values) + " value"
 
 
-def _count(known: Known, is_bad: Callable[[np.ndarray], np.ndarray]) -> str:
-  """How many entries of which weights are bad, ending in a verb."""
-  for name, array in known.origins.items():
-    if is_bad(array).any():
-      return f"{is_bad(array).sum():,} of {array.size:,} entries of {name} are"
-  made = f" made of {' and '.join(known.origins)}" if known.origins else ""
-  return f"{is_bad(known.array).sum():,} of {known.array.size:,} entries of a constant{made} are"
+def _count(known: Known, bad: np.ndarray, is_bad: Callable[[np.ndarray], np.ndarray]) -> str:
+  """How many entries of which weights are bad, ending in a verb.
+
+  Of several weights that went into a number, one has the blame if of it alone as large a fraction is bad.
+  """
+  count, size = int(np.sum(bad)), known.low.size
+  found = {name: (int(is_bad(array).sum()), array.size) for name, array in known.origins.items()}
+  blamed = [name for name, (n, whole) in found.items() if n and n * size == count * whole]
+  if len(blamed) == 1:
+    n, whole = found[blamed[0]]
+    return f"{n:,} of {whole:,} entries of {blamed[0]} are"
+  made = f" made of {' and '.join(found)}" if found else ""
+  return f"{count:,} of {size:,} entries of a constant{made} are"

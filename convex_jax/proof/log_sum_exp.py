@@ -506,7 +506,7 @@ def settled(which: Any) -> int | None:
   """What a condition always is everywhere, 0 or 1, if that is known.
 
   log-sum-exp asks whether its shift is finite, and whether the sum is negative; `logaddexp`,
-  whether the difference of its operands is NaN.
+  whether the difference of its operands is NaN; `nan_to_num`, whether a number is infinite, too.
   """
   while isinstance(which, Value) and which.made_by is not None and which.made_by.primitive in MOVES:
     which = which.made_by.inputs[0]
@@ -521,6 +521,8 @@ def settled(which: Any) -> int | None:
     return 1
   if op.primitive == "ne" and a is b and is_total(a):
     return 0
+  if op.primitive == "eq" and isinstance(b, Known) and b.is_float and np.isinf(b.low).all():
+    return 0 if b.is_exact and is_total(a) else None  # As `nan_to_num` asks.
   if op.primitive == "lt" and isinstance(b, Known) and (b.high <= 0).all():
     if isinstance(a, Value) and a.made_by is not None and a.made_by.primitive == "sign":
       a = a.made_by.inputs[0]

@@ -133,7 +133,7 @@ def _to_float64(array: Any) -> Any:
   if not isinstance(array, jax.Array | np.ndarray | np.generic):  # A mutable array.
     return array
   wide = _to_wide(array.dtype)
-  return array if wide == array.dtype else lax.convert_element_type(array, wide)
+  return array if wide == array.dtype else lax.convert_element_type(jnp.asarray(array), wide)
 
 
 def _to_wide(dtype: Any) -> Any:

@@ -123,6 +123,48 @@ def test_a_wrong_sign_is_counted_and_named():
   assert "Model/block_1/norm_1" in reason
 
 
+@pytest.mark.parametrize(
+  "weight,message",
+  [
+    (lambda p: nn.softplus(p["raw"]) * p["sign"], "1 of 3 entries of sign are negative"),
+    (
+      lambda p: jnp.abs(p["raw"]) - p["shift"],
+      "entries of a constant made of raw and shift are neg",
+    ),
+    (lambda p: p["raw"].T.reshape(4, 3), "6 of 12 entries of raw are negative"),
+    (lambda p: p["shift"] * 0.1 - 0.5, "are not known to be >= 0"),
+    (lambda p: p["raw"] / jnp.linalg.norm(p["raw"], 2), "are not known to be finite"),
+  ],
+  ids=["a sign", "a shift", "moved", "lost", "unknown"],
+)
+def test_the_weight_to_blame_is_named(weight, message):
+  raw = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+  raw *= np.sign(raw) * np.float32([[1, -1, 1]] * 2 + [[-1, 1, -1]] * 2)  # Six are negative.
+  params = {"raw": raw, "sign": np.float32([1, -1, 1]), "shift": np.float32(5)}
+  found = certify(lambda p, x: nn.relu(x) @ (weight(p) * jnp.ones((4, 3))), params, np.zeros(4))
+  assert message in found.reason
+
+
+@pytest.mark.parametrize(
+  "function,message",
+  [
+    (
+      lambda x: jax.lax.scan(lambda z, _: (nn.relu(z) + x, None), x, None, length=1001)[0],
+      "scan, of more than 1,000 steps",
+    ),
+    (
+      lambda x: jax.lax.while_loop(lambda z: z.sum() < 9, jnp.exp, x),
+      "while, of more than 1,000 steps or of as many as depend on the input",
+    ),
+    (lambda x: jnp.abs(x + 1j), "abs by a condition, an index or a complex number"),
+    (lambda x: jnp.arange(9.0)[x.astype(int)], "gather by a condition, an index"),
+  ],
+  ids=["a long loop", "a loop", "complex", "an index"],
+)
+def test_what_has_no_rule_is_told(function, message):
+  assert message in certify(function, np.zeros(4), search_steps=0).reason
+
+
 def test_one_logit_may_fail_alone():
   model, weights, _ = trained("mlp", "ioc")
   weights = jax.tree.map(np.array, weights)

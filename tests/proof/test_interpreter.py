@@ -171,6 +171,10 @@ CURVATURES = [  # (name, function, curvature)
   ("a split into one part", lambda x: jnp.split(nn.relu(x), 1)[0], "convex"),
   ("a negative split into one part", lambda x: -jnp.split(nn.relu(x), 1, 1)[0], "concave"),
   ("the row of one row", lambda x: sum(jnp.linalg.norm(row) for row in x[:1]), "convex"),
+  ("numbers in the place of NaN", lambda x: jnp.nan_to_num(nn.relu(x)), "convex"),
+  ("numbers in the place of infinity", lambda x: jnp.where(jnp.exp(x) == jnp.inf, -x, x), "affine"),
+  ("of what may be infinite", lambda x: jnp.where(jnp.log(x) == -jnp.inf, 9.0, x), "unknown"),
+  ("of NaN", lambda x: jnp.where(x == jnp.nan, -nn.relu(x), x), "unknown"),
   ("a value that enters often", entering_often, "unknown"),
   (
     "of which enough are left",
