@@ -87,13 +87,12 @@ NOTHING = Merged()
 
 def kept(operands: Sequence[Any]) -> Merged:
   """What made a number that is one of several, or at least may be simplified to one."""
-  parts = [x.merged for x in operands]
-  factors = [m.factors for m in parts if m.factors]
-  return Merged(
-    functools.reduce(operator.or_, factors) if factors else None,
-    max((m.added for m in parts), default=0.0),
-    max((m.exponent for m in parts), default=0.0),
-  )
+  parts, factors, added = [x.merged for x in operands], None, 0.0
+  if any(m.factors for m in parts):
+    factors = functools.reduce(operator.or_, map(_factors_of, operands))
+  if any(m.added for m in parts):
+    added = max(m.added or _size(x) for m, x in zip(parts, operands, strict=True))
+  return Merged(factors, added, max((m.exponent for m in parts), default=0.0))
 
 
 def merge(
@@ -122,7 +121,7 @@ def merge(
   error, exponents = 0.0, [x.merged.exponent for x in operands]
   if sum(e > 0 for e in exponents) > 1:  # exp(u + v), of a sum that is rounded.
     error = float(info.eps) * sum(exponents) * size_of(around)
-  parts = [x.merged.factors or _factor(x) for x in operands]
+  parts = list(map(_factors_of, operands))
   if name == "div":
     inverse = 1 / np.maximum(_least(operands[1]), 1e-300)
     error = error + np.where(_most(operands[1]) * tiny >= 1, _most(operands[0]) * tiny, 0.0)
@@ -133,7 +132,10 @@ def merge(
   return Merged(factors, exponent=sum(exponents)), error + factors.error(tiny, largest)
 
 
-def _factor(x: Any) -> Factors:
+def _factors_of(x: Any) -> Factors:
+  """Those that made a number; of another, itself."""
+  if x.merged.factors:
+    return x.merged.factors
   some = _most(x) > 0
   if not some.any():
     return Factors(1, (1.0, 1.0))

@@ -377,6 +377,11 @@ QUOTIENTS = {  # Of an input x and weights w, which are arguments of the compile
     [1e25, 1e20, 1e20],
     [1.0],
   ),
+  "the greater of a quotient and a weight": (
+    lambda w, x: x * (jnp.maximum(w[0] / w[1], w[2]) * F(1e-30) * F(1e-30)),
+    [1, 1, 1e38],
+    [1.0],
+  ),
   "a weight times constants": (lambda w, x: x * (w[0] * F(1e30) * F(1e30)), [1e-35], [1.0]),
   "a weight and constants": (
     lambda w, x: x * (w[0] + F(3e38) + F(3e38)),
