@@ -101,7 +101,8 @@ def convexify(f: Callable[..., jax.Array], *args: Any, argnums: int = -1) -> Con
 
   Args:
     f: any JAX function that returns one array, with the K >= 2 logits on its last axis, made of
-      affine maps, maxima and scalar functions of bounded slope.
+      affine maps, maxima and scalar functions of bounded slope; or, of any operations, one whose
+      logits are proved convex as they are, to which nothing is added.
     *args: its arguments, as for `certify`. Of the input, only shape and dtype matter; floats
       of less than 32 bits are computed in float32.
     argnums: which argument is the input, as in `jax.grad`; by default the last.
@@ -127,9 +128,18 @@ def convexify(f: Callable[..., jax.Array], *args: Any, argnums: int = -1) -> Con
   def logits(x):
     return f(*args[:at], x, *args[at + 1 :])
 
-  return Convexified(
-    logits, example, _Program(output, jnp.promote_types(example.dtype, jnp.float32))
-  )
+  dtype = jnp.promote_types(example.dtype, jnp.float32)
+
+  def unchanged(x, layers=None):
+    y = jnp.asarray(logits(x), dtype)
+    return y, jnp.zeros((*y.shape[:-1], 1), dtype)
+
+  try:
+    return Convexified(logits, example, _Program(output, dtype))
+  except ValueError:
+    if output.not_convex.any():
+      raise
+    return Convexified(logits, example, unchanged)
 
 
 _Read = Callable[[Any], Parts]

@@ -221,6 +221,27 @@ FUNCTIONS = {  # name: (function of one array, shape of the array)
 }
 
 
+AS_THEY_ARE = {  # Proved convex by rules that `convexify` does not have.
+  "squares": lambda w, x: (x @ w) ** 2,
+  "distances": lambda w, x: jnp.linalg.norm(x[..., None] - w, axis=1),
+  "exponentials": lambda w, x: jnp.exp(x @ w),
+  "running maxima": lambda w, x: jax.lax.cummax(x @ w, 1),
+}
+
+
+@pytest.mark.parametrize("name", AS_THEY_ARE)
+def test_what_is_convex_by_other_rules_is_left_as_it_is(name):
+  f, rng = AS_THEY_ARE[name], np.random.default_rng(0)
+  w, x = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 3), (2, 5)))
+  found = convexify(f, w, x)
+  assert found.certificate
+  np.testing.assert_array_equal(found.convex_logits(x), f(w, x))
+  np.testing.assert_array_equal(found.common(x), np.zeros((2, 1)))
+  assert found.layers(x) == []
+  with pytest.raises(ValueError, match=r"nothing is known|use BatchNorm"):
+    convexify(lambda w, x: -f(w, x) * jnp.array([1, -1, 1]), w, x)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_operation_that_has_a_rule(name):
   function, shape = FUNCTIONS[name]
