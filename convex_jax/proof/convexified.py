@@ -416,8 +416,8 @@ def _refusal(op: Operation, reason: str) -> str:
     what = f"{name} of a value that depends on the input"
   if what:
     return (
-      f"{what}, in {op.place}; use BatchNorm in place of LayerNorm, and static gates or none in"
-      " place of gates made of the input"
+      f"{what}, in {op.place}; use BatchNorm in place of LayerNorm, static gates or none in place of"
+      " gates made of the input, and GELU or ELU in place of an activation that is such a product"
     )
   what = f"{name} is not affine, a maximum, or a scalar function of bounded slope"
   what += f" ({reason})" if reason else ""
