@@ -137,7 +137,9 @@ def convexify(f: Callable[..., jax.Array], *args: Any, argnums: int = -1) -> Con
   try:
     return Convexified(logits, example, _Program(output, dtype))
   except ValueError:
-    if output.not_convex.any():
+    if (
+      output.not_convex.any()
+    ):  # Else it is proved by a rule that differences of convex parts lack.
       raise
     return Convexified(logits, example, unchanged)
 

@@ -90,11 +90,11 @@ def _fault(op: Operation, kind: str) -> str:
   if name == "select_n" and isinstance(op.inputs[0], Value):
     return "select_n by a condition that depends on the input"
   if name in ("scan", "while"):
-    return f"{name}, of more than {LOOP_LIMIT:,} steps or of as many as depend on the input"
+    return f"{name}: a loop of more than {LOOP_LIMIT:,} steps, or whose length depends on the input"
   if name not in RULES:
     return f"{name} of a value that depends on the input, for which there is no rule"
   if not values:
-    return f"{name} by a condition, an index or a complex number that depends on the input"
+    return f"{name}: a condition, an index or a complex number depends on the input"
   return f"{name} of {_list(values)}, which is not {kind}"
 
 
@@ -117,7 +117,8 @@ def _list(values: Sequence[str]) -> str:
 def _count(known: Known, bad: np.ndarray, is_bad: Callable[[np.ndarray], np.ndarray]) -> str:
   """How many entries of which weights are bad, ending in a verb.
 
-  Of several weights that went into a number, one has the blame if of it alone as large a fraction is bad.
+  Where several weights went into the number, one is blamed if it alone has the same fraction of
+  bad entries.
   """
   count, size = int(np.sum(bad)), known.low.size
   found = {name: (int(is_bad(array).sum()), array.size) for name, array in known.origins.items()}

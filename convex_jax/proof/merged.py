@@ -1,16 +1,16 @@
 """What a compiler makes of operations in a row that it merges, in other numbers than the program's.
 
-XLA multiplies and adds up constants first, and the arguments of exponentials, and it divides once:
+XLA combines constants first, adds up the arguments of exponentials, and divides only once:
 
     (x c) d = x (c d),  (x c) (y d) = (x y) (c d),  x c + y c = (x + y) c,  x / c = x (1 / c),
     (x + c) + d = x + (c + d),  exp(u) exp(v) = exp(u + v),
     x / y / z = x / (y z),  x / (y / z) = (x z) / y,  (x / y) / (z / w) = (x w) / (y z).
 
 Over the reals these are equal. In a dtype, c d may be too large, or be flushed to 0, where neither
-x c nor (x c) d is; and u + v is rounded. What that can add to the error is bounded here, for factors
-and terms in any order, weights and constants among them, by the sizes of whole arrays, as moves of elements
-between two such operations are no obstacle: neither are sums and products of a single term. A product of a
-matrix is never one of an elementwise product and a sum.
+x c nor (x c) d is; and u + v is rounded. What that can add to the error is bounded here as if factors
+and terms, weights and constants included, could be combined in any order. The bound goes by the sizes
+of whole arrays, because elements may be moved between two such operations, and sums and products of a
+single term may lie between. A product of matrices is never merged with an elementwise product or sum.
 """
 
 import dataclasses

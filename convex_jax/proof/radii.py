@@ -122,10 +122,11 @@ class Certifier:
       slopes_KxD = jax.vmap(pull)(jnp.eye(len(y)))[0].reshape(len(y), -1)
       return one(x), y + slopes_KxD @ jnp.ravel(x - near), slopes_KxD
 
-    self._slopes = int(apart.shape[-1] * np.prod(shape))  # How many an input has.
+    slopes_of_one = int(apart.shape[-1] * np.prod(shape))
+    self._together = int(np.clip(SLOPES // slopes_of_one, 1, IMAGES))  # Inputs at a time.
     with float64():
       front, rest, self._columns = affine_front.split(one, shape)
-      batch = jax.ShapeDtypeStruct((1, *shape), jnp.float64)
+      batch = jax.ShapeDtypeStruct((self._together, *shape), jnp.float64)
       self._with_slopes = jax.jit(jax.vmap(with_slopes))
       try:
         jax.eval_shape(self._with_slopes, batch, batch)
@@ -163,7 +164,7 @@ class Certifier:
     return self._radii(images, tuple(norms))
 
   def _radii(self, images, norms: tuple[str, ...]) -> Iterator[Radius]:
-    together = int(np.clip(SLOPES // self._slopes, 1, IMAGES))
+    together = self._together
     for start in range(0, len(images), together):
       part = np.asarray(images[start : start + together], np.float64)
       if part.shape[1:] != self._shape:

@@ -150,14 +150,14 @@ def test_the_weight_to_blame_is_named(weight, message):
   [
     (
       lambda x: jax.lax.scan(lambda z, _: (nn.relu(z) + x, None), x, None, length=1001)[0],
-      "scan, of more than 1,000 steps",
+      "scan: a loop of more than 1,000 steps",
     ),
     (
       lambda x: jax.lax.while_loop(lambda z: z.sum() < 9, jnp.exp, x),
-      "while, of more than 1,000 steps or of as many as depend on the input",
+      "while: a loop of more than 1,000 steps, or whose length depends on the input",
     ),
-    (lambda x: jnp.abs(x + 1j), "abs by a condition, an index or a complex number"),
-    (lambda x: jnp.arange(9.0)[x.astype(int)], "gather by a condition, an index"),
+    (lambda x: jnp.abs(x + 1j), "abs: a condition, an index or a complex number depends"),
+    (lambda x: jnp.arange(9.0)[x.astype(int)], "gather: a condition, an index"),
   ],
   ids=["a long loop", "a loop", "complex", "an index"],
 )
