@@ -1,9 +1,10 @@
 """The preprocessing of every image, in training and at inference: normalise, whiten, resize.
 
 It runs on the device, inside the jitted step, and is affine in the pixels: logits that are
-convex in its result are convex in the image.
+convex in its result are convex in the image. So are means of them over several views of it.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,43 @@ def preparation(
   """`make_prepare` with the settings of a `config.data`."""
   crop, whiten = config.cache_size > 0, config.whiten
   return make_prepare(config.image_size, mean, std, dtype, crop=crop, whiten=whiten)
+
+
+def inference(
+  config: Any, mean: tuple[float, ...], std: tuple[float, ...], dtype: Any = jnp.float32
+) -> Callable[[jax.Array], jax.Array]:
+  """`preparation` of what a network sees of an image at inference.
+
+  With `eval_shifts` or `eval_flip` in `config`, of V views of it: maps (B, H, W, C) to
+  (B, V, image_size, image_size, C), of which `models.variables.apply` computes mean logits.
+  """
+  prepare = preparation(config, mean, std, dtype)
+  if not config.eval_shifts and not config.eval_flip:
+    return prepare
+
+  def prepared(image_BxHxWxC):
+    seen_BxVxHxWxC = views(image_BxHxWxC, tuple(config.eval_shifts) or (0,), config.eval_flip)
+    x_NxHxWxC = prepare(seen_BxVxHxWxC.reshape(-1, *image_BxHxWxC.shape[1:]))
+    return x_NxHxWxC.reshape(*seen_BxVxHxWxC.shape[:2], *x_NxHxWxC.shape[1:])
+
+  return prepared
+
+
+def views(image_BxHxWxC: jax.Array, shifts: tuple[int, ...], mirror: bool) -> jax.Array:
+  """The images moved by every pair of `shifts` (px down, px right), filled with black.
+
+  With `mirror`, each mirrored left to right as well. (B, V, H, W, C), V = shifts^2 or twice that.
+  """
+  most = max(map(abs, shifts))
+  height, width = image_BxHxWxC.shape[1:3]
+  padded = jnp.pad(image_BxHxWxC, ((0, 0), (most, most), (most, most), (0, 0)))
+  seen = []
+  for down, right in itertools.product(shifts, repeat=2):
+    top, left = most - down, most - right
+    seen.append(padded[:, top : top + height, left : left + width])
+  if mirror:
+    seen += [x_BxHxWxC[:, :, ::-1] for x_BxHxWxC in seen]
+  return jnp.stack(seen, 1)
 
 
 def whitener(

@@ -8,8 +8,14 @@ import jax.numpy as jnp
 
 
 def apply(model: nn.Module, weights: dict[str, Any], images: jax.Array) -> jax.Array:
-  """Logits (B, classes) at inference of normalised images (B, H, W, C)."""
+  """Logits (B, classes) at inference of normalised images (B, H, W, C).
+
+  Of images in V views, (B, V, H, W, C), the means over the views.
+  """
   variables = {"params": weights["params"], "batch_stats": weights["stats"]}
+  if images.ndim == 5:
+    logits_NxK = model.apply(variables, images.reshape(-1, *images.shape[2:]))
+    return logits_NxK.reshape(*images.shape[:2], -1).mean(1)  # pyright: ignore
   return model.apply(variables, images)  # pyright: ignore[reportReturnType]
 
 

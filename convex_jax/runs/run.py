@@ -19,7 +19,7 @@ import optax
 from flax import core, traverse_util
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from convex_jax.data.preprocess import preparation
+from convex_jax.data.preprocess import inference
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
 from convex_jax.models.variables import apply
@@ -97,7 +97,7 @@ class Run:
       shape = ("any", *self.image_shape)
       raise UserError(f"images of shape {np.shape(image_BxHxWxC)}; expected {shape}")
     model = catalog.build(self.config.model, classes=len(self.class_names), dtype=dtype)
-    prepare = preparation(self.config.data, self.mean, self.std, dtype)
+    prepare = inference(self.config.data, self.mean, self.std, dtype)
     return apply(model, dict(weights), prepare(image_BxHxWxC))
 
   def convexify(self, dtype: Any = jnp.float32) -> "convexified.Convexified":

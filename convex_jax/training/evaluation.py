@@ -34,7 +34,7 @@ def evaluate(config: Any, public: Public, examples: Data) -> dict[str, float]:
   mesh = meshes.make_mesh(fsdp=config.fsdp)
   meshes.check_divisible(jax.device_count(), config.batch_size, config.fsdp)
   model, _ = pretrained.network_of(config, examples)
-  prepare = preprocess.preparation(config.data, *examples.statistics)
+  prepare = preprocess.inference(config.data, *examples.statistics)
   measure = functools.partial(
     step.eval_step, model=model, prepare=prepare, evaluation=metrics.WithTopFive
   )

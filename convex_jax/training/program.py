@@ -89,9 +89,11 @@ class Computation:
       # XLA's CPU backend runs a loop's large operations on one thread: 3 times slower.
       return body(state, jax.tree.map(lambda column: column[0], plan))
 
+    seen = preprocess.inference(config.data, *self.examples.statistics)
+
     def eval_call(weights, arrays, plan, total):
       batch = batches.batch_of(arrays, plan, self.mesh)
-      return total.merge(step.eval_step(weights, batch, model=self.model, prepare=prepare))
+      return total.merge(step.eval_step(weights, batch, model=self.model, prepare=seen))
 
     def init():
       return step.init_state(

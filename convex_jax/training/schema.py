@@ -151,6 +151,12 @@ RULES = {
     lambda v: len(v) == 2 and _are(int | float, v) and 0 < v[0] <= v[1] <= 1,
   ),
   "data.eval_share": number(0, 1, ends="(]"),
+  "data.eval_shifts": Rule(
+    tuple,
+    "(), or different integers such as (-2, 0, 2)",
+    lambda v: _are(int, v) and len(set(v)) == len(v) and all(abs(n) <= LARGEST for n in v),
+  ),
+  "data.eval_flip": SWITCH,
   "data.workers": integer(-1),
   "data.max_unreadable": number(0, 1),
   "model.name": one_of(catalog.names()),
@@ -224,6 +230,12 @@ def _clashes_of_data(data: Any, entry: Dataset) -> Iterator[str]:
         yield (
           f"config.data.{key} is {data[key]!r}, which config.data.loader='stream' does not support"
         )
+  side = data.cache_size or (data.image_size if natural else min(entry.image_shape[:2]))
+  if any(abs(shift) >= side for shift in data.eval_shifts):
+    yield (
+      f"config.data.eval_shifts is {tuple(data.eval_shifts)}, which moves images of {side} px out of"
+      f" sight; expected integers from {1 - side} to {side - 1}"
+    )
   if data.normalise == "imagenet" and entry.image_shape[-1] != 3:
     yield (
       f"config.data.normalise is 'imagenet', but {data.name!r} has no colours; expected auto, own,"

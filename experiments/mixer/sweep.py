@@ -20,6 +20,10 @@ SCHEDULES = {
   "pixels": "the first 10 epochs of `full` at 72 px, to be compared with those of `table_1`.",
   "readout_rates": "`short` with a dense readout and constant rates; one seed.",
   "readout": "`table_1` with a dense readout, at the rates that `readout_rates` favours.",
+  "views": "`longer`, whose logits are means over 8 views of an image: moved by 2 px in both axes, and"
+  " mirrored.",
+  "report_size": "the report's network with a dense readout, in the views of `views`: 40 epochs of Adam,"
+  " cosine, batches of 256; flips and crops; the rates of `readout`.",
   "full": "the report's: 100 epochs of Adam at 1e-3, batches of 512, flips, 72 px.",
 }
 VARIANTS = {
@@ -43,6 +47,9 @@ LONGER |= {"epochs": 20, "batch_size": 256, "optimizer.learning_rate": 5e-3}
 LONGER |= {"data.crop_padding": 4, "data.whiten": True, "model.overlap": 2}
 LONGER |= {"model.depth": 2, "model.channels_hidden": 512, "model.parallel": True}
 LONGER |= {"model.dense_readout": True, "model.cells": 2}
+VIEWS = {"data.eval_shifts": (-2, 2), "data.eval_flip": True, "eval.every_epochs": 10.0}
+REPORT_SIZE = SMALL | COSINE | VIEWS | {"epochs": 40, "batch_size": 256}
+REPORT_SIZE |= {"data.crop_padding": 4, "model.dense_readout": True}
 
 
 def _only(*names):
@@ -50,7 +57,11 @@ def _only(*names):
 
 
 FAIR = _only("base, BatchNorm", "ioc")
-OWN_RATES = {"base, BatchNorm": 0.001, "ioc": 0.003}  # With a dense readout.
+# With a dense readout.
+AT_OWN_RATES = {
+  name: FAIR[name] | {"optimizer.learning_rate": rate}
+  for name, rate in {"base, BatchNorm": 0.001, "ioc": 0.003}.items()
+}
 
 # By schedule: what all of its runs have, its variants, its panels, the number of seeds.
 PLANS = {
@@ -66,7 +77,14 @@ PLANS = {
   ),
   "readout": (
     SMALL | OFTEN | {"model.dense_readout": True},
-    {name: FAIR[name] | {"optimizer.learning_rate": rate} for name, rate in OWN_RATES.items()},
+    AT_OWN_RATES,
+    {READOUT: {}},
+    1,
+  ),
+  "views": (LONGER | VIEWS, FAIR, {READOUT: {}}, 1),
+  "report_size": (
+    REPORT_SIZE,
+    AT_OWN_RATES,
     {READOUT: {}},
     1,
   ),
