@@ -68,9 +68,9 @@ def get_config() -> ConfigDict:
   config.data.crop_area = (0.08, 1.0)
   # Fraction of a streamed image's shorter side shown in evaluation, centred.
   config.data.eval_share = 0.875
-  # At inference logits are means over the image, moved by these px down and right (each pair of
-  # them; what it leaves is black), such as (-2, 0, 2); (): as it is.
-  config.data.eval_shifts = ()
+  # At inference logits are means over the image moved down and right by each pair of these numbers
+  # of px, filled with black; (0,): as it is.
+  config.data.eval_shifts = (0,)
   config.data.eval_flip = False  # Means over the image and its mirror image, too.
   # Decoding processes per host; 0: threads; -1: one per core, or threads on up to 4 cores.
   config.data.workers = -1

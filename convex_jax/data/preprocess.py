@@ -63,15 +63,16 @@ def inference(
 ) -> Callable[[jax.Array], jax.Array]:
   """`preparation` of what a network sees of an image at inference.
 
-  With `eval_shifts` or `eval_flip` in `config`, of V views of it: maps (B, H, W, C) to
+  With other `eval_shifts` than (0,), or `eval_flip`, of V views of it: maps (B, H, W, C) to
   (B, V, image_size, image_size, C), of which `models.variables.apply` computes mean logits.
   """
   prepare = preparation(config, mean, std, dtype)
-  if not config.eval_shifts and not config.eval_flip:
+  shifts = tuple(config.eval_shifts)
+  if shifts == (0,) and not config.eval_flip:
     return prepare
 
   def prepared(image_BxHxWxC):
-    seen_BxVxHxWxC = views(image_BxHxWxC, tuple(config.eval_shifts) or (0,), config.eval_flip)
+    seen_BxVxHxWxC = views(image_BxHxWxC, shifts, config.eval_flip)
     x_NxHxWxC = prepare(seen_BxVxHxWxC.reshape(-1, *image_BxHxWxC.shape[1:]))
     return x_NxHxWxC.reshape(*seen_BxVxHxWxC.shape[:2], *x_NxHxWxC.shape[1:])
 

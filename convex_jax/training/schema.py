@@ -153,8 +153,8 @@ RULES = {
   "data.eval_share": number(0, 1, ends="(]"),
   "data.eval_shifts": Rule(
     tuple,
-    "(), or different integers such as (-2, 0, 2)",
-    lambda v: _are(int, v) and len(set(v)) == len(v) and all(abs(n) <= LARGEST for n in v),
+    "one or more different integers such as (-2, 0, 2)",
+    lambda v: v and _are(int, v) and len(set(v)) == len(v) and all(abs(n) <= LARGEST for n in v),
   ),
   "data.eval_flip": SWITCH,
   "data.workers": integer(-1),
