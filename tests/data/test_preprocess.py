@@ -1,12 +1,15 @@
 """Normalising, whitening and resizing, against numpy, Pillow and scipy."""
 
+import itertools
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
+import pytest
 import scipy.linalg
+import scipy.ndimage
 
 from convex_jax.data import preprocess
 
@@ -78,3 +81,33 @@ def test_whitening_decorrelates_photographs_and_is_affine():
   assert colours > 0.9 and abs(colours_then) < colours - 0.1
   middle = white((x + x[::-1]) / 2)
   np.testing.assert_allclose(middle, (white(x) + white(x[::-1])) / 2, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache_size", [0, 10])
+def test_views_are_shifts_and_mirror_images_of_the_pixels(cache_size):
+  x = images((2, 10, 10, 3))
+  side = 8 if cache_size else 10
+  config = types.SimpleNamespace(
+    image_size=side, cache_size=cache_size, whiten=True, eval_shifts=(-1, 2), eval_flip=True
+  )
+  scale = (0.5,) * 3, (0.25,) * 3
+  got = preprocess.inference(config, *scale)(jnp.asarray(x))
+  prepare = preprocess.preparation(config, *scale)
+  assert got.shape == (2, 8, side, side, 3)
+  pairs = list(itertools.product((-1, 2), repeat=2))
+  for i, (mirror, shift) in enumerate(itertools.product((False, True), pairs)):
+    want = scipy.ndimage.shift(x, (0, *shift, 0), order=0)  # Fills with 0.
+    want = prepare(np.flip(want, 2) if mirror else want)
+    np.testing.assert_allclose(got[:, i], want, atol=1e-5)
+
+
+def test_without_views_inference_is_the_preparation_of_training():
+  config = types.SimpleNamespace(
+    image_size=8, cache_size=0, whiten=False, eval_shifts=(0,), eval_flip=False
+  )
+  scale, x = ((0.5,), (0.25,)), jnp.asarray(images((2, 8, 8, 1)))
+  got, want = preprocess.inference(config, *scale)(x), preprocess.preparation(config, *scale)(x)
+  np.testing.assert_array_equal(got, want)
+  config.eval_flip = True
+  got = preprocess.inference(config, *scale)(x)
+  np.testing.assert_array_equal(got, np.stack([want, want[:, :, ::-1]], 1))

@@ -1,5 +1,6 @@
 """Whole runs: killed, stopped, resumed, in several processes; exit codes; reloading."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from flax import core
 
 import convex_jax
 from convex_jax import config_files, files
@@ -149,6 +151,29 @@ def test_averages_are_saved_and_loaded(tiny_config, few_digits, tmp_path, monkey
   ]
   assert (kernels[0] != kernels[1]).any() and (kernels[0] == kernels[2]).all()
   assert all((kernel >= 0).all() for kernel in kernels)
+
+
+def test_a_run_in_views_is_evaluated_predicted_and_proved_in_them(tiny_config, digits, tmp_path):
+  views = {"data__eval_shifts": (-1, 1), "data__eval_flip": True}
+  loop.run(of(tiny_config, steps=40, **views), str(tmp_path), digits)
+  run, test = convex_jax.load(tmp_path), digits.test
+  accuracy = run.metrics("final")[-1]["test_accuracy"]
+  assert np.mean(run.predict(test.images) == test.labels) == pytest.approx(accuracy)
+
+  config = of(run.config, data__eval_shifts=(0,), data__eval_flip=False)
+  alone = dataclasses.replace(run, config=config)
+  assert np.mean(alone.predict(test.images) == test.labels) != pytest.approx(accuracy)
+  black = np.pad(test.images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  shifted = [black[:, i : i + 8, j : j + 8] for i in (0, 2) for j in (0, 2)]
+  logits = [alone.logits(x) for x in (*shifted, *(x[:, :, ::-1] for x in shifted))]
+  np.testing.assert_allclose(run.logits(test.images), np.mean(logits, 0), atol=1e-4)
+
+  assert run.certificate["verdict"] == "PROVED"
+  params = core.unfreeze(run.params)
+  params["head"]["kernel"] = -params["head"]["kernel"]
+  image = test.images[:1].astype("float32")
+  assert convex_jax.certify(run.network, image).verdict == "PROVED"
+  assert convex_jax.certify(run.replace(params=params).network, image).verdict != "PROVED"
 
 
 @pytest.mark.parametrize("slow", [True, False])

@@ -146,6 +146,8 @@ STREAMED = {"data.name": "imagenet2012", "data.loader": "stream"}
     (mlp, {"data.name": "imagenet2012"}, "expected stream, or resident"),
     (mlp, {**STREAMED, "data.label_noise": 0.5}, "data.label_noise is 0.5"),
     (mlp, {**STREAMED, "data.cache_size": 20}, "at least config.data.image_size"),
+    (mlp, {"data.eval_shifts": (-32, 0)}, "expected integers from -31 to 31"),
+    (mlp, {**STREAMED, "data.eval_shifts": (0, 32)}, "moves images of 32 px out of sight"),
     (mlp, {"model.one_logit": True}, "there are 10 classes; expected two"),
     (mlp, {"steps": 5, "optimizer.warmup_steps": 5}, "less than config.steps"),
   ],
