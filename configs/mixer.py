@@ -4,7 +4,7 @@ r"""MLP-Mixer of 4 blocks, width 128, on images of 72 px (report, sections 4.2 a
 
 The report: Adam 1e-3, 100 epochs (its code: batch 512, flips), 85.7 % train and 71.1 %
 test accuracy for the base, 78.6 % and 68.0 % for its twin with LayerNorm kept, which is
-not convex (`model.parts=paper`). About 2 minutes per epoch on two cores. `:digits` takes
+not convex (`model.parts=paper`). About a minute per epoch on two cores. `:digits` takes
 half a minute and reaches about 98 %; `:imagenet2012` is what the report gave up, an epoch
 from a cache (`python -m convex_jax data cache imagenet2012 --image_size=80`) or streamed.
 

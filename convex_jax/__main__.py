@@ -16,9 +16,9 @@ COMMANDS = {  # Name: (module, whose `main(argv)` returns the exit code; what it
   "radii": ("convex_jax.runs.radii_report", "certified radii of a proved network's test images"),
   "report": ("convex_jax.studies.report", "compare runs: tables, figures, one HTML page"),
   "sweep": ("convex_jax.studies.sweep", "train and compare many networks"),
-  "data": ("convex_jax.data.command", "list, prepare, convert, decode and check data sets"),
+  "data": ("convex_jax.data.command", "list, prepare, import, convert, cache and check data sets"),
   "models": ("convex_jax.models.overview", "list the architectures and their sizes"),
-  "checkpoint": ("convex_jax.runs.checkpoint_command", "verify the checkpoints of a run"),
+  "checkpoint": ("convex_jax.runs.checkpoint_command", "verify or seal the checkpoints of a run"),
 }
 
 

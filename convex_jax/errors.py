@@ -11,6 +11,9 @@ _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
+NOT_PROVED = 4  # The exit code of a command whose network could not be proved convex.
+
+
 class Ended(Exception):
   """A run that ends early; `main` prints the message and exits with `code`."""
 
@@ -28,12 +31,6 @@ class Diverged(Ended):
   """Too many consecutive updates were skipped; the last checkpoint is finite."""
 
   code = 3
-
-
-class NotProved(Ended):
-  """The network could not be proved convex."""
-
-  code = 4
 
 
 class Unsaved(Ended):

@@ -83,7 +83,7 @@ def comments(module: ModuleType) -> dict[str, str]:
     while start - 1 in alone:
       start -= 1
     words = [by_line[n] for n in range(start, (node.end_lineno or start) + 1) if n in by_line]
-    found[key] = " ".join(words)
+    found[key] = " ".join(words) or found.get(key, "")  # Said once, where it is set first.
   return found
 
 
@@ -156,10 +156,12 @@ def exit_codes() -> str:
       yield from below(sub)
 
   rows = [["0", "", "Done."]]
-  for cls in sorted(below(errors.Ended), key=lambda c: c.code):
+  rows.append([str(errors.NOT_PROVED), "", "The network could not be proved convex."])
+  for cls in below(errors.Ended):
     if cls.__module__ == errors.__name__:
       meaning = " ".join(inspect.getdoc(cls).split())
       rows.append([str(cls.code), f"`{cls.__name__}`", meaning])
+  rows.sort(key=lambda row: (int(row[0]), row[1]))
   return table(["exit code", "exception", "meaning"], rows)
 
 

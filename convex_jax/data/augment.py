@@ -41,13 +41,14 @@ def jitter(key: jax.Array, image_HxWxC: jax.Array, strength: float) -> jax.Array
   return saturation(contrast(x, factors[1]), factors[2])
 
 
-_LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in torchvision and Pillow.
+_LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision rounds it.
 
 
 def _grey(image_HxWxC: jax.Array) -> jax.Array:
   if image_HxWxC.shape[-1] != 3:
     return image_HxWxC
-  return (image_HxWxC @ jnp.array(_LUMA))[..., None]
+  luma = jnp.array(_LUMA)  # "highest": a TPU would round it to bfloat16.
+  return jnp.matmul(image_HxWxC, luma, precision="highest")[..., None]
 
 
 def brightness(image_HxWxC: jax.Array, factor: Any) -> jax.Array:

@@ -182,8 +182,8 @@ def _parser() -> argparse.ArgumentParser:
   commands["cache"].add_argument(
     "--to",
     type=command_line.path,
-    help="another folder for it, where that of the data is read-only: it is then a --data_dir,"
-    " with links to the data",
+    help="write the cache to this folder instead, for data that are read-only; it links to them,"
+    " and can be used as --data_dir",
   )
   commands["cache"].add_argument(
     "--workers", type=command_line.integer(-1), default=-1, help="-1: one per core"

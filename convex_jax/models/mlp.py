@@ -28,7 +28,8 @@ class Model(nn.Module):
   34 %; the same map to the logits costs two points.
 
   With `dense_readout` the head sees the units of every hidden layer. A linear head of `ioc` with
-  two or more logits has weights of either sign (`shift`), so the convex network is then at least
+  two or more logits has weights >= 0 that equal weights of any sign up to a term that all logits
+  share (`shift`), so the convex network is then at least
   as expressive as an unconstrained ELU network of one hidden layer: the first, also free.
   """
 

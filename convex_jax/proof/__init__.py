@@ -32,14 +32,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from convex_jax.proof.certificate import Certificate, certify
+  from convex_jax.proof.certificate import Certificate, NotProved, certify
   from convex_jax.proof.convexified import Convexified, convexify
   from convex_jax.proof.export import export_cvxpy
 
-__all__ = ["Certificate", "Convexified", "certify", "convexify", "export_cvxpy"]
+__all__ = ["Certificate", "Convexified", "NotProved", "certify", "convexify", "export_cvxpy"]
 _WHERE = {  # Imported on first use: a run proves at its end, and CVXPY is an extra.
   "Certificate": "certificate",
   "Convexified": "convexified",
+  "NotProved": "certificate",
   "certify": "certificate",
   "convexify": "convexified",
   "export_cvxpy": "export",

@@ -20,7 +20,7 @@ class Certificate:
 
   Attributes:
     kind: what was to be proved: "convex", "concave", "affine".
-    proved: of each output, flat, whether it is.
+    proved: whether each output is, bool, flat in C order.
     reason: if some output is not, the first operation that breaks it, in words.
     operation: that operation.
     counterexample: two points that refute one output, if the search found any.

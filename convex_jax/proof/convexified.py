@@ -107,9 +107,12 @@ def convexify(f: Callable[..., jax.Array], *args: Any, argnums: int = -1) -> Con
       of less than 32 bits are computed in float32.
     argnums: which argument is the input, as in `jax.grad`; by default the last.
 
+  Returns:
+    The logits g, the term t, their sum g + t and its certificate.
+
   Raises:
-    ValueError: an operation has no such form, as a product of two values; the message says where
-      it is. Or as `certify`.
+    ValueError: an operation has no such form, for example a product of two values that both depend
+      on the input; the message says where it is. Or as `certify`.
   """
   at = interpreter.input_position(args, argnums)
   outputs, _ = interpreter.analyse(f, *args, argnums=argnums)

@@ -80,10 +80,10 @@ def export_cvxpy(f: Callable[..., jax.Array], *args: Any, argnums: int = -1) -> 
     argnums: which argument is the input; by default the last.
 
   Returns:
-    The program, whose weights are float64. A concave f is exported as -f.
+    The program, whose weights are float64. For a concave f, export `lambda *args: -f(*args)`.
 
   Raises:
-    convex_jax.proof.certificate.NotProved: some output is not proved convex.
+    convex_jax.proof.NotProved: some output is not proved convex.
     ValueError: an operation is proved and has no conic form here; the message says where it is. Or
       the function returns no number.
   """

@@ -426,8 +426,12 @@ def one_sided_radius(
   radius = y(x) / |grad y(x)| in the dual norm: a convex function lies above its tangent
   (Pfrommer et al. 2023, "Asymmetric Certified Robustness via Feature-Convex Neural
   Networks", theorem 2), which is taken next to x. In the units of x; 0 where y(x) <= 0, a side
-  that has no closed form, and where JAX's derivative is NaN.
+  that has no closed form, and where JAX's derivative is NaN. `norm` is "l1", "l2" or "linf".
+
+  Raises `ValueError` for another norm.
   """
+  if norm not in NORMS:
+    raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}")
   exact = Program(logit, jax.ShapeDtypeStruct(x.shape, x.dtype)).exact
   at = np.asarray(x, np.float64)
   near = at + _aside(at, at.shape, 1.0)

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from convex_jax import command_line, files
-from convex_jax.errors import NotProved, UserError
+from convex_jax.errors import NOT_PROVED, UserError
 from convex_jax.proof.certificate import KINDS
 from convex_jax.runs import certified, radii_report
 from convex_jax.runs.run import load
@@ -43,7 +43,7 @@ def _certify(args: argparse.Namespace) -> int:
   norms = () if args.radii is None else radii_report.norms_of(args.radii, "--radii")
   if args.arithmetic != certified.REALS and not norms:
     raise UserError(
-      f"--arithmetic={args.arithmetic} says of what radii hold; expected --radii=l1 with it"
+      f"--arithmetic={args.arithmetic} is an option of radii; expected --radii=l1 with it"
     )
   if norms and args.kind != "convex":
     raise UserError(f"--radii={args.radii} with --kind={args.kind}; expected --kind=convex")
@@ -60,7 +60,7 @@ def _certify(args: argparse.Namespace) -> int:
   if is_own:
     files.try_to_write(certified.write, run, content, counterexample)
   if content["verdict"] != "PROVED":
-    return NotProved.code
+    return NOT_PROVED
   if norms:
     radii_report.report(run, norms, args)
   return 0

@@ -15,7 +15,7 @@ from rich.table import Table
 from convex_jax import command_line, files
 from convex_jax.data import datasets
 from convex_jax.data.progress import track
-from convex_jax.errors import NotProved
+from convex_jax.errors import NOT_PROVED
 from convex_jax.proof.convexified import Convexified, Layer
 from convex_jax.runs import certified
 from convex_jax.runs.run import Run, load
@@ -157,7 +157,7 @@ def _convexify(args: argparse.Namespace) -> int:
   console.print(_words(sizes), markup=False, highlight=False)
   content["sizes"] = dataclasses.asdict(sizes)
   files.try_to_write(files.write_json, Workdir(run.workdir).convexified_file, content)
-  return 0 if certificate else NotProved.code
+  return 0 if certificate else NOT_PROVED
 
 
 def _tables(sizes: Sizes) -> list[Table]:

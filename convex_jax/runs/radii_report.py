@@ -159,8 +159,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     "--arithmetic",
     default=REALS,
     choices=[REALS, *ARITHMETICS],
-    help="of what radii hold: of the network over the reals, or of the program in this arithmetic,"
-    " its rounding errors taken off (default: reals)",
+    help="what the radii are valid for: the network over the reals, or the program in this arithmetic,"
+    " whose radii are smaller by a bound on its rounding errors (default: reals)",
   )
   parser.add_argument(
     "--examples", type=command_line.integer(1), default=200, help="test images (default: 200)"

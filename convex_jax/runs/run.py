@@ -198,7 +198,8 @@ def load(workdir: str | os.PathLike[str], step: int | str = "latest", weights: s
 
   Args:
     workdir: its folder.
-    step: the checkpoint: a step, "latest" or "best" (in accuracy).
+    step: the checkpoint: a step, "latest" or "best": by accuracy on the validation split or, where
+      there is none, on the test split, of which it is then no estimate.
     weights: "ema", "raw", or "auto": averaged weights if the run averaged them.
 
   Raises:

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from convex_jax import command_line, files, streams
-from convex_jax.errors import STOP_SIGNALS, Diverged, NotProved, Stopped, UserError
+from convex_jax.errors import NOT_PROVED, STOP_SIGNALS, Diverged, Stopped, UserError
 from convex_jax.models.constraints import PENALISED
 from convex_jax.runs.workdir import Workdir
 from convex_jax.studies import jobs, report, results
@@ -99,7 +99,7 @@ class Process:
       return "diverged"
     if code == Stopped.code:
       return "stopped"
-    if code and not (self._certifies and code == NotProved.code):  # Not proved is a result.
+    if code and not (self._certifies and code == NOT_PROVED):  # Not proved is a result.
       with open(self.log, errors="replace") as file:
         tail = "\n  ".join(["", *file.read().splitlines()[-8:]])
       raise UserError(f"{self.task.workdir} ended with exit code {code}, see {self.log}:{tail}")

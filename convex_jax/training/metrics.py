@@ -47,9 +47,10 @@ class Evaluation(clu_metrics.Collection):
 
 
 def _in_top_five(logits, labels, **_) -> jax.Array:
-  """Whether fewer than five logits exceed the label's, (B,)."""
-  of_label = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-  return ((logits > of_label).sum(-1) < 5).astype(jnp.float32)
+  """Whether the label is among the five largest logits, (B,); it is not where one is not a number."""
+  _, largest = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+  is_among = (largest == labels[:, None]).any(-1) & ~jnp.isnan(logits).any(-1)
+  return is_among.astype(jnp.float32)
 
 
 @struct.dataclass

@@ -44,6 +44,18 @@ def make_schedule(config: Any, num_steps: int) -> optax.Schedule:
   return optax.join_schedules([warmup, main], [config.warmup_steps])
 
 
+def too_few_updates(config: Any, num_steps: int) -> str | None:
+  """What is wrong where a run of so many batches ends before its warm-up does; None if it does not."""
+  updates = num_steps // config.accumulate
+  if updates > config.warmup_steps:
+    return None
+  of = f" (config.optimizer.accumulate is {config.accumulate})" if config.accumulate > 1 else ""
+  return (
+    f"config.optimizer.warmup_steps is {config.warmup_steps}, but {num_steps:,} steps make"
+    f" {updates:,} updates{of}; expected more updates than those of the warm-up"
+  )
+
+
 def make_optimizer(config: Any, num_steps: int, constraints: Any) -> optax.GradientTransformation:
   """The whole update rule in order: a reader sees that the projection comes last.
 

@@ -37,6 +37,8 @@ class Computation:
         f"config.epochs is {config.epochs}, which makes {self.total_steps:,} steps; expected fewer"
         " than 2**31"
       )
+    if few := optimizer.too_few_updates(config.optimizer, self.total_steps):
+      raise UserError(few)
     self._eval_every = self._whole_calls(config.eval.every_epochs)
     self.epochs = self.total_steps * config.batch_size / len(examples.train)
     self.decides = "valid_accuracy" if examples.valid else "test_accuracy"

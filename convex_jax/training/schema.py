@@ -14,7 +14,7 @@ from convex_jax.errors import UserError, nearest
 from convex_jax.models import catalog
 from convex_jax.models.constraints import PENALISED
 from convex_jax.models.parts import TWINS, Rate
-from convex_jax.training.optimizer import OPTIMIZERS, SCHEDULES
+from convex_jax.training.optimizer import OPTIMIZERS, SCHEDULES, too_few_updates
 
 LARGEST = 2**31 - 1  # Integer, other than a seed.
 
@@ -293,11 +293,8 @@ def _clashes(config: Any) -> Iterator[str]:
       f"config.optimizer.weight_decay is {config.optimizer.weight_decay:g}, but 'adam' has no weight"
       " decay; expected 0. Did you mean config.optimizer.name='adamw'?"
     )
-  if config.steps and config.optimizer.warmup_steps >= config.steps:
-    yield (
-      f"config.optimizer.warmup_steps is {config.optimizer.warmup_steps}; expected less than"
-      f" config.steps ({config.steps})"
-    )
+  if config.steps:
+    yield from filter(None, [too_few_updates(config.optimizer, config.steps)])
 
 
 def mistakes(config: Any) -> list[str]:

@@ -13,7 +13,7 @@ import types
 import pytest
 
 from convex_jax import files
-from convex_jax.errors import NotProved, Stopped, UserError
+from convex_jax.errors import NOT_PROVED, Stopped, UserError
 from convex_jax.studies import jobs, results, sweep
 from tests.support import ROOT
 
@@ -124,7 +124,7 @@ def run_with(monkeypatch, tmp_path, ends, parts="paper", at_once=1):
       content = files.read_json(str(workdir / "config.json"))
       content["config"]["model"]["parts"], content["config"]["seed"] = parts, seed
       files.write_json(str(workdir / "config.json"), content)
-    elif code == NotProved.code:
+    elif code == NOT_PROVED:
       files.write_json(str(certificate), {"verdict": "REFUTED", "reason": "LayerNorm"})
     return Ended(code)
 
