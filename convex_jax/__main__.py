@@ -13,7 +13,7 @@ COMMANDS = {  # Name: (module, whose `main(argv)` returns the exit code; what it
     "convex_jax.runs.convexify_command",
     "make any network's logits convex, and prove it",
   ),
-  "radii": ("convex_jax.runs.radii_report", "certified radii of a proved network's test images"),
+  "radii": ("convex_jax.runs.radii_command", "certified radii of a proved network's test images"),
   "report": ("convex_jax.studies.report", "compare runs: tables, figures, one HTML page"),
   "sweep": ("convex_jax.studies.sweep", "train and compare many networks"),
   "data": ("convex_jax.data.command", "list, prepare, import, convert, cache and check data sets"),

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from convex_jax import buckets, claims
+from convex_jax import bucket_locks, buckets
 from convex_jax.errors import Unsaved, UserError
 
 # Of an OSError where a file system is read-only, or a folder somebody else's.
@@ -116,13 +116,13 @@ def exclusive_lock(path: str, words: str) -> Iterator[Callable[[], None]]:
   """Holds a lock on the file `path`, which a process that dies releases.
 
   Yields a function that raises `Unsaved` where another process has taken it over since: in a
-  bucket, where it is a `claims.Claim`, from a process that was not seen for minutes.
+  bucket, where it is a `bucket_locks.BucketLock`, from a process that was not seen for minutes.
 
   Raises `UserError` while another process holds it: `words`, and which process that is.
   """
   if buckets.holds(path):
-    with claims.Claim(path, words) as claim:
-      yield claim.renew
+    with bucket_locks.BucketLock(path, words) as lock:
+      yield lock.renew
     return
   with open(path, "a+") as file:
     try:

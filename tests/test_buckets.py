@@ -1,4 +1,4 @@
-"""Objects in a bucket, on a server of this machine: names, conditions, claims, errors."""
+"""Objects in a bucket, on a server of this machine: names, conditions, locks, errors."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from convex_jax import __main__, buckets, claims, files
+from convex_jax import __main__, bucket_locks, buckets, files
 from convex_jax.errors import Unsaved, UserError
 from convex_jax.runs import checkpoint_command, checkpoints, manifest, metrics_file
 from convex_jax.runs.run import load
@@ -244,44 +244,44 @@ def test_rows_that_a_lost_role_keeps_back_do_not_replace_how_a_run_ends(network,
   assert folder in rows.close()
 
 
-# Claims.
+# Locks.
 
 
 @pytest.fixture
 def hasty(monkeypatch):
-  monkeypatch.setattr(claims, "RENEW", 0.1)
-  monkeypatch.setattr(claims, "STALE", 0.5)
+  monkeypatch.setattr(bucket_locks, "RENEW", 0.1)
+  monkeypatch.setattr(bucket_locks, "STALE", 0.5)
 
 
-def claim(folder):
-  return claims.Claim(f"{folder}/.lock", f"{folder} is in use")
+def lock(folder):
+  return bucket_locks.BucketLock(f"{folder}/.lock", f"{folder} is in use")
 
 
-def test_a_claim_has_one_holder_and_is_free_afterwards(folder, hasty, capsys):
+def test_a_lock_has_one_holder_and_is_free_afterwards(folder, hasty, capsys):
   for _ in range(2):
     with (
-      claim(folder),
+      lock(folder),
       pytest.raises(UserError, match=f"is in use \\(process {os.getpid()} on .*Wait until it ends"),
-      claim(folder),
+      lock(folder),
     ):
       pass
     assert files.listing(folder) == {}
 
 
 def abandoned(folder, **changes):
-  """The claim of a holder who is gone."""
-  one = claim(folder)
+  """The lock of a holder who is gone."""
+  one = lock(folder)
   one._own |= changes
   one._take()
   return one
 
 
-def test_a_claim_of_another_machine_is_taken_over_once_it_is_stale(folder, hasty, capsys):
+def test_a_lock_of_another_machine_is_taken_over_once_it_is_stale(folder, hasty, capsys):
   """By a clock of one's own: the times that it names are of another's."""
   other = abandoned(folder, holder="process 1 on far", process=["another boot", "pid", 1, 1])
   began = time.monotonic()
-  with claim(folder):
-    assert time.monotonic() - began >= claims.STALE
+  with lock(folder):
+    assert time.monotonic() - began >= bucket_locks.STALE
     assert "was last used by process 1 on far; waiting up to 0.5 s" in capsys.readouterr().err
     with pytest.raises(Unsaved, match="taken over by another process"):
       other.renew()
@@ -289,8 +289,8 @@ def test_a_claim_of_another_machine_is_taken_over_once_it_is_stale(folder, hasty
     assert list(files.listing(folder)) == [".lock"]
 
 
-def test_a_claim_that_has_ended_is_held_no_longer(folder):
-  with claim(folder) as held:
+def test_a_lock_that_has_ended_is_held_no_longer(folder):
+  with lock(folder) as held:
     held.renew()
   with pytest.raises(Unsaved, match="no longer"):
     held.renew()
@@ -300,35 +300,35 @@ def test_a_claim_that_has_ended_is_held_no_longer(folder):
 def test_a_process_that_this_user_cannot_see_is_not_gone(monkeypatch):
   """/proc with hidepid=2 shows nothing of another user's processes."""
   pid = os.getppid()
-  content = json.dumps({"process": claims._identity(pid)}).encode()
+  content = json.dumps({"process": bucket_locks._identity(pid)}).encode()
 
   def hiding(path, *args):
     if path == f"/proc/{pid}/stat":
       raise FileNotFoundError(path)
     return open(path, *args)
 
-  monkeypatch.setattr(claims, "open", hiding, raising=False)
-  assert claims._identity(pid) is None and not claims._is_gone((0, content))
+  monkeypatch.setattr(bucket_locks, "open", hiding, raising=False)
+  assert bucket_locks._identity(pid) is None and not bucket_locks._is_gone((0, content))
 
 
-def test_a_claim_of_a_process_that_was_killed_here_is_free_at_once(folder, monkeypatch):
-  program = f"from convex_jax.claims import Claim; Claim({folder + '/.lock'!r}, '')._take(); print(1, flush=True); input()"
+def test_a_lock_of_a_process_that_was_killed_here_is_free_at_once(folder, monkeypatch):
+  program = f"from convex_jax.bucket_locks import BucketLock; BucketLock({folder + '/.lock'!r}, '')._take(); print(1, flush=True); input()"
   with subprocess.Popen(
     [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
   ) as other:
     assert other.stdout.readline()
     content = json.loads(files.read(f"{folder}/.lock"))
-    assert not claims._is_gone((0, json.dumps(content).encode()))
+    assert not bucket_locks._is_gone((0, json.dumps(content).encode()))
     other.kill()
     other.wait()
-  with claim(folder):  # Which would else wait for minutes.
+  with lock(folder):  # Which would else wait for minutes.
     pass
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"process": 1}', b'{"process": [1]}'])
-def test_a_claim_that_cannot_be_read_becomes_stale_as_well(folder, hasty, content):
+def test_a_lock_that_cannot_be_read_becomes_stale_as_well(folder, hasty, content):
   buckets.write(f"{folder}/.lock", content)
-  with claim(folder) as held:
+  with lock(folder) as held:
     assert json.loads(files.read(f"{folder}/.lock"))["claim"] == held._own["claim"]
   assert not files.exists(f"{folder}/.lock")
 
@@ -336,15 +336,15 @@ def test_a_claim_that_cannot_be_read_becomes_stale_as_well(folder, hasty, conten
 def test_of_two_who_take_over_one_gets_it(folder, hasty):
   other = abandoned(folder, process=None)
   generation = other._generation
-  first, second = claim(folder), claim(folder)
+  first, second = lock(folder), lock(folder)
   first._write(generation)
   with pytest.raises(FileExistsError):
     second._write(generation)
 
 
-def test_a_claim_outlives_a_network_that_fails(network, folder, hasty, monkeypatch):
+def test_a_lock_outlives_a_network_that_fails(network, folder, hasty, monkeypatch):
   monkeypatch.setattr(buckets, "PATIENCE", 0.1)
-  with claim(folder) as held:
+  with lock(folder) as held:
     network.fault = lambda *_: "503"
     while network.done["503"] < 3:
       time.sleep(0.01)

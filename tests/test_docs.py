@@ -164,10 +164,12 @@ def test_the_generated_tables_are_complete():
   assert keys.keys() == schema.RULES.keys()
   assert not [key for key, (_, expected, _) in keys.items() if not expected]
   assert keys["batch_size"][2] and keys["data.loader"][2] and keys["steps_per_call"][2]
+  assert not re.search(r"\|\s*\|$", generate.architecture_keys(), re.MULTILINE)  # An empty cell.
   text = generate.config_tables()
   assert all(f"`{key}`" in text for key in schema.RULES)
   assert all(f"`{name}`" in generate.primitives() for name in RULES)
   assert all(f"convex_jax {name}" in generate.commands() for name in COMMANDS)
+  assert f"| {errors.NOT_PROVED} |" in generate.exit_codes()
   assert all(f"| {end.code} |" in generate.exit_codes() for end in errors.Ended.__subclasses__())
   assert all(f"`{name}`" in generate.sizes() for name in catalog.names())
 

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A package imports those before it and the ground, which imports nothing else of ours.
 GROUND = {
   "buckets",
-  "claims",
+  "bucket_locks",
   "errors",
   "files",
   "mesh",

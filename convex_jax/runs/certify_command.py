@@ -9,7 +9,7 @@ from rich.table import Table
 from convex_jax import command_line, files
 from convex_jax.errors import NOT_PROVED, UserError
 from convex_jax.proof.certificate import KINDS
-from convex_jax.runs import certified, radii_report
+from convex_jax.runs import certified, radii_command
 from convex_jax.runs.run import load
 
 
@@ -35,12 +35,12 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     "--radii", help="norms of radii to certify: some of l1,l2,linf (default: none)"
   )
-  radii_report.add_options(parser)
+  radii_command.add_options(parser)
   return command_line.exit_code(_certify, parser.parse_args(argv))
 
 
 def _certify(args: argparse.Namespace) -> int:
-  norms = () if args.radii is None else radii_report.norms_of(args.radii, "--radii")
+  norms = () if args.radii is None else radii_command.norms_of(args.radii, "--radii")
   if args.arithmetic != certified.REALS and not norms:
     raise UserError(
       f"--arithmetic={args.arithmetic} is an option of radii; expected --radii=l1 with it"
@@ -62,5 +62,5 @@ def _certify(args: argparse.Namespace) -> int:
   if content["verdict"] != "PROVED":
     return NOT_PROVED
   if norms:
-    radii_report.report(run, norms, args)
+    radii_command.report(run, norms, args)
   return 0

@@ -1,5 +1,6 @@
 """The figures of a report: curves of a few variants, final accuracies of many."""
 
+import importlib.util
 import itertools
 import math
 from typing import Any
@@ -73,12 +74,17 @@ def _simplify(axes: Any) -> None:
   axes.spines[["top", "right"]].set_visible(False)
 
 
-def _figure(width: float, height: float) -> Any:
-  try:
-    from matplotlib.figure import Figure  # An optional dependency.
-  except ModuleNotFoundError as error:
+def require_matplotlib() -> None:
+  """Raises `UserError` where it is not installed: an optional dependency."""
+  if importlib.util.find_spec("matplotlib") is None:
     raise UserError(
       "figures need matplotlib, which is not installed\n"
       "  pip install 'convex_jax[report]' (in a clone: pip install -e '.[report]')"
-    ) from error
+    )
+
+
+def _figure(width: float, height: float) -> Any:
+  require_matplotlib()
+  from matplotlib.figure import Figure
+
   return Figure(figsize=(width, height), layout="constrained")

@@ -32,7 +32,7 @@ from convex_jax import command_line, files, streams
 from convex_jax.errors import NOT_PROVED, STOP_SIGNALS, Diverged, Stopped, UserError
 from convex_jax.models.constraints import PENALISED
 from convex_jax.runs.workdir import Workdir
-from convex_jax.studies import jobs, report, results
+from convex_jax.studies import figures, jobs, report, results
 from convex_jax.studies.jobs import Task
 from convex_jax.training.stopping import stop_signals_to
 
@@ -330,6 +330,7 @@ def _sweep(args: argparse.Namespace) -> int:
     for task in tasks:
       print(shlex.join([*task.job.arguments(), f"--workdir={task.workdir}"]))
     return 0
+  figures.require_matplotlib()  # Before hours of training, not after them.
   start, at_once = _cluster(args), args.at_once or (len(tasks) if args.slurm else 1)
   files.refuse_unwritable("--out", out)
   os.makedirs(out, exist_ok=True)

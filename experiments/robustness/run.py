@@ -27,7 +27,7 @@ import convex_jax
 from convex_jax import command_line
 from convex_jax.data import datasets
 from convex_jax.proof import radii as robustness
-from convex_jax.runs import certified, radii_report
+from convex_jax.runs import certified, radii_command
 from tests.support import attacks
 
 FOLDER = pathlib.Path(__file__).parent
@@ -50,7 +50,7 @@ def main() -> None:
   certifier, start = certified.certifier(run), time.perf_counter()
   radii = list(track(certifier.radii(images), "radii", total=len(images)))
   seconds = (time.perf_counter() - start) / len(images)
-  measured = radii_report.Measured(labels, radii)
+  measured = radii_command.Measured(labels, radii)
   attempts, changes, smallest = attack(run, images, radii, args.smallest)
   sides = run.class_names if run.config.model.one_logit else ()
   write(name, sides, measured, attempts, changes, smallest, least(run), seconds)

@@ -20,7 +20,7 @@ from convex_jax.proof import radii as certificates
 from convex_jax.proof.arithmetic import ARITHMETICS
 from convex_jax.proof.certificate import NotProved
 from convex_jax.proof.radii import NORMS, Certifier, Radius, one_sided_radius
-from convex_jax.runs import certified, radii_report
+from convex_jax.runs import certified, radii_command
 from convex_jax.runs.run import Run
 from tests.support import attacks, mutants
 
@@ -613,18 +613,18 @@ def test_a_program_of_margins_that_never_change_has_radii():
 
 
 def test_norms_are_read_or_refused():
-  assert radii_report.norms_of("l1,linf,l1") == ("l1", "linf")
+  assert radii_command.norms_of("l1,linf,l1") == ("l1", "linf")
   for text in ("l3", "", "l1,"):
     with pytest.raises(UserError, match="expected some of l1,l2,linf"):
-      radii_report.norms_of(text)
+      radii_command.norms_of(text)
 
 
 def test_a_report_is_written(tmp_path):
   radii = [Radius(1, {"l1": r, "l2": r / 2}) for r in (0.1, 0.2, 0.3, 0.4)]
-  measured = radii_report.Measured(np.array([1, 1, 0, 1]), radii)
+  measured = radii_command.Measured(np.array([1, 1, 0, 1]), radii)
   assert measured.certified_accuracy("l1", 0.15) == 0.5  # 0.1 too small, 0.3 is wrong.
-  table = radii_report.table_of(measured, ("l1", "l2"))
-  radii_report.write(make_run(workdir=str(tmp_path)), measured, ("l1", "l2"))
+  table = radii_command.table_of(measured, ("l1", "l2"))
+  radii_command.write(make_run(workdir=str(tmp_path)), measured, ("l1", "l2"))
   assert table.row_count == 2 and "75.0 %" in table.title
   lines = (tmp_path / "radii.csv").read_text().splitlines()
   assert lines[0] == "example,label,predicted,l1,l2,arithmetic,step"

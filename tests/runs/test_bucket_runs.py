@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import convex_jax
-from convex_jax import buckets, claims, files
+from convex_jax import bucket_locks, buckets, files
 from convex_jax.errors import Unsaved, UserError
 from convex_jax.runs import certify_command, checkpoint_command, manifest
 from convex_jax.runs.checkpoints import Checkpoints
@@ -149,9 +149,9 @@ def test_another_config_is_refused(whole, settings, few_digits):
 
 
 def test_of_two_runs_one_is_refused(copied, settings, few_digits, monkeypatch):
-  monkeypatch.setattr(claims, "RENEW", 0.1)
+  monkeypatch.setattr(bucket_locks, "RENEW", 0.1)
   with (
-    claims.Claim(f"{copied}/.lock", ""),
+    bucket_locks.BucketLock(f"{copied}/.lock", ""),
     pytest.raises(UserError, match=rf"{copied} is in use by another run \(process {os.getpid()}"),
   ):
     loop.run(settings, copied, few_digits)

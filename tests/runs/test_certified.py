@@ -20,7 +20,7 @@ from convex_jax.runs import (
   certify_command,
   checkpoint_command,
   convexify_command,
-  radii_report,
+  radii_command,
 )
 from convex_jax.runs.run import digest
 from convex_jax.studies import report, results, sweep
@@ -118,11 +118,11 @@ def test_a_run_with_layer_norm_is_not_convexified(run_of, data_dir, capsys):
 
 def test_radii_are_of_the_convexified_logits_on_request(tmp_path, monkeypatch):
   asked = []
-  radii = radii_report.Measured(np.zeros(1), [Radius(0, {"l2": 0.5})])
-  monkeypatch.setattr(radii_report, "measure", lambda *given: asked.append(given[-1]) or radii)
+  radii = radii_command.Measured(np.zeros(1), [Radius(0, {"l2": 0.5})])
+  monkeypatch.setattr(radii_command, "measure", lambda *given: asked.append(given[-1]) or radii)
   workdir = shutil.copytree(ROOT / "tests" / "fixtures" / "run_1_1", tmp_path / "run")
   for option in ([], ["--convexified"]):
-    assert radii_report.main([f"--workdir={workdir}", "--norms=l2", *option]) == 0
+    assert radii_command.main([f"--workdir={workdir}", "--norms=l2", *option]) == 0
   assert asked == [False, True]
 
 
@@ -169,12 +169,12 @@ def test_a_run_that_cannot_be_written_has_its_verdict(tmp_path, capsys, number):
 def test_a_read_only_run_is_loaded_verified_measured_and_reported(tmp_path, capsys, monkeypatch):
   workdir = tmp_path / "run"
   shutil.copytree(ROOT / "tests" / "fixtures" / "run_1_1", workdir)
-  radii = radii_report.Measured(np.zeros(1), [Radius(0, {"l2": 0.5})])
-  monkeypatch.setattr(radii_report, "measure", lambda *_: radii)
+  radii = radii_command.Measured(np.zeros(1), [Radius(0, {"l2": 0.5})])
+  monkeypatch.setattr(radii_command, "measure", lambda *_: radii)
   with injections.unwritable(workdir):
     assert convex_jax.load(str(workdir)).certificate["verdict"] == "PROVED"
     assert checkpoint_command.main(["verify", str(workdir)]) == 0
-    assert radii_report.main([f"--workdir={workdir}", "--norms=l2"]) == 0
+    assert radii_command.main([f"--workdir={workdir}", "--norms=l2"]) == 0
     told = capsys.readouterr()
     assert "radii.csv could not be written: Read-only" in told.err and "100.0 %" in told.out
     assert report.main([str(workdir), f"--out={tmp_path / 'out'}"]) == 0
@@ -202,9 +202,9 @@ def test_radii_follow_the_certificate(tmp_path, capsys, monkeypatch):
 
   def measure(run, norms, examples, data_dir, arithmetic, *_):
     asked.append((norms, examples, arithmetic))
-    return radii_report.Measured(np.zeros(1), radii, arithmetic)
+    return radii_command.Measured(np.zeros(1), radii, arithmetic)
 
-  monkeypatch.setattr(radii_report, "measure", measure)
+  monkeypatch.setattr(radii_command, "measure", measure)
   options = ["--radii=l1", "--arithmetic=float32", "--examples=3", "--search_steps=0"]
   assert certify_command.main([f"--workdir={workdir}", *options]) == 0
   assert asked == [(("l1",), 3, "float32")] and "in float32" in capsys.readouterr().out

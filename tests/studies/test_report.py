@@ -19,7 +19,7 @@ import convex_jax
 from convex_jax import files
 from convex_jax.errors import UserError
 from convex_jax.proof.radii import NORMS
-from convex_jax.runs import radii_report
+from convex_jax.runs import radii_command
 from convex_jax.runs import workdir as workdirs
 from convex_jax.studies import figures, report, results, tables
 from convex_jax.studies.results import Point, Result, Results
@@ -372,10 +372,10 @@ def test_what_is_no_run_is_told(tmp_path, capsys, path):
 
 def test_radii_are_of_all_norms_unless_some_are_named(monkeypatch, capsys):
   asked = []
-  monkeypatch.setattr(radii_report, "load", lambda *_: None)
-  monkeypatch.setattr(radii_report, "measure", lambda run, norms, *_: asked.append(norms))
-  monkeypatch.setattr(radii_report, "table_of", lambda *_: "")
-  monkeypatch.setattr(radii_report, "write", lambda *_: None)
-  assert radii_report.main(["--workdir=x"]) == 0 and asked == [tuple(NORMS)]
-  assert radii_report.main(["--workdir=x", "--norms="]) == 2  # A variable that is not set, maybe.
+  monkeypatch.setattr(radii_command, "load", lambda *_: None)
+  monkeypatch.setattr(radii_command, "measure", lambda run, norms, *_: asked.append(norms))
+  monkeypatch.setattr(radii_command, "table_of", lambda *_: "")
+  monkeypatch.setattr(radii_command, "write", lambda *_: None)
+  assert radii_command.main(["--workdir=x"]) == 0 and asked == [tuple(NORMS)]
+  assert radii_command.main(["--workdir=x", "--norms="]) == 2  # A variable that is not set, maybe.
   assert "--norms=''; expected some of" in capsys.readouterr().err and len(asked) == 1

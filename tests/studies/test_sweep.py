@@ -108,6 +108,14 @@ class Ended:
     self.code = 75
 
 
+def test_a_sweep_that_could_not_draw_starts_no_run(monkeypatch, tmp_path, capsys):
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  args = [str(ROOT / "experiments" / "mlp"), "--schedule=digits", f"--workdir={tmp_path / 'runs'}"]
+  assert sweep.main(args) == 2
+  assert "pip install 'convex_jax[report]'" in capsys.readouterr().err
+  assert not (tmp_path / "runs").exists()
+
+
 def run_with(monkeypatch, tmp_path, ends, parts="paper", at_once=1):
   """`run_all` of jobs whose processes only end: {seed: (code of training, of certifying)}."""
   started = []

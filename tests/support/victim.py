@@ -12,7 +12,7 @@ FAULTS, a JSON object in the environment, says which:
 | hang | the commit of the checkpoint of this step never ends |
 | full | (first, last) step of a disk that takes no file above 1,000 bytes; a save that was begun before is completed first, one that was begun within fails |
 | ballast | a file that fills its disk during those steps instead |
-| renew | seconds between two renewals of a claim in a bucket |
+| renew | seconds between two renewals of a lock in a bucket |
 | requests | seconds for which a request to a bucket is repeated |
 | log | a file to which the examples of each step are written |
 """
@@ -28,7 +28,7 @@ import time
 
 import numpy as np
 
-from convex_jax import buckets, claims, files, main
+from convex_jax import bucket_locks, buckets, files, main
 from convex_jax.runs import checkpoints, manifest
 from convex_jax.training import program
 
@@ -144,6 +144,6 @@ if __name__ == "__main__":
   if "gone" in FAULTS:
     setattr(*PLACES[FAULTS["gone"]], lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
   buckets.PATIENCE = FAULTS.get("requests", buckets.PATIENCE)
-  claims.RENEW = FAULTS.get("renew", claims.RENEW)
+  bucket_locks.RENEW = FAULTS.get("renew", bucket_locks.RENEW)
   program.Program.train_call = stepping(program.Program.train_call)
   sys.exit(main.main())

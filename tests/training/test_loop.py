@@ -238,6 +238,13 @@ def test_a_workdir_that_cannot_be_made_is_told(tiny_config, tmp_path):
     loop.run(tiny_config, str(tmp_path / "file" / "run"))
 
 
+def test_a_run_that_ends_within_its_warm_up_is_refused(tiny_config, few_digits, tmp_path):
+  changed = {"steps": 0, "epochs": 2, "optimizer__accumulate": 3, "optimizer__warmup_steps": 4}
+  with pytest.raises(UserError, match="13 steps make 4 updates"):  # 100 images, 16 a step.
+    loop.run(of(tiny_config, **changed), str(tmp_path / "run"), few_digits)
+  assert not (tmp_path / "run").exists()
+
+
 def test_an_uneven_batch_is_refused(tiny_config, data_dir, tmp_path):
   with pytest.raises(UserError, match="a multiple of 8"):
     loop.run(of(tiny_config, batch_size=12), str(tmp_path / "run"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from convex_jax.training.metrics import Evaluation
+from convex_jax.training.metrics import Evaluation, WithTopFive
 from convex_jax.training.step import cross_entropy
 
 
@@ -56,3 +56,22 @@ def test_label_smoothing_is_the_mixture_of_targets():
   logp = np.asarray(jax.nn.log_softmax(logits))[0]
   want = -(0.7 * logp[1] + 0.3 * logp.mean())
   assert float(cross_entropy(logits, jnp.asarray([1]), 0.3)[0]) == pytest.approx(want, rel=1e-6)
+
+
+def test_top_five_accuracy_agrees_with_scikit_learn_and_counts_no_nan(case):
+  rng = np.random.default_rng(1)
+  logits, (_, _, mask) = rng.normal(0, 2, (300, 9)).astype(np.float32), case
+  labels = rng.integers(0, 9, 300).astype(np.int32)
+
+  def top_five(logits):
+    loss = jnp.zeros(len(logits))
+    arrays = map(jnp.asarray, (logits, labels, mask))
+    fields = dict(zip(("logits", "labels", "mask"), arrays, strict=True))
+    found = WithTopFive.single_from_model_output(loss=loss, **fields).compute()
+    return float(found["top5_accuracy"])
+
+  want = sklearn.metrics.top_k_accuracy_score(labels[mask], logits[mask], k=5, labels=range(9))
+  assert top_five(logits) == pytest.approx(want, rel=1e-6)
+  assert top_five(np.full_like(logits, np.nan)) == 0
+  constant = np.mean(labels[mask] < 5)  # Of equal logits the first count.
+  assert top_five(np.zeros_like(logits)) == pytest.approx(constant, rel=1e-6)

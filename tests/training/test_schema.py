@@ -149,6 +149,7 @@ STREAMED = {"data.name": "imagenet2012", "data.loader": "stream"}
     (mlp, {"data.eval_shifts": (-32, 0)}, "expected integers from -31 to 31"),
     (mlp, {**STREAMED, "data.eval_shifts": (0, 32)}, "moves images of 32 px out of sight"),
     (mlp, {"model.one_logit": True}, "there are 10 classes; expected two"),
+    (mlp, {"steps": 9, "optimizer.accumulate": 10}, "make 0 updates (config.optimizer.accumulate"),
     (mlp, {"steps": 5, "optimizer.warmup_steps": 5}, "5 steps make 5 updates; expected more"),
   ],
 )

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,6 +116,7 @@ def _draw(run: Run, measured: Measured, norms: Sequence[str]) -> None:
   try:
     from matplotlib.figure import Figure
   except ImportError:  # An optional dependency; the table holds the same figures.
+    print("radii.png is not drawn: pip install 'convex_jax[report]'", file=sys.stderr)
     return
   figure = Figure(figsize=(3.4 * len(norms), 3), layout="constrained")
   for axes, norm in zip(figure.subplots(1, len(norms), squeeze=False)[0], norms, strict=True):

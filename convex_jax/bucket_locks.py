@@ -13,11 +13,11 @@ from typing import Any
 from convex_jax import buckets
 from convex_jax.errors import Unsaved, UserError
 
-RENEW = 20.0  # Seconds between two renewals of a claim.
+RENEW = 20.0  # Seconds between two renewals of a lock.
 STALE = 180.0  # Seconds without a renewal, after which another process takes it over.
 
 
-class Claim:
+class BucketLock:
   """An object that one process at a time holds: what a lock is to a file.
 
   Its holder renews it, every `RENEW` seconds. One that has not been renewed for `STALE` seconds is
@@ -37,7 +37,7 @@ class Claim:
     self._generation, self._lost = 0, False
     self._writing, self._ended = threading.Lock(), threading.Event()
 
-  def __enter__(self) -> "Claim":
+  def __enter__(self) -> "BucketLock":
     self._take()
     threading.Thread(target=self._keep, daemon=True).start()
     return self
@@ -84,7 +84,7 @@ class Claim:
         self.renew()
 
   def renew(self) -> None:
-    """Renews the claim; raises `Unsaved` where it has ended, or another process has taken it."""
+    """Renews the lock; raises `Unsaved` where it has ended, or another process has taken it."""
     with self._writing:
       try:
         if not (self._lost or self._ended.is_set()):
@@ -114,7 +114,7 @@ def _content(found: tuple[int, bytes]) -> dict[str, Any]:
 
 
 def _is_gone(found: tuple[int, bytes]) -> bool:
-  """Whether the holder of a claim was a process of this machine, and is none any more."""
+  """Whether the holder of a lock was a process of this machine, and is none any more."""
   process = _content(found).get("process")
   own = _identity(os.getpid())
   if not (isinstance(process, list) and len(process) == 4 and own) or process[:2] != own[:2]:
