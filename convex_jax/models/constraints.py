@@ -140,6 +140,18 @@ def enforce(constraints: Any) -> optax.GradientTransformation:
   return optax.partition({**LINKS}, links)
 
 
+def averaged(params: Any, constraints: Any) -> Any:
+  """Averages of weights that met their constraints, of which rounding has left some below 0, at >= 0.
+
+  The compiler may compute the newest weights again where they are averaged: see `keep`.
+  """
+
+  def one(weight, name):
+    return weight if name in (FREE, PENALISED) else jnp.maximum(weight, 0)
+
+  return jax.tree.map(one, params, constraints)
+
+
 def negative_shares(params: Any, constraints: Any) -> jax.Array:
   """The sum over all penalised weights of n, the negative share of a unit's weights; 0 without any.
 

@@ -71,6 +71,7 @@ class Computation:
       jacobian_penalty=config.jacobian_penalty,
       skip_spikes=config.skip_spikes,
       ema_decay=config.ema_decay,
+      tagged=self.constraints,
     )
     if config.batch_norm == "device":
       alike, apart = P(), P(meshes.AXES)

@@ -19,6 +19,7 @@ from flax import struct
 from jax import lax
 
 from convex_jax import mesh as meshes
+from convex_jax.models import constraints
 from convex_jax.models.variables import apply, init_variables
 from convex_jax.training.metrics import Evaluation
 
@@ -121,6 +122,7 @@ def train_step(
   mix: Mix | None = None,
   penalty: Callable[[Any], jax.Array] | None = None,
   jacobian_penalty: float = 0.0,
+  tagged: Any = None,
   axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
   """One update on a batch {image_BxHxWxC uint8, label_B, position_B}.
@@ -134,6 +136,8 @@ def train_step(
   step computes |v^T J|^2 for one random v an example (Hoffman, Roberts and Yaida 2019, "Robust
   Learning with Jacobian Regularization", section 2.3), at up to twice its cost. It is J in
   training: where there is a BatchNorm, its statistics depend on the image as well.
+
+  `tagged` is `constraints.constraints_of` the parameters, needed where the state averages them.
 
   A loss or gradient that is not finite, or, with `skip_spikes` = k above 0, a loss more than k
   standard deviations above its running mean, changes nothing but the step.
@@ -190,6 +194,7 @@ def train_step(
       # Short runs: the average forgets its start, as 1 / t, before `ema_decay` takes over.
       decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
       ema = optax.incremental_update({"params": params, "stats": stats}, ema, 1 - decay)
+      ema["params"] = constraints.averaged(ema["params"], tagged)
     return State(state.step, params, stats, opt_state, ema, _seen(state.losses, loss))
 
   # Not `optax.apply_if_finite`: BatchNorm's averages, and those of weights, are to wait as well.

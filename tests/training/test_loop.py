@@ -176,6 +176,22 @@ def test_a_run_in_views_is_evaluated_predicted_and_proved_in_them(tiny_config, d
   assert convex_jax.certify(run.replace(params=params).network, image).verdict != "PROVED"
 
 
+def test_averages_meet_the_constraints_whatever_the_compiler_computes_twice(data_dir, tmp_path):
+  """In a process of its own, with the optimizations that a user has."""
+  options = [f"--workdir={tmp_path / 'run'}", f"--config.data.dir={data_dir}"]
+  options += ["--config.ema_decay=0.9", "--config.steps=20"]
+  command = [
+    sys.executable,
+    "-m",
+    "convex_jax.main",
+    "--config=configs/mlp_ioc.py:digits",
+    *options,
+  ]
+  run_main(*command, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""})
+  run = convex_jax.load(tmp_path / "run", weights="ema")
+  assert run.certificate["verdict"] == "PROVED"
+
+
 @pytest.mark.parametrize("slow", [True, False])
 def test_a_run_that_waits_for_its_images_says_so(
   slow, tiny_config, few_digits, tmp_path, monkeypatch, capsys
