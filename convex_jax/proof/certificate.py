@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -92,10 +92,14 @@ def certify(
     ValueError: an unknown kind or argument, an input that is not one floating-point array, or a
       function that returns nothing.
   """
-  if kind not in KINDS:
+  if not (isinstance(kind, str) and kind in KINDS):
     raise ValueError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
-  if not -math.inf < box[0] < box[1] < math.inf:
-    raise ValueError(f"box is {box}; expected two finite numbers, the lesser first")
+  numbers = isinstance(box, Sequence) and all(isinstance(end, int | float) for end in box)
+  if not (numbers and len(box) == 2 and -math.inf < box[0] < box[1] < math.inf):
+    raise ValueError(f"box is {box!r}; expected two finite numbers, the lesser first")
+  for name, number in (("search_steps", search_steps), ("seed", seed)):
+    if not (isinstance(number, int | np.integer) and number >= 0):
+      raise ValueError(f"{name} is {number!r}; expected an integer >= 0")
   jaxpr, _ = interpreter.trace(f, *args, argnums=argnums)
   outputs = interpreter.values_of(jaxpr, f, args, argnums)
   if not outputs:

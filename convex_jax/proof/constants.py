@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from convex_jax.proof import enclosures, sums
 from convex_jax.proof.enclosures import ULPS, Ends
@@ -84,6 +85,11 @@ def number(value: Any, dtype: Any, origins: dict[str, np.ndarray] | None = None)
   """A number that the program is given, in the dtype in which the program has it."""
   if jnp.issubdtype(dtype, jax.dtypes.prng_key) or isinstance(value, jax.Ref):
     return Known.exactly(value, origins)  # What is read from a mutable array is not known.
+  if isinstance(value, Tracer):
+    raise ValueError(
+      "a weight is traced by jit, grad or vmap, and has no value yet; a proof needs its numbers: call"
+      " it outside of them"
+    )
   array = np.asarray(value).astype(dtype)
   if not is_float(dtype):
     return Known.exactly(array, origins)

@@ -173,6 +173,12 @@ class _Program:
   def __call__(
     self, x: jax.Array, layers: list[Layer] | None = None
   ) -> tuple[jax.Array, jax.Array]:
+    wanted = next(value.shape for value in self._order if value.made_by is None)
+    if jnp.shape(x) != wanted:
+      raise ValueError(
+        f"the input has the shape {jnp.shape(x)}; expected {wanted}. Of more inputs: jax.vmap, or"
+        " jax.lax.map"
+      )
     done: dict[int, Parts] = {}
 
     def read(node):

@@ -57,13 +57,19 @@ def minimise(
     steps: most iterations.
 
   Raises:
-    ValueError: the box is empty or not finite.
+    ValueError: the box is empty or not finite, or `start` is not of its shape.
   """
   low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+  if low.shape != high.shape or not low.size:
+    raise ValueError(
+      f"the box has ends of the shapes {low.shape} and {high.shape}; expected equal ones, with entries"
+    )
   shape, low, high = low.shape, low.ravel(), high.ravel()
   if not ((low <= high) & np.isfinite(high - low)).all():
     raise ValueError("the box is empty or not finite; expected finite ends, low <= high")
   first = (low + high) / 2 if start is None else np.ravel(np.asarray(start, np.float64))
+  if first.shape != low.shape or not np.isfinite(first).all():
+    raise ValueError(f"start is {start!r}; expected finite numbers of the shape {shape}")
   aside = np.random.default_rng(0).uniform(0, ASIDE, low.size) * (high - low)
   with float64():
     exact = Program(function, jax.ShapeDtypeStruct(shape, jnp.float64)).exact

@@ -12,7 +12,7 @@ two logits, what rounding can do to both over the ball is taken off (`rounding_e
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -71,7 +71,7 @@ class Certifier:
 
   Raises:
     convex_jax.proof.certificate.NotProved: a logit is not proved convex in the input.
-    ValueError: the rounding error of an operation has no bound; no convex form of it is known;
+    ValueError: an argument is none of these; the rounding error of an operation has no bound; no convex form of it is known;
       JAX has no derivative of it in reverse mode; the function returns something else than two or
       more logits.
   """
@@ -86,6 +86,16 @@ class Certifier:
     others: Sequence[Callable[[Any, jax.Array], jax.Array]] = (),
     convexified: bool = False,
   ):
+    if not (
+      isinstance(shape, Sequence) and all(isinstance(n, int | np.integer) and n > 0 for n in shape)
+    ):
+      raise ValueError(f"shape is {shape!r}; expected a tuple of integers >= 1, of one input")
+    if not (isinstance(scale, int | float | np.number) and 0 < scale < np.inf):
+      raise ValueError(f"scale is {scale!r}; expected a finite number > 0")
+    if not (arithmetic is None or isinstance(arithmetic, Arithmetic)):
+      raise ValueError(
+        f"arithmetic is {arithmetic!r}; expected one of proof.arithmetic.ARITHMETICS, or None"
+      )
     example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     deployed = (logits,) if arithmetic is None else (logits, *others)
     every = [Program(f, weights, example, arithmetic=arithmetic) for f in deployed]
@@ -159,14 +169,20 @@ class Certifier:
 
     Raises `ValueError` for an unknown norm, and for an input of another shape.
     """
-    if isinstance(norms, str) or not set(norms) <= set(NORMS):
+    chosen = tuple(norms) if isinstance(norms, Iterable) and not isinstance(norms, str) else ()
+    if not (chosen and all(norm in NORMS for norm in chosen)):
       raise ValueError(f"norms are {norms!r}; expected some of {', '.join(NORMS)}, in a tuple")
-    return self._radii(images, tuple(norms))
+    if not hasattr(images, "__len__"):
+      raise ValueError(f"images are a {type(images).__name__}; expected an array or a sequence")
+    return self._radii(images, chosen)
 
   def _radii(self, images, norms: tuple[str, ...]) -> Iterator[Radius]:
     together = self._together
     for start in range(0, len(images), together):
-      part = np.asarray(images[start : start + together], np.float64)
+      part = np.asarray(images[start : start + together])
+      if np.iscomplexobj(part):
+        raise ValueError(f"an input is an array of {part.dtype}; expected real numbers")
+      part = part.astype(np.float64)
       if part.shape[1:] != self._shape:
         raise ValueError(f"an input has the shape {part.shape[1:]}; expected {self._shape}")
       padded = np.pad(part, [(0, together - len(part)), *[(0, 0)] * (part.ndim - 1)], "edge")
@@ -216,7 +232,7 @@ class Certifier:
     reach_DxR = rays.both_ways
     radii = {}
     for norm in norms:
-      corners = 1 / np.linalg.norm(1 / reach_DxR, DUAL[norm], axis=0).max()
+      corners = 1 / _dual_size(1 / reach_DxR, norm, axis=0).max()
       slope = self._by_slope(norm, k, rivals, margins_R, around.slopes_KxD)
       radii[norm] = max(0.0, float(corners), slope) / self._scale
     return Radius(k, radii)
@@ -227,12 +243,8 @@ class Certifier:
     Two bounds, the better for each rival: on the slope of y_k - y_j as one function, and on the
     slopes of y_k's tangent and of y_j separately.
     """
-
-    def size(bound_RxD):
-      return np.linalg.norm(bound_RxD, DUAL[norm], axis=-1)
-
-    separate_R = size(np.abs(slopes_KxD[k]) + self._alone[rivals])
-    apart_R = np.minimum(size(self._between[k, rivals]), separate_R)
+    separate_R = _dual_size(np.abs(slopes_KxD[k]) + self._alone[rivals], norm)
+    apart_R = np.minimum(_dual_size(self._between[k, rivals], norm), separate_R)
     with np.errstate(divide="ignore"):
       return float((margins_R / apart_R).min())
 
@@ -339,7 +351,7 @@ class _Rays:
 
   def _limit(self, rays: Any = EVERY) -> np.ndarray:
     """Steps (rays, rivals) beyond which it is surely not."""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
       drop = self._margins_R - self._above[rays]
       chord = np.where(drop > 0, self._low[rays] * self._margins_R / drop, np.inf)
     return np.minimum(np.minimum(self._tangent[rays], self._high[rays]), chord)
@@ -389,8 +401,15 @@ class _Rays:
   def find_all(self, furthest: float) -> None:
     """Finds about how far each ray reaches, up to `furthest`, for the rival that is worst overall."""
     for _ in range(SWEEPS):
-      worst = np.linalg.norm(1 / self.both_ways, axis=0).argmax()
+      worst = _dual_size(1 / self.both_ways, "l2", axis=0).argmax()
       self._look(np.arange(len(self._low)), np.minimum(self._guess()[:, worst], furthest))
+
+
+def _dual_size(vectors: np.ndarray, norm: str, axis: int = -1) -> np.ndarray:
+  """The dual norm of vectors along an axis; squares of their entries may leave float64's range."""
+  largest = np.abs(vectors).max(axis, keepdims=True)
+  unit = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
+  return np.linalg.norm(vectors / unit, DUAL[norm], axis) * np.squeeze(unit, axis)
 
 
 def _value(f: Callable[..., jax.Array], *args: Any) -> Value:
@@ -440,7 +459,7 @@ def one_sided_radius(
     value, slope = jax.value_and_grad(lambda x: jnp.squeeze(exact(x)))(jnp.asarray(near))
   tangent = float(value) + float(np.sum(np.asarray(slope) * (at - near)))
   margin = float(np.minimum(y, tangent)) - ROUNDING * (1 + abs(y))  # NaN, if either is.
-  size = float(np.linalg.norm(np.ravel(np.asarray(slope)), DUAL[norm]))
+  size = float(_dual_size(np.ravel(np.asarray(slope)), norm))
   if not margin > 0:
     return y, 0.0
   return y, margin / size if size else np.inf

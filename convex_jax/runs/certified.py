@@ -189,7 +189,7 @@ def minimise_logit(
   Raises `UserError` where the run's logits are not proved convex in the image.
   """
   _refuse_others(run)
-  if not (isinstance(steps, int | np.integer) and steps >= 1):
+  if isinstance(steps, bool) or not (isinstance(steps, int | np.integer) and steps >= 1):
     raise UserError(f"steps is {steps!r}; expected an integer >= 1")
   try:
     low, high = (np.broadcast_to(np.asarray(b, np.float64), run.image_shape) for b in box)
@@ -198,7 +198,7 @@ def minimise_logit(
   if not ((low <= high) & np.isfinite(high - low)).all():
     raise UserError("box is empty or not finite; expected finite pixels, least <= greatest")
   count = len(run.class_names)
-  if not (isinstance(k, int | np.integer) and 0 <= k < count):
+  if isinstance(k, bool) or not (isinstance(k, int | np.integer) and 0 <= k < count):
     raise UserError(f"k is {k!r}; expected a logit, an integer from 0 to {count - 1}")
   with _only_proved(run):
     proved(run.apply, run.weights, jax.ShapeDtypeStruct((1, *run.image_shape), jnp.float32))

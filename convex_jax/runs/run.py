@@ -91,11 +91,15 @@ class Run:
   def apply(self, weights: Any, image_BxHxWxC: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """`network` with other weights {"params", "stats"}, or computed in another dtype."""
     _refuse_fork()
-    if not (isinstance(weights, Mapping) and "params" in weights):
+    if not (isinstance(weights, Mapping) and {"params", "stats"} <= weights.keys()):
       raise UserError(f"weights are a {type(weights).__name__}; expected a dict of params, stats")
     if np.shape(image_BxHxWxC)[1:] != self.image_shape:
       shape = ("any", *self.image_shape)
       raise UserError(f"images of shape {np.shape(image_BxHxWxC)}; expected {shape}")
+    if not len(image_BxHxWxC):
+      raise UserError("images are none; expected at least one")
+    if np.iscomplexobj(image_BxHxWxC):
+      raise UserError("images are complex; expected real pixels, 0 to 255")
     model = catalog.build(self.config.model, classes=len(self.class_names), dtype=dtype)
     prepare = inference(self.config.data, self.mean, self.std, dtype)
     return apply(model, dict(weights), prepare(image_BxHxWxC))
@@ -110,6 +114,8 @@ class Run:
     """
     from convex_jax.proof.convexified import convexify
 
+    if jnp.dtype(dtype).itemsize > 4 and not jax.config.read("jax_enable_x64"):
+      raise UserError(f"dtype is {jnp.dtype(dtype)}; expected a call within jax.enable_x64(True)")
     apply = functools.partial(self.apply, dtype=dtype)
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), self.weights)
     example = jax.ShapeDtypeStruct((1, *self.image_shape), dtype)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from convex_jax import files
+from convex_jax import config_files, files
 from convex_jax import mesh as meshes
 from convex_jax.errors import UserError
 from convex_jax.models.constraints import FREE, PROJECTIONS
@@ -89,11 +89,15 @@ def _check_shapes(path: str, about: Any, config: Any, found: Any, wanted: Any) -
 
 def _differences(about: dict[str, Any], config: Any, *sections: str) -> str:
   """The keys of these sections in which a run's config and this one differ, a line each."""
-  there, now = essential(about["config"]), essential(config)
+  there, now, defaults = essential(about["config"]), essential(config), config_files.defaults()
+
+  def value(of, key):
+    return of[key] if key in of else defaults.get(key)  # Left out of `essential`.
+
   keys = [
     k for k in sorted({*there, *now}) if k.startswith(sections) and there.get(k) != now.get(k)
   ]
-  return "".join(f"\n  config.{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in keys)
+  return "".join(f"\n  config.{k}: {value(there, k)!r} there, {value(now, k)!r} now" for k in keys)
 
 
 def _flat(tree: Any) -> dict[str, Any]:

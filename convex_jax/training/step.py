@@ -193,8 +193,8 @@ def train_step(
     if ema is not None:
       # Short runs: the average forgets its start, as 1 / t, before `ema_decay` takes over.
       decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-      ema = optax.incremental_update({"params": params, "stats": stats}, ema, 1 - decay)
-      ema["params"] = constraints.averaged(ema["params"], tagged)
+      ema: Any = optax.incremental_update({"params": params, "stats": stats}, ema, 1 - decay)
+      ema |= {"params": constraints.averaged(ema["params"], tagged)}
     return State(state.step, params, stats, opt_state, ema, _seen(state.losses, loss))
 
   # Not `optax.apply_if_finite`: BatchNorm's averages, and those of weights, are to wait as well.
