@@ -272,3 +272,28 @@ def test_a_search_that_was_stopped_says_so():
 def test_certificates_can_be_compared_and_hashed():
   one, other = (certify(jnp.abs, jnp.ones(2)) for _ in range(2))
   assert one != other and len({one, other}) == 2
+
+
+@pytest.mark.parametrize(
+  "options, expected",
+  [
+    ({"kind": []}, "kind is"),
+    ({"box": None}, "box is None"),
+    ({"box": (0, 1, 2)}, "box is"),
+    ({"box": "ab"}, "box is 'ab'"),
+    ({"search_steps": "a"}, "search_steps is 'a'"),
+    ({"search_steps": -1}, "search_steps is -1"),
+    ({"seed": 1.5}, "seed is 1.5"),
+  ],
+)
+def test_odd_options_are_refused_in_a_sentence(options, expected):
+  with pytest.raises(ValueError, match=expected):
+    certify(jnp.sin, jnp.ones(2), **options)
+
+
+def test_weights_that_are_traced_are_refused_in_a_sentence():
+  def inside(w):
+    return bool(certify(lambda w, x: jax.nn.relu(x @ w), w, jnp.ones(2)))
+
+  with pytest.raises(ValueError, match="a weight is traced by jit"):
+    jax.jit(inside)(jnp.eye(2))

@@ -380,3 +380,14 @@ def test_a_wrong_transformation_is_not_proved(name, monkeypatch):
   assert convexify(both_kinds, x).certificate
   monkeypatch.setattr(f"convex_jax.proof.{attribute}", wrong)
   assert convexify(both_kinds, x).certificate.verdict == "UNKNOWN"
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (1, 3), (2,)])
+def test_inputs_of_another_shape_are_refused(shape):
+  """They would be broadcast, or the first of them would answer for all."""
+  g = convexify(lambda w, x: jnp.tanh(x @ w) @ w, jnp.eye(2) - 0.5, jnp.ones((1, 2)))
+  for function in (g.common, g.convex_logits, g.layers):
+    with pytest.raises(ValueError, match=r"expected \(1, 2\). Of more inputs: jax.vmap"):
+      function(jnp.ones(shape))
+  x = jnp.linspace(-1, 1, 10).reshape(5, 1, 2)
+  assert jax.vmap(g.common)(x).shape == (5, 1, 1)

@@ -640,3 +640,49 @@ def test_a_bound_above_the_value_is_none():
 
   found = minimum.minimise(f, np.full(2, -1.0), np.full(2, 1.0))
   assert found.bound <= 0.5 and found.bound <= found.value
+
+
+def test_radii_beyond_the_range_of_squares():
+  """Of slopes below 1e-154 and reaches above 1e154, in every norm."""
+  w = [np.float32(1e-33)] * 5  # Their product is 1e-165.
+
+  def network(w, x):
+    for a in w:
+      x = x * a
+    return jnp.stack([1 + x[..., 0], -x[..., 0] + 0 * x[..., 1]], -1)
+
+  radii = Certifier(network, w, (2,)).radius(np.ones(2)).radii
+  assert all(4.99e164 < radii[norm] <= 5e164 for norm in NORMS)
+  for norm in NORMS:
+    _, radius = one_sided_radius(lambda x: network(w, x[None])[0, 0], jnp.ones(2), norm)
+    assert 0.99e165 < radius <= 1.0001e165
+
+
+@pytest.mark.parametrize(
+  "call, expected",
+  [
+    (lambda c: c.radius(np.ones(2), None), "norms are None"),
+    (lambda c: c.radius(np.ones(2), ([],)), "norms are"),
+    (lambda c: c.radius(np.ones(2) + 1j), "complex128; expected real numbers"),
+    (lambda c: next(c.radii(x for x in np.ones((1, 2)))), "images are a generator"),
+    (lambda _: Certifier(lambda w, x: x @ w, jnp.eye(2), (2,), scale=-1), "scale is -1"),
+    (lambda _: Certifier(lambda w, x: x @ w, jnp.eye(2), (2,), scale=np.nan), "scale is nan"),
+    (lambda _: Certifier(lambda w, x: x @ w, jnp.eye(2), 2), "shape is 2"),
+    (lambda _: Certifier(lambda w, x: x @ w, jnp.eye(2), (0,)), r"shape is \(0,\)"),
+    (
+      lambda _: Certifier(lambda w, x: x @ w, jnp.eye(2), (2,), arithmetic="float32"),
+      "arithmetic is 'float32'",
+    ),
+    (lambda _: one_sided_radius(jnp.sum, jnp.ones(2), "l3"), "norm is 'l3'"),
+  ],
+)
+def test_odd_arguments_are_refused_in_a_sentence(call, expected):
+  certifier = Certifier(lambda w, x: x @ w, jnp.eye(2), (2,))
+  with pytest.raises(ValueError, match=expected):
+    call(certifier)
+
+
+def test_norms_may_come_one_by_one():
+  certifier = Certifier(lambda w, x: x @ w, jnp.eye(2), (2,))
+  norms = iter(["l1", "l2"])
+  assert set(certifier.radius(np.array([1.0, 3.0]), norms).radii) == {"l1", "l2"}
