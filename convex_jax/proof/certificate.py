@@ -94,7 +94,9 @@ def certify(
   """
   if not (isinstance(kind, str) and kind in KINDS):
     raise ValueError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
-  numbers = isinstance(box, Sequence) and all(isinstance(end, int | float) for end in box)
+  numbers = isinstance(box, Sequence) and all(
+    isinstance(end, int | float | np.number) for end in box
+  )
   if not (numbers and len(box) == 2 and -math.inf < box[0] < box[1] < math.inf):
     raise ValueError(f"box is {box!r}; expected two finite numbers, the lesser first")
   for name, number in (("search_steps", search_steps), ("seed", seed)):

@@ -6,8 +6,9 @@ it is least at one of the 2 D vertices, each of which is evaluated; and, weights
 non-negative, the bounds of `slopes` lose nothing to signs between layers. The radii hold for every
 perturbation in the ball, whether or not the moved input is still valid (an image with pixels in
 range, say), and for the function over the reals, as float64 evaluates it with a margin of
-`ROUNDING`, on the understanding that no much larger numbers cancel on the way to the logits. With an `arithmetic` they hold for the program that is deployed: from each difference of
-two logits, what rounding can do to both over the ball is taken off (`rounding_errors`).
+`ROUNDING`, on the understanding that no much larger numbers cancel on the way to the logits. With an
+`arithmetic` they hold for the program that is deployed: from each difference of two logits, what
+rounding can do to both over the ball is taken off (`rounding_errors`).
 """
 
 import dataclasses
@@ -71,9 +72,9 @@ class Certifier:
 
   Raises:
     convex_jax.proof.certificate.NotProved: a logit is not proved convex in the input.
-    ValueError: an argument is none of these; the rounding error of an operation has no bound; no convex form of it is known;
-      JAX has no derivative of it in reverse mode; the function returns something else than two or
-      more logits.
+    ValueError: an argument is none of these; the rounding error of an operation has no bound; no
+      convex form of it is known; JAX has no derivative of it in reverse mode; the function returns
+      something else than two or more logits.
   """
 
   def __init__(
