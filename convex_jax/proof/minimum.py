@@ -57,7 +57,8 @@ def minimise(
     steps: most iterations.
 
   Raises:
-    ValueError: the box is empty or not finite, or `start` is not of its shape.
+    ValueError: the box is empty or not finite, `start` is not of its shape, or the function returns no
+      scalar.
   """
   low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
   if low.shape != high.shape or not low.size:
@@ -73,6 +74,9 @@ def minimise(
   aside = np.random.default_rng(0).uniform(0, ASIDE, low.size) * (high - low)
   with float64():
     exact = Program(function, jax.ShapeDtypeStruct(shape, jnp.float64)).exact
+    returned = jax.eval_shape(exact, jax.ShapeDtypeStruct(shape, jnp.float64)).shape
+    if returned.count(1) != len(returned):
+      raise ValueError(f"the function returns an array of shape {returned}; expected a scalar")
     slope = jax.jit(jax.value_and_grad(lambda x: jnp.squeeze(exact(x))))
     best = -np.inf
 

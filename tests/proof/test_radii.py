@@ -682,6 +682,22 @@ def test_odd_arguments_are_refused_in_a_sentence(call, expected):
     call(certifier)
 
 
+@pytest.mark.parametrize(
+  "arguments, expected",
+  [
+    ((np.zeros(3), np.ones(2)), "ends of the shapes"),
+    ((np.zeros(0), np.ones(0)), "with entries"),
+    ((np.zeros(3), np.ones(3), np.ones(2)), "start is"),
+    ((np.zeros(3), np.ones(3), np.full(3, np.nan)), "start is"),
+  ],
+)
+def test_odd_arguments_of_a_minimum_are_refused_in_a_sentence(arguments, expected):
+  with pytest.raises(ValueError, match=expected):
+    minimum.minimise(jnp.sum, *arguments)
+  with pytest.raises(ValueError, match="expected a scalar"):
+    minimum.minimise(jnp.abs, np.zeros(3), np.ones(3))
+
+
 def test_norms_may_come_one_by_one():
   certifier = Certifier(lambda w, x: x @ w, jnp.eye(2), (2,))
   norms = iter(["l1", "l2"])
