@@ -230,7 +230,7 @@ def _clashes_of_data(data: Any, entry: Dataset) -> Iterator[str]:
         yield (
           f"config.data.{key} is {data[key]!r}, which config.data.loader='stream' does not support"
         )
-  side = data.cache_size or (data.image_size if natural else min(entry.image_shape[:2]))
+  side = data.cache_size or min(entry.image_shape[:2]) or data.image_size
   if any(abs(shift) >= side for shift in data.eval_shifts):
     yield (
       f"config.data.eval_shifts is {tuple(data.eval_shifts)}, which moves images of {side} px out of"

@@ -203,6 +203,7 @@ def make_run(config, constraint="clamp", dtype=jnp.float32, average=True, enforc
       key=key,
       label_smoothing=0.1,
       ema_decay=0.9,
+      tagged=kinds,
     )[0]
 
   return update, state, kinds
