@@ -141,9 +141,10 @@ def enforce(constraints: Any) -> optax.GradientTransformation:
 
 
 def averaged(params: Any, constraints: Any) -> Any:
-  """Averages of weights that met their constraints, of which rounding has left some below 0, at >= 0.
+  """Averaged weights, with those that are tagged at >= 0 exactly.
 
-  The compiler may compute the newest weights again where they are averaged: see `keep`.
+  An average of weights >= 0 is >= 0, but the compiler may compute the newest ones again where they
+  are averaged, with another rounding (see `keep`), which leaves some at -1e-16.
   """
 
   def one(weight, name):

@@ -87,8 +87,8 @@ def number(value: Any, dtype: Any, origins: dict[str, np.ndarray] | None = None)
     return Known.exactly(value, origins)  # What is read from a mutable array is not known.
   if isinstance(value, Tracer):
     raise ValueError(
-      "a weight is traced by jit, grad or vmap, and has no value yet; a proof needs its numbers: call"
-      " it outside of them"
+      "a weight is traced by jit, grad or vmap and has no value yet; a proof needs its numbers, so call"
+      " it outside of these transformations"
     )
   array = np.asarray(value).astype(dtype)
   if not is_float(dtype):

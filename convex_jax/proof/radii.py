@@ -71,7 +71,7 @@ class Certifier:
       given for pixels in 0..1.
 
   Raises:
-    convex_jax.proof.certificate.NotProved: a logit is not proved convex in the input.
+    convex_jax.proof.NotProved: a logit is not proved convex in the input.
     ValueError: an argument is none of these; the rounding error of an operation has no bound; no
       convex form of it is known; JAX has no derivative of it in reverse mode; the function returns
       something else than two or more logits.

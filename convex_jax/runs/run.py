@@ -97,7 +97,7 @@ class Run:
       shape = ("any", *self.image_shape)
       raise UserError(f"images of shape {np.shape(image_BxHxWxC)}; expected {shape}")
     if not len(image_BxHxWxC):
-      raise UserError("images are none; expected at least one")
+      raise UserError("there are no images; expected at least one")
     if np.iscomplexobj(image_BxHxWxC):
       raise UserError("images are complex; expected real pixels, 0 to 255")
     model = catalog.build(self.config.model, classes=len(self.class_names), dtype=dtype)

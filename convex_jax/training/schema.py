@@ -293,8 +293,8 @@ def _clashes(config: Any) -> Iterator[str]:
       f"config.optimizer.weight_decay is {config.optimizer.weight_decay:g}, but 'adam' has no weight"
       " decay; expected 0. Did you mean config.optimizer.name='adamw'?"
     )
-  if config.steps:
-    yield from filter(None, [too_few_updates(config.optimizer, config.steps)])
+  if config.steps and (few := too_few_updates(config.optimizer, config.steps)):
+    yield few
 
 
 def mistakes(config: Any) -> list[str]:

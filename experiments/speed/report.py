@@ -82,10 +82,12 @@ def main() -> None:
   cases = read()
   some = next(iter(cases.values()))[0]
   versions = sorted({row["versions"] for rows in cases.values() for row in rows})
+  dates = [row["date"] for rows in cases.values() for row in rows]
+  when = " to ".join(sorted({min(dates), max(dates)}))
   lines = [
     "# Speed, compared with PyTorch",
     "",
-    f"`python -m experiments.speed.run` on {some['machine']}, {some['date']}; {'; '.join(versions)}.",
+    f"`python -m experiments.speed.run` on {some['machine']}, {when}; {'; '.join(versions)}.",
     "Written by `python -m experiments.speed.report`; [README.md](README.md) explains the columns.",
     "",
     "Training images/s, divided by those of PyTorch's fastest way:",

@@ -67,7 +67,7 @@ def test_a_step_in_any_form_is_found():
     (lambda r: r.apply(None, IMAGES), "expected a dict of params, stats"),
     (lambda r: r.apply(r.params, IMAGES), "expected a dict of params, stats"),
     (lambda r: r.apply({"params": r.params}, IMAGES), "expected a dict of params, stats"),
-    (lambda r: r.network(IMAGES[:0]), "images are none"),
+    (lambda r: r.network(IMAGES[:0]), "there are no images"),
     (lambda r: r.network(IMAGES + 1j), "images are complex"),
     (lambda r: r.convexify(jax.numpy.float64), "within jax.enable_x64"),
     (lambda r: r.metrics("Eval"), "'train', 'eval', 'final'"),
