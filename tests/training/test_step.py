@@ -179,7 +179,8 @@ def free_config(tiny_config):
     own = {key: None for key, value in config.model.items() if key in catalog.fields(name)}
     config.model.update(own | {"size": "tiny"} | ({"patch": 4} if name == "mixer" else {}))
     config.data.dir = tiny_config.data.dir
-    common = {"batch_size": 16, "steps": 6, "optimizer__name": "sgd"}
+    common = {"batch_size": 16, "steps": 6}
+    common |= {"optimizer__name": "sgd", "optimizer__warmup_steps": 0}
     return of(config, **common | changes)
 
   return make
