@@ -41,6 +41,7 @@ ARITHMETICS = {
   "bfloat16": Arithmetic(jnp.bfloat16, factors=2.0**-8),
   "float16": Arithmetic(jnp.float16, factors=2.0**-10),
 }
+FLOAT64 = Arithmetic(jnp.float64, accumulator=jnp.float64)  # That of radii themselves.
 
 
 # By how many units roundoff of its result a function may err; about twice what was measured over

@@ -5,14 +5,16 @@ can: y_k lies above its tangent; the tangent of y_k minus y_j is concave, so tha
 it is least at one of the 2 D vertices, each of which is evaluated; and, weights being
 non-negative, the bounds of `slopes` lose nothing to signs between layers. The radii hold for every
 perturbation in the ball, whether or not the moved input is still valid (an image with pixels in
-range, say), and for the function over the reals, as float64 evaluates it with a margin of
-`ROUNDING`, on the understanding that no much larger numbers cancel on the way to the logits. With an
-`arithmetic` they hold for the program that is deployed: from each difference of two logits, what
-rounding can do to both over the ball is taken off (`rounding_errors`).
+range, say), and for the function over the reals. It is evaluated in float64, for which `ROUNDING` of
+the logits and twice a bound on rounding errors over the ball (`rounding_errors`) are taken off: once
+for the logits, and once for tangents, for which it is not proved. With an `arithmetic` radii hold for
+the program that is deployed: from each difference of two logits, what its rounding can do to both over
+the ball is taken off.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convex_jax.proof import affine_front, interpreter, slopes
-from convex_jax.proof.arithmetic import Arithmetic
+from convex_jax.proof.arithmetic import FLOAT64, Arithmetic
 from convex_jax.proof.certificate import NotProved, proved
 from convex_jax.proof.convexified import convexify
 from convex_jax.proof.float64 import ROUNDING, float64
@@ -39,6 +41,7 @@ SLOPES = 2**22  # Or fewer images, so that there are at most as many of these.
 SWEEPS = 2  # Over all rays, for l2 and linf; a third gains 0 to 3 %.
 FURTHEST = 100.0  # In units of `scale`; where rays without a slope end.
 BALLS = 8  # Each half as large as the one before it, over which rounding errors are bounded.
+SLIGHT = 1e-3  # Of a margin, what it may lose to a bound for many inputs.
 KEPT = 0.9  # Of a radius, with which one bound for all norms is good enough.
 EXACT = 1 / 4096  # Of an l1 radius, to which it is found.
 STEPS = 100  # Of the search for it, at most.
@@ -123,6 +126,7 @@ class Certifier:
     else:
       apart = output = proved(logits, weights, example)
     self._scale, self._shape = scale, tuple(shape)
+    self._evaluated = _Evaluated(network, example.shape, returned[1])
 
     def one(x):
       return network(x[None])[0]
@@ -191,21 +195,50 @@ class Certifier:
       with float64():
         found = map(np.asarray, self._with_slopes(padded, padded + aside))
       for x, y_K, tangents_K, slopes_KxD in zip(part, *found, strict=False):
-        around = _Around(y_K, tangents_K, slopes_KxD, self._evaluator(x))
-        real = self._radius(around, norms)
-        yield self._deployed(x, around, real) if self._programs else real
+        around = _Around(x, y_K, tangents_K, slopes_KxD, self._evaluator(x))
+        yield (self._deployed if self._programs else self._over_the_reals)(x, around, norms)
 
-  def _deployed(self, x: np.ndarray, around: "_Around", real: Radius) -> Radius:
-    """The radii of the programs that may be deployed, given those over the reals.
+  def _deployed(self, x: np.ndarray, around: "_Around", norms: tuple[str, ...]) -> Radius:
+    """The radii of all programs; next to what rounding does to these, that of float64 is nothing."""
+
+    def off(ball):
+      return np.max([program.differences(ball) for program in self._programs], 0)
+
+    return self._less(x, around, self._radius(around, norms), off)
+
+  def _over_the_reals(self, x: np.ndarray, around: "_Around", norms: tuple[str, ...]) -> Radius:
+    """The radii of the function, by a bound for many inputs where that costs next to nothing."""
+    size, reach = float(np.abs(x).max()), self._scale
+    while size + reach < 2.0**1000:
+      exponent = 2 + math.ceil(math.log2(max(size, reach)))
+      off_KxK = self._evaluated.over_box(exponent)
+      if not (off_KxK[around.k, around.rivals] <= SLIGHT * around.margins_R).all():
+        break
+      found = self._radius(around, norms, off_KxK)
+      # An infinite radius is one of slopes, which need the margin at x alone.
+      reach = self._scale * max((r for r in found.radii.values() if np.isfinite(r)), default=0.0)
+      if size + reach <= 2.0**exponent:
+        return found
+    return self._less(x, around, self._radius(around, norms), self._evaluated.over_ball)
+
+  def _less(
+    self,
+    x: np.ndarray,
+    around: "_Around",
+    real: Radius,
+    off: Callable[[Ball], np.ndarray],
+  ) -> Radius:
+    """The radii of a program whose y_k - y_j are off by at most `off` (K, K) over a ball.
 
     What rounding can do grows with the ball. One bound for the balls of all norms does where it
     costs little; elsewhere each norm has its own, and smaller balls are tried.
     """
+    if not any(real.radii.values()):
+      return real
 
     def within(norms, balls):
       each = [Ball(x, n, balls[n] * self._scale) for n in norms]
-      off = [program.differences(ball) for ball in each for program in self._programs]
-      radii = self._radius(around, norms, np.max(off, 0)).radii
+      radii = self._radius(around, norms, np.max([off(ball) for ball in each], 0)).radii
       return {n: min(radii[n], balls[n]) for n in norms}
 
     best = within(tuple(real.radii), real.radii)
@@ -270,6 +303,36 @@ class Certifier:
     return evaluate
 
 
+class _Evaluated:
+  """How far differences (K, K) of logits that are evaluated in float64 can be from the real ones.
+
+  The bounds are doubled, for the tangents with which logits are compared.
+  """
+
+  def __init__(
+    self, network: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], classes: int
+  ):
+    self._shape, self._classes = shape, classes
+    with float64():
+      example = jax.ShapeDtypeStruct(shape, jnp.float64)
+      self._program = Program(network, example, arithmetic=FLOAT64)
+    self._boxes: dict[int, np.ndarray] = {}
+
+  def over_ball(self, ball: Ball) -> np.ndarray:
+    """A bound over one ball; 0 where an operation has no rule, so that `ROUNDING` is all there is."""
+    try:
+      return 2 * self._program.differences(ball, quickly=True)
+    except ValueError:
+      return np.zeros((self._classes,) * 2)
+
+  def over_box(self, exponent: int) -> np.ndarray:
+    """A bound for all inputs whose entries are at most 2**exponent in size."""
+    if exponent not in self._boxes:
+      box = Ball(np.zeros(self._shape), "linf", 2.0**exponent)
+      self._boxes[exponent] = self.over_ball(box)
+    return self._boxes[exponent]
+
+
 class _Around:
   """The logits y near an input: their values and tangents there, and what was seen along rays.
 
@@ -278,6 +341,7 @@ class _Around:
 
   def __init__(
     self,
+    x: np.ndarray,
     y_K: np.ndarray,
     tangents_K: np.ndarray,
     slopes_KxD: np.ndarray,
@@ -285,7 +349,7 @@ class _Around:
   ):
     self.k = k = int(y_K.argmax())
     self.rivals = rivals = np.delete(np.arange(len(y_K)), k)
-    self.slopes_KxD, self._evaluate = slopes_KxD, evaluate
+    self.slopes_KxD, self._evaluate, self._x_D = slopes_KxD, evaluate, np.ravel(x)
     self._y_k = min(y_K[k], tangents_K[k])
     self._slope_N = np.concatenate([slopes_KxD[k], -slopes_KxD[k]])
     self.margins_R = self._y_k - y_K[rivals] - ROUNDING * (1 + np.abs(y_K).max())
@@ -295,8 +359,10 @@ class _Around:
 
   def look(self, rays: np.ndarray, steps: np.ndarray) -> None:
     """Adds the slack at some steps, (tangent of y_k) - y_j less a margin for rounding, to `seen`."""
-    d = len(self._slope_N) // 2
-    y_NxK = self._evaluate(rays % d, np.where(rays < d, steps, -steps))
+    d = len(self._x_D)
+    at_N = self._x_D[rays % d]
+    moves_N = (at_N + np.where(rays < d, steps, -steps)) - at_N  # As far as the sum really moves.
+    y_NxK, steps = self._evaluate(rays % d, moves_N), np.abs(moves_N)
     tangent_N = self._y_k + steps * self._slope_N[rays]
     margin_N = ROUNDING * (1 + np.abs(y_NxK).max(-1))
     self.seen.append((rays, steps, (tangent_N - margin_N)[:, None] - y_NxK[:, self.rivals]))

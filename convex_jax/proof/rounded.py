@@ -75,6 +75,11 @@ class Condition:
   known: Known
   made_by: tuple[Any, Sequence[Rounded]]
 
+  @property
+  def agrees(self) -> Any:
+    """Where it is of two numbers without error, so that the program decides as it is in reality."""
+    return functools.reduce(np.logical_and, [np.equal(x.error, 0) for x in self.made_by[1]])
+
 
 def as_rounded(x: Any) -> Rounded:
   """A known number as one whose computed value may be anywhere in its enclosure."""
@@ -141,6 +146,8 @@ def sides_of(which: Any) -> tuple[Rounded, Rounded, Rounded, Rounded] | None:
   if not isinstance(which, Condition):
     return None
   eqn, (a, b) = which.made_by
+  if eqn.primitive.name in ("eq", "ne"):
+    return None
   root, number_ = (a, b) if a.varies else (b, a)
   if number_.varies or not number_.known.is_exact:
     return None

@@ -88,13 +88,14 @@ class Program:
     out = self._output(ball)
     return np.full(self._jaxpr.out_avals[0].shape, np.inf) if out is None else _bound(out.error)
 
-  def differences(self, ball: Ball) -> np.ndarray:
+  def differences(self, ball: Ball, quickly: bool = False) -> np.ndarray:
     """Bounds (K, K) on the error of each difference of two of the K outputs, as `error`.
 
     Where the outputs are h W + b over the last axis, an error of h counts by the difference of two
-    columns of W; elsewhere the errors of both outputs add up.
+    columns of W; elsewhere the errors of both outputs add up. `quickly`: without the derivatives of
+    affine values, which take minutes where there are millions of them; the bounds are wider.
     """
-    out = self._output(ball)
+    out = self._output(ball, quickly)
     if out is None:
       return np.full((math.prod(self._jaxpr.out_avals[0].shape),) * 2, np.inf)
     error_K = np.ravel(out.error)
@@ -106,13 +107,13 @@ class Program:
       apart_KxK = np.minimum(apart_KxK, own_K[:, None] + own_K + error_H @ columns_KxHxK)
     return _bound(apart_KxK)
 
-  def _output(self, ball: Ball) -> Rounded | None:
+  def _output(self, ball: Ball, quickly: bool = False) -> Rounded | None:
     """The output over a ball; None where nothing is known of it."""
     if self._arithmetic is None:
       raise ValueError(
         "a bound on rounding errors needs an arithmetic; expected one of ARITHMETICS"
       )
-    walk = Walk(self._arithmetic, ball, self._spreads)
+    walk = Walk(self._arithmetic, ball, None if quickly else self._spreads)
     arguments = [
       walk.input(aval.shape) if i == self._at else number(x, aval.dtype)
       for i, (x, aval) in enumerate(zip(self._given, self._jaxpr.in_avals, strict=True))

@@ -14,6 +14,7 @@ import numpy as np
 from convex_jax.proof import constants, enclosures, interpreter, layouts
 from convex_jax.proof.arithmetic import (
   BASIC,
+  FLOAT64,
   SLOPES,
   Arithmetic,
   enclose,
@@ -66,6 +67,7 @@ class Overflow(Exception):
   """The program may compute infinities, or what is no number."""
 
 
+_COMPARISONS = {"eq", "ne", "gt", "ge", "lt", "le"}
 _EXTREMES = {"max": np.maximum, "min": np.minimum}
 _MOVES = {"broadcast_in_dim", "concatenate", "dynamic_slice", "dynamic_update_slice", "gather"}
 _MOVES |= {"pad", "reshape", "rev", "slice", "split", "squeeze", "stack", "tile", "transpose"}
@@ -103,7 +105,7 @@ class Walk(interpreter.Walk):
   """One pass over a program, for a ball."""
 
   def __init__(
-    self, arithmetic: Arithmetic, ball: Ball, spreads: dict[tuple[str, int, bytes], Any]
+    self, arithmetic: Arithmetic, ball: Ball, spreads: dict[tuple[str, int, bytes], Any] | None
   ):
     super().__init__()
     self._arithmetic, self._ball, self._spreads = arithmetic, ball, spreads
@@ -111,9 +113,12 @@ class Walk(interpreter.Walk):
     self._decided = hashlib.sha256()
 
   def input(self, shape: tuple[int, ...]) -> Rounded:
-    """The program's input: any number of its dtype in the ball, which it may flush to 0."""
+    """The program's input: any number of float32 in the ball, which it may flush to 0.
+
+    Of float64, numbers that it does not: `radii` gives no others.
+    """
     x, r = self._ball.centre.reshape(shape).astype(np.float64), self._ball.radius
-    tiny = float(jnp.finfo(jnp.float32).smallest_normal)
+    tiny = smallest_normal(jnp.float32) if self._arithmetic is not FLOAT64 else 0.0
     self._input = Rounded(x - r, x + r, np.full(shape, tiny), is_affine=True)
     return self._input
 
@@ -160,7 +165,7 @@ class Walk(interpreter.Walk):
     if any(is_float(v.aval.dtype) for v in eqn.outvars) and not all(map(is_fixed, inputs)):
       raise Unknown("of what depends on the input")
     outputs = constants.fold(eqn, operands)
-    if eqn.primitive.name in ("gt", "ge", "lt", "le") and all(map(is_number, inputs)):
+    if eqn.primitive.name in _COMPARISONS and all(map(is_number, inputs)):
       return [Condition(outputs[0], (eqn, list(map(as_rounded, inputs))))]
     return outputs
 
@@ -361,7 +366,7 @@ class Walk(interpreter.Walk):
 
     Operand by operand, an l1 ball would count as the box around it.
     """
-    if not affine:
+    if not affine or self._spreads is None:
       return ends
     key = self._ball.norm, self._order, self._decided.digest()
     if key not in self._spreads:
@@ -458,6 +463,8 @@ class Walk(interpreter.Walk):
       if p.all() and np.array_equal(index[0], index[1]):
         return case
     unsure = index[0] != index[1]
+    if isinstance(which, Condition):
+      unsure = unsure & ~which.agrees
     chains, operands = [], [which, *cases]
     sides = sides_of(which) if unsure.any() else None
     if sides is not None:

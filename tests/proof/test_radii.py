@@ -248,6 +248,19 @@ def test_slopes_of_a_broadcast_that_transposes():
     np.testing.assert_allclose(radius, 30 / np.linalg.norm(slopes, dual), 1e-6)
 
 
+@pytest.mark.parametrize("bias", [1e8, 1e12, 1e15])
+@pytest.mark.parametrize("weight,at", [(1.0, 0.002), (0.3, 0.002), (0.3, 0.3)])
+def test_large_numbers_that_cancel_are_allowed_for(bias, weight, at):
+  """Of w x, computed as (w x + b) - b, against 0."""
+
+  def logits(w, x):
+    return jnp.concatenate([nn.relu(x * w + bias) - bias, 0 * x], axis=-1)
+
+  radius = Certifier(logits, np.float32(weight), (1,)).radius(np.array([at]))
+  least = 0.999 * at if bias == 1e8 else 0
+  assert all(least <= r < at for r in radius.radii.values())
+
+
 @pytest.mark.parametrize("at", [1e6, 2.0**24, 1e8])
 def test_a_tangent_is_taken_aside_of_large_inputs_too(at):
   def logits(_, x):
