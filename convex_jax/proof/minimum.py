@@ -9,7 +9,8 @@ import numpy as np
 import scipy  # Imports its parts on first use; `optimize` takes 0.2 s, and few need it.
 
 from convex_jax.proof.float64 import ROUNDING, float64
-from convex_jax.proof.rounding_errors import Program
+from convex_jax.proof.rounding_errors import Program, in_float64
+from convex_jax.proof.rounding_walk import Ball
 
 ASIDE = 2.0**-30  # In widths of the box: how far from a point its tangent is taken, at random.
 
@@ -43,8 +44,8 @@ def minimise(
       f(z) + sum_i min(g_i (low_i - z_i), g_i (high_i - z_i)),
 
   is a lower bound on the global minimum. The best bound of all iterates is returned, less what the
-  evaluation in float64 may be off by: `ROUNDING` of these terms, on the understanding that no much
-  larger numbers cancel on the way to them. Each z lies next to an iterate, inside the box and at random:
+  evaluation in float64 may be off by: `ROUNDING` of these terms, and twice a bound on the error of f
+  over the box (`rounding_errors.in_float64`) where one is known. Each z lies next to an iterate, inside the box and at random:
   at a kink, as at an end of the box, the derivative that JAX computes may be no subgradient.
 
   Args:
@@ -100,5 +101,7 @@ def minimise(
     )
     x = np.clip(found.x, low, high).reshape(shape)
     value, _ = slope(jnp.asarray(x))
+  box = Ball(((low + high) / 2).reshape(shape), "linf", float((high - low).max() / 2))
+  best -= in_float64(exact, box)
   # Above the value, rounding was larger than thought, or the function is not convex.
   return Minimum(x, float(value), best if best <= float(value) else -np.inf)

@@ -27,7 +27,7 @@ from convex_jax.proof.arithmetic import FLOAT64, Arithmetic
 from convex_jax.proof.certificate import NotProved, proved
 from convex_jax.proof.convexified import convexify
 from convex_jax.proof.float64 import ROUNDING, float64
-from convex_jax.proof.rounding_errors import Program
+from convex_jax.proof.rounding_errors import Program, in_float64
 from convex_jax.proof.rounding_walk import Ball
 from convex_jax.proof.values import Value
 
@@ -318,18 +318,21 @@ class _Evaluated:
       self._program = Program(network, example, arithmetic=FLOAT64)
     self._boxes: dict[int, np.ndarray] = {}
 
-  def over_ball(self, ball: Ball) -> np.ndarray:
-    """A bound over one ball; 0 where an operation has no rule, so that `ROUNDING` is all there is."""
+  def _over(self, ball: Ball) -> np.ndarray:
     try:
       return 2 * self._program.differences(ball, quickly=True)
-    except ValueError:
+    except ValueError:  # An operation has no rule, whatever the ball.
       return np.zeros((self._classes,) * 2)
 
+  def over_ball(self, ball: Ball) -> np.ndarray:
+    """A bound over one ball; 0 where none is known, as of a root at 0: `ROUNDING` is all there is."""
+    return np.nan_to_num(self._over(ball), nan=0.0, posinf=0.0)
+
   def over_box(self, exponent: int) -> np.ndarray:
-    """A bound for all inputs whose entries are at most 2**exponent in size."""
+    """A bound for all inputs whose entries are at most 2**exponent in size; infinite where none is."""
     if exponent not in self._boxes:
       box = Ball(np.zeros(self._shape), "linf", 2.0**exponent)
-      self._boxes[exponent] = self.over_ball(box)
+      self._boxes[exponent] = self._over(box)
     return self._boxes[exponent]
 
 
@@ -521,11 +524,12 @@ def one_sided_radius(
   exact = Program(logit, jax.ShapeDtypeStruct(x.shape, x.dtype)).exact
   at = np.asarray(x, np.float64)
   near = at + _aside(at, at.shape, 1.0)
+  off = in_float64(exact, Ball(at, "linf", float(np.abs(near - at).max(initial=0.0))))
   with float64():
     y = float(jnp.squeeze(exact(jnp.asarray(at))))
     value, slope = jax.value_and_grad(lambda x: jnp.squeeze(exact(x)))(jnp.asarray(near))
   tangent = float(value) + float(np.sum(np.asarray(slope) * (at - near)))
-  margin = float(np.minimum(y, tangent)) - ROUNDING * (1 + abs(y))  # NaN, if either is.
+  margin = float(np.minimum(y, tangent)) - ROUNDING * (1 + abs(y)) - off  # NaN, if either is.
   size = float(_dual_size(np.ravel(np.asarray(slope)), norm))
   if not margin > 0:
     return y, 0.0

@@ -33,8 +33,9 @@ import jax
 import numpy as np
 
 from convex_jax.proof import interpreter
-from convex_jax.proof.arithmetic import Arithmetic
+from convex_jax.proof.arithmetic import FLOAT64, Arithmetic
 from convex_jax.proof.constants import number
+from convex_jax.proof.float64 import float64
 from convex_jax.proof.rounded import Rounded, as_rounded
 from convex_jax.proof.rounding_walk import Ball, Overflow, Walk
 from convex_jax.proof.source import Place
@@ -77,23 +78,23 @@ class Program:
     given = [*self._given[: self._at], x, *self._given[self._at + 1 :]]
     return widened(self._jaxpr)(*given)[0]
 
-  def error(self, ball: Ball) -> np.ndarray:
+  def error(self, ball: Ball, quickly: bool = False) -> np.ndarray:
     """A bound on |computed - real| of each output, for every x of the program's dtype in a ball.
 
-    Infinite where the program may overflow, or be undefined.
+    Infinite where the program may overflow, or be undefined. `quickly`: without the derivatives of
+    affine values, which take minutes where there are millions of them; the bounds are wider.
 
     Raises:
       ValueError: an operation has no rule.
     """
-    out = self._output(ball)
+    out = self._output(ball, quickly)
     return np.full(self._jaxpr.out_avals[0].shape, np.inf) if out is None else _bound(out.error)
 
   def differences(self, ball: Ball, quickly: bool = False) -> np.ndarray:
     """Bounds (K, K) on the error of each difference of two of the K outputs, as `error`.
 
     Where the outputs are h W + b over the last axis, an error of h counts by the difference of two
-    columns of W; elsewhere the errors of both outputs add up. `quickly`: without the derivatives of
-    affine values, which take minutes where there are millions of them; the bounds are wider.
+    columns of W; elsewhere the errors of both outputs add up.
     """
     out = self._output(ball, quickly)
     if out is None:
@@ -125,6 +126,21 @@ class Program:
         return as_rounded(walk.run(self._jaxpr.jaxpr, known, arguments, Place())[0])
       except Overflow:
         return None
+
+
+def in_float64(f: Callable[[jax.Array], jax.Array], ball: Ball) -> float:
+  """A bound over a ball on the error of a scalar function evaluated in float64; 0 where none is known.
+
+  It is doubled, for the tangents with which values are compared: not a proof that it covers them.
+  """
+  with float64():
+    example = jax.ShapeDtypeStruct(np.shape(ball.centre), jax.numpy.float64)
+    program = Program(f, example, arithmetic=FLOAT64)
+  try:
+    error = 2 * float(program.error(ball, quickly=True).max(initial=0.0))
+  except ValueError:
+    return 0.0
+  return error if np.isfinite(error) else 0.0
 
 
 def _bound(error: Any) -> np.ndarray:

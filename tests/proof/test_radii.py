@@ -259,6 +259,21 @@ def test_large_numbers_that_cancel_are_allowed_for(bias, weight, at):
   radius = Certifier(logits, np.float32(weight), (1,)).radius(np.array([at]))
   least = 0.999 * at if bias == 1e8 else 0
   assert all(least <= r < at for r in radius.radii.values())
+  _, radius = one_sided_radius(lambda x: logits(weight, x)[0], jnp.full(1, at), "l2")
+  assert least <= radius < at
+  with jax.enable_x64(True):
+    lowest = minimum.minimise(lambda x: logits(weight, x)[0], np.zeros(1), np.full(1, at))
+  assert lowest.bound <= 0
+
+
+def test_a_distance_has_a_radius_around_its_centre():
+  """A root has no bounded slope at 0, so that no bound on its rounding is known there."""
+
+  def logits(_, x):
+    return jnp.stack([jnp.linalg.norm(x, axis=-1), jnp.full(len(x), 5.0)], -1)
+
+  radius = Certifier(logits, (), (2,)).radius(np.array([0.1, 0.2]), ("l1",))
+  assert 3 < radius.radii["l1"] < 5
 
 
 @pytest.mark.parametrize("at", [1e6, 2.0**24, 1e8])
