@@ -10,7 +10,7 @@ import scipy.special
 from jax import lax
 
 from convex_jax.proof import arithmetic, rounding_walk
-from convex_jax.proof.arithmetic import ARITHMETICS, Arithmetic
+from convex_jax.proof.arithmetic import ARITHMETICS, FLOAT64, Arithmetic
 from convex_jax.proof.constants import number
 from convex_jax.proof.radii import Certifier
 from convex_jax.proof.rounding_errors import Program
@@ -467,6 +467,35 @@ def test_a_jump_within_reach_of_rounding_counts():
 def test_a_choice_by_something_else_counts_as_a_jump():
   p = program(lambda x: jnp.where(x[0] > x[1] * x[2], x[0], x[1]).sum(), np.zeros(3))
   assert p.error(Ball(np.array([1.0, 0.5, 2.0]), "l1", 0.01)) > 0.4
+
+
+def test_what_has_no_error_is_compared_as_in_reality():
+  """In float64 the input is what it is; in float32 it may be flushed to 0."""
+
+  def by(z):
+    return lambda x: jnp.where(z(x) == 0, 0.0, x + 1).sum()
+
+  ball = Ball(np.zeros(3), "linf", 0.5)
+  for z, arithmetic, error in (
+    (lambda x: x, FLOAT64, 0.0),
+    (lambda x: x * 3, FLOAT64, 3.0),  # The controls.
+    (lambda x: x, F32, 3.0),
+  ):
+    with jax.enable_x64(arithmetic is FLOAT64):
+      example = jax.ShapeDtypeStruct((3,), arithmetic.dtype)
+      found = Program(by(z), example, arithmetic=arithmetic).error(ball)
+    assert error <= found < error + 2
+
+
+def test_without_derivatives_of_affine_values_a_bound_is_wider():
+  rng = np.random.default_rng(3)
+  w, v = rng.standard_normal((2, 50, 50)).astype(np.float32)
+  p = Program(
+    lambda x: jax.nn.elu(x @ w @ v), jax.ShapeDtypeStruct((50,), jnp.float32), arithmetic=F32
+  )
+  ball = Ball(rng.standard_normal(50), "l1", 1.0)
+  narrow, wide = p.error(ball), p.error(ball, quickly=True)
+  assert (narrow <= wide).all() and narrow.sum() < 0.9 * wide.sum()
 
 
 def test_the_bound_of_an_affine_function_counts_an_l1_ball_as_one():
