@@ -35,7 +35,7 @@ import numpy as np
 from convex_jax.proof import interpreter
 from convex_jax.proof.arithmetic import FLOAT64, Arithmetic
 from convex_jax.proof.constants import number
-from convex_jax.proof.float64 import float64
+from convex_jax.proof.float64 import float64, plain
 from convex_jax.proof.rounded import Rounded, as_rounded
 from convex_jax.proof.rounding_walk import Ball, Overflow, Walk
 from convex_jax.proof.source import Place
@@ -121,7 +121,7 @@ class Program:
     ]
     consts = zip(self._jaxpr.consts, self._jaxpr.jaxpr.constvars, strict=True)
     known = [number(value, var.aval.dtype) for value, var in consts]
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), plain():
       try:
         return as_rounded(walk.run(self._jaxpr.jaxpr, known, arguments, Place())[0])
       except Overflow:

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from jax import lax
 
+from convex_jax.proof.arithmetic import ARITHMETICS
 from convex_jax.proof.certificate import certify
 from convex_jax.proof.float64 import float64
 from convex_jax.proof.minimum import minimise
 from convex_jax.proof.radii import Certifier
 from convex_jax.proof.wide import Impure, widened
 
+F32 = ARITHMETICS["float32"]
 X = np.linspace(-1.0, 1.0, 8, dtype=np.float32)
 KEY = jax.random.key(7)
 KERNEL = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 2, 2)), jnp.float32)
@@ -134,9 +136,10 @@ def certified():
   def all_of(setting):
     like, x = jax.ShapeDtypeStruct((1, 3), jnp.float32), np.array([0.1, 0.5, -0.3])
     with SETTINGS[setting]():
-      radius = Certifier(logits, weights, (3,)).radius(x).radii
+      both = [Certifier(logits, weights, (3,), arithmetic=a) for a in (None, F32)]
+      radii = [r for certifier in both for r in certifier.radius(x).radii.values()]
       least = minimise(lambda x: logits(weights, x)[0], *box).bound
-      return certify(logits, weights, like, search_steps=0).verdict, *radius.values(), least
+      return certify(logits, weights, like, search_steps=0).verdict, *radii, least
 
   return all_of, all_of("none")
 
