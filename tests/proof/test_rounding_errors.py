@@ -476,14 +476,14 @@ def test_what_has_no_error_is_compared_as_in_reality():
     return lambda x: jnp.where(z(x) == 0, 0.0, x + 1).sum()
 
   ball = Ball(np.zeros(3), "linf", 0.5)
-  for z, arithmetic, error in (
+  for z, computed, error in (
     (lambda x: x, FLOAT64, 0.0),
     (lambda x: x * 3, FLOAT64, 3.0),  # The controls.
     (lambda x: x, F32, 3.0),
   ):
-    with jax.enable_x64(arithmetic is FLOAT64):
-      example = jax.ShapeDtypeStruct((3,), arithmetic.dtype)
-      found = Program(by(z), example, arithmetic=arithmetic).error(ball)
+    with jax.enable_x64(computed is FLOAT64):
+      example = jax.ShapeDtypeStruct((3,), computed.dtype)
+      found = Program(by(z), example, arithmetic=computed).error(ball)
     assert error <= found < error + 2
 
 
