@@ -126,7 +126,8 @@ class Certifier:
     else:
       apart = output = proved(logits, weights, example)
     self._scale, self._shape = scale, tuple(shape)
-    self._evaluated = _Evaluated(network, example.shape, returned[1])
+    # Of the logits themselves: a large common term is in what `ROUNDING` is relative to.
+    self._evaluated = _Evaluated(every[0].exact, example.shape, returned[1])
 
     def one(x):
       return network(x[None])[0]
