@@ -45,8 +45,9 @@ def minimise(
 
   is a lower bound on the global minimum. The best bound of all iterates is returned, less what the
   evaluation in float64 may be off by: `ROUNDING` of these terms, and twice a bound on the error of f
-  over the box (`rounding_errors.in_float64`) where one is known. Each z lies next to an iterate, inside the box and at random:
-  at a kink, as at an end of the box, the derivative that JAX computes may be no subgradient.
+  over the box (`rounding_errors.in_float64`) where one is known. Each z lies next to an iterate, inside
+  the box and at random: at a kink, as at an end of the box, the derivative that JAX computes may be no
+  subgradient.
 
   Args:
     function: maps an array of the box's shape to a scalar. Its convexity is not checked: of a

@@ -313,11 +313,14 @@ class _Evaluated:
   def __init__(
     self, network: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], classes: int
   ):
-    self._shape, self._classes = shape, classes
-    with float64():
-      example = jax.ShapeDtypeStruct(shape, jnp.float64)
-      self._program = Program(network, example, arithmetic=FLOAT64)
+    self._network, self._shape, self._classes = network, shape, classes
     self._boxes: dict[int, np.ndarray] = {}
+
+  @functools.cached_property
+  def _program(self) -> Program:
+    with float64():
+      example = jax.ShapeDtypeStruct(self._shape, jnp.float64)
+      return Program(self._network, example, arithmetic=FLOAT64)
 
   def _over(self, ball: Ball) -> np.ndarray:
     try:

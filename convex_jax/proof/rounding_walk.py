@@ -113,9 +113,9 @@ class Walk(interpreter.Walk):
     self._decided = hashlib.sha256()
 
   def input(self, shape: tuple[int, ...]) -> Rounded:
-    """The program's input: any number of float32 in the ball, which it may flush to 0.
+    """The program's input: any number in the ball.
 
-    Of float64, numbers that it does not: `radii` gives no others.
+    One below float32's smallest normal number may be flushed to 0; in float64 the input is exact.
     """
     x, r = self._ball.centre.reshape(shape).astype(np.float64), self._ball.radius
     tiny = smallest_normal(jnp.float32) if self._arithmetic is not FLOAT64 else 0.0
