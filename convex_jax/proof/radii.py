@@ -5,11 +5,11 @@ can: y_k lies above its tangent; the tangent of y_k minus y_j is concave, so tha
 it is least at one of the 2 D vertices, each of which is evaluated; and, weights being
 non-negative, the bounds of `slopes` lose nothing to signs between layers. The radii hold for every
 perturbation in the ball, whether or not the moved input is still valid (an image with pixels in
-range, say), and for the function over the reals. It is evaluated in float64, for which `ROUNDING` of
-the logits and twice a bound on rounding errors over the ball (`rounding_errors`) are taken off: once
-for the logits, and once for tangents, for which it is not proved. With an `arithmetic` radii hold for
-the program that is deployed: from each difference of two logits, what its rounding can do to both over
-the ball is taken off.
+range, say), and for the function over the reals. They are computed in float64; to allow for its
+rounding, `ROUNDING` times the size of the logits and twice a bound on the rounding errors over the ball
+(`rounding_errors`) are subtracted from every margin. The bound is counted twice to cover the tangents
+as well, for which it is not proved. With an `arithmetic` radii hold for the program that is deployed:
+what its rounding can do to two logits over the ball is subtracted from their difference.
 """
 
 import dataclasses
