@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from convex_jax.proof import linear, rules
 from convex_jax.proof.arithmetic import ARITHMETICS
@@ -20,7 +21,7 @@ from tests.support import operations
 
 F32 = ARITHMETICS["float32"]
 SEEDS = (*range(10), 71)  # The last has an element that a gather fills in next to a minimum.
-ALL = pytest.param(range(10, 300), marks=pytest.mark.slow, id="all")
+ALL = pytest.param(range(10, 110), marks=pytest.mark.slow, id="all")
 seeds_of = pytest.mark.parametrize("seeds", [pytest.param(SEEDS, id="some"), ALL])
 
 
@@ -115,7 +116,7 @@ def of_each(function, seeds):
   count = collections.Counter()
   for seed in seeds:
     for case, f in logits(seed):
-      if not np.isfinite(f(drawn(seed, case.shape, 1)[0][0])).all():
+      if not np.isfinite(jax.jit(f)(drawn(seed, case.shape, 1)[0][0])).all():
         continue
       try:
         function(seed, case, f)
@@ -135,9 +136,10 @@ def test_derivatives_are_those_of_the_program(seeds):
     exact = Program(f, jax.ShapeDtypeStruct(case.shape, np.float32)).exact
     with jax.enable_x64(True):
       x = np.random.default_rng(seed).normal(size=case.shape)
-      slopes = np.asarray(jax.jit(jax.jacrev(exact))(x)).reshape(3, -1)
-      moved = [np.asarray(exact(x + sign * 1e-6 * x)) for sign in (1, -1)]
-    along = (moved[0] - moved[1]) / 2e-6
+      ends = jnp.stack([x + 1e-6 * x, x - 1e-6 * x])
+      whole = jax.jit(lambda x, ends: (jax.jacrev(exact)(x), lax.map(exact, ends)))
+      slopes, moved = map(np.asarray, whole(x, ends))
+    slopes, along = slopes.reshape(3, -1), (moved[0] - moved[1]) / 2e-6
     # JAX's derivative of a clipped scatter-max is NaN, by which nothing is certified.
     told = np.isfinite(slopes).all(1)
     np.testing.assert_allclose(slopes[told] @ x.ravel(), along[told], 1e-4, 1e-4)
@@ -165,8 +167,9 @@ def test_a_common_term_makes_logits_convex(seeds):
 def test_an_export_has_the_values_of_the_program(seeds):
   def check(seed, case, f):
     program = export_cvxpy(f, jax.ShapeDtypeStruct(case.shape, np.float32))
+    compiled = jax.jit(f)
     for x in drawn(seed, case.shape, 3)[0]:
-      np.testing.assert_allclose(program.evaluate(x), f(x), 1e-5, 1e-4)
+      np.testing.assert_allclose(program.evaluate(x), compiled(x), 1e-5, 1e-4)
       assert all(np.max(c.violation(), initial=0) < 1e-6 for c in program.constraints)
 
   assert of_each(check, seeds)["done"] > len(seeds) / 4

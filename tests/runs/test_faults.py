@@ -83,7 +83,7 @@ def test_a_workdir_in_use_is_refused(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_moves_between_numbers_of_devices(data_dir, tmp_path):
-  assert injections.other_devices(data_dir, tmp_path, 4).all_survived
+  assert injections.other_devices(data_dir, tmp_path, 3).all_survived
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_what_happens_to_one_of_four_hosts_changes_no_bit(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_goes_outside_of_training_is_told_by_the_other(data_dir, tmp_path):
-  gone = "first gone at: start", "gone at: restore", "gone at: evaluate", "first gone at: gather"
+  gone = "first gone at: start", "gone at: restore", "first gone at: gather"
   result = injections.one_of_several(data_dir, tmp_path, len(gone), 2, gone)
   assert result.all_survived, result.note
 
