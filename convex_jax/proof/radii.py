@@ -2,7 +2,7 @@
 
 For an input x of predicted class k and a rival j, convex logits give three bounds that no sampling
 can: y_k lies above its tangent; the tangent of y_k minus y_j is concave, so that over an l1 ball
-it is least at one of the 2 D vertices, each of which is evaluated; and, weights being
+it is least at one of the 2 D vertices, each of which is evaluated (`rays`); and, weights being
 non-negative, the bounds of `slopes` lose nothing to signs between layers. The radii hold for every
 perturbation in the ball, whether or not the moved input is still valid (an image with pixels in
 range, say), and for the function over the reals. They are computed in float64; to allow for its
@@ -27,25 +27,20 @@ from convex_jax.proof.arithmetic import FLOAT64, Arithmetic
 from convex_jax.proof.certificate import NotProved, proved
 from convex_jax.proof.convexified import convexify
 from convex_jax.proof.float64 import ROUNDING, float64
+from convex_jax.proof.rays import FEW, Around, Rays, dual_size
 from convex_jax.proof.rounding_errors import Program, in_float64
 from convex_jax.proof.rounding_walk import Ball
 from convex_jax.proof.values import Value
 
 NORMS = ("l1", "l2", "linf")
-DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
 BATCH = 512  # Vertices evaluated together.
 LARGE = 64  # The same for a network with many features, which then stay in the cache.
-FEW = 32  # Of them, where the search for a radius has come down to a few.
+FURTHEST = 100.0  # In units of `scale`; where rays without a slope end.
 IMAGES = 16  # Whose slopes are computed together.
 SLOPES = 2**22  # Or fewer images, so that there are at most as many of these.
-SWEEPS = 2  # Over all rays, for l2 and linf; a third gains 0 to 3 %.
-FURTHEST = 100.0  # In units of `scale`; where rays without a slope end.
 BALLS = 8  # Each half as large as the one before it, over which rounding errors are bounded.
 SLIGHT = 1e-3  # Of a margin, what it may lose to a bound for many inputs.
 KEPT = 0.9  # Of a radius, with which one bound for all norms is good enough.
-EXACT = 1 / 4096  # Of an l1 radius, to which it is found.
-STEPS = 100  # Of the search for it, at most.
-EVERY = slice(None)
 ASIDE = 2.0**-30  # Of `scale`, or of a larger entry: how far from an input its tangents are taken.
 
 
@@ -170,7 +165,7 @@ class Certifier:
   ) -> Iterator[Radius]:
     """The certified radii of many inputs, one by one, as they are found.
 
-    The l1 radius alone takes about one evaluation of each of the 2 D vertices, `SWEEPS` more are
+    The l1 radius alone takes about one evaluation of each of the 2 D vertices, `rays.SWEEPS` more are
     for the other norms.
 
     Raises `ValueError` for an unknown norm, and for an input of another shape.
@@ -196,10 +191,10 @@ class Certifier:
       with float64():
         found = map(np.asarray, self._with_slopes(padded, padded + aside))
       for x, y_K, tangents_K, slopes_KxD in zip(part, *found, strict=False):
-        around = _Around(x, y_K, tangents_K, slopes_KxD, self._evaluator(x))
+        around = Around(x, y_K, tangents_K, slopes_KxD, self._evaluator(x))
         yield (self._deployed if self._programs else self._over_the_reals)(x, around, norms)
 
-  def _deployed(self, x: np.ndarray, around: "_Around", norms: tuple[str, ...]) -> Radius:
+  def _deployed(self, x: np.ndarray, around: Around, norms: tuple[str, ...]) -> Radius:
     """The radii of all programs; next to what rounding does to these, that of float64 is nothing."""
 
     def off(ball):
@@ -207,7 +202,7 @@ class Certifier:
 
     return self._less(x, around, self._radius(around, norms), off)
 
-  def _over_the_reals(self, x: np.ndarray, around: "_Around", norms: tuple[str, ...]) -> Radius:
+  def _over_the_reals(self, x: np.ndarray, around: Around, norms: tuple[str, ...]) -> Radius:
     """The radii of the function, by a bound for many inputs where that costs next to nothing."""
     size, reach = float(np.abs(x).max()), self._scale
     while size + reach < 2.0**1000:
@@ -225,7 +220,7 @@ class Certifier:
   def _less(
     self,
     x: np.ndarray,
-    around: "_Around",
+    around: Around,
     real: Radius,
     off: Callable[[Ball], np.ndarray],
   ) -> Radius:
@@ -253,23 +248,21 @@ class Certifier:
         ball /= 2
     return Radius(real.predicted, best)
 
-  def _radius(self, around: "_Around", norms: tuple[str, ...], off_KxK: Any = None) -> Radius:
+  def _radius(self, around: Around, norms: tuple[str, ...], off_KxK: Any = None) -> Radius:
     """The radii of a program whose y_k - y_j are off the real ones by at most `off_KxK`; or of none."""
     k, rivals = around.k, around.rivals
     off_R = np.zeros(len(rivals)) if off_KxK is None else off_KxK[k, rivals]
     margins_R = around.margins_R - off_R
     if not margins_R.min() > 0:
       return Radius(k, dict.fromkeys(norms, 0.0))
-    rays = _Rays(around, margins_R, off_R)
+    rays = Rays(around, margins_R, off_R)
     rays.find_least(FURTHEST * self._scale)
     if set(norms) - {"l1"}:
       rays.find_all(FURTHEST * self._scale)
-    reach_DxR = rays.both_ways
     radii = {}
     for norm in norms:
-      corners = 1 / _dual_size(1 / reach_DxR, norm, axis=0).max()
       slope = self._by_slope(norm, k, rivals, margins_R, around.slopes_KxD)
-      radii[norm] = max(0.0, float(corners), slope) / self._scale
+      radii[norm] = max(0.0, rays.radius(norm), slope) / self._scale
     return Radius(k, radii)
 
   def _by_slope(self, norm: str, k: int, rivals, margins_R, slopes_KxD) -> float:
@@ -278,8 +271,8 @@ class Certifier:
     Two bounds, the better for each rival: on the slope of y_k - y_j as one function, and on the
     slopes of y_k's tangent and of y_j separately.
     """
-    separate_R = _dual_size(np.abs(slopes_KxD[k]) + self._alone[rivals], norm)
-    apart_R = np.minimum(_dual_size(self._between[k, rivals], norm), separate_R)
+    separate_R = dual_size(np.abs(slopes_KxD[k]) + self._alone[rivals], norm)
+    apart_R = np.minimum(dual_size(self._between[k, rivals], norm), separate_R)
     with np.errstate(divide="ignore"):
       return float((margins_R / apart_R).min())
 
@@ -340,152 +333,6 @@ class _Evaluated:
     return self._boxes[exponent]
 
 
-class _Around:
-  """The logits y near an input: their values and tangents there, and what was seen along rays.
-
-  Ray i of 2 D goes along e_i, ray D + i against it.
-  """
-
-  def __init__(
-    self,
-    x: np.ndarray,
-    y_K: np.ndarray,
-    tangents_K: np.ndarray,
-    slopes_KxD: np.ndarray,
-    evaluate: Callable[..., np.ndarray],
-  ):
-    self.k = k = int(y_K.argmax())
-    self.rivals = rivals = np.delete(np.arange(len(y_K)), k)
-    self.slopes_KxD, self._evaluate, self._x_D = slopes_KxD, evaluate, np.ravel(x)
-    self._y_k = min(y_K[k], tangents_K[k])
-    self._slope_N = np.concatenate([slopes_KxD[k], -slopes_KxD[k]])
-    self.margins_R = self._y_k - y_K[rivals] - ROUNDING * (1 + np.abs(y_K).max())
-    falls_DxR = (slopes_KxD[rivals] - slopes_KxD[k]).T
-    self.falls_NxR = np.concatenate([falls_DxR, -falls_DxR])  # Of the slack, at 0.
-    self.seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # Rays, steps, slack.
-
-  def look(self, rays: np.ndarray, steps: np.ndarray) -> None:
-    """Adds the slack at some steps, (tangent of y_k) - y_j less a margin for rounding, to `seen`."""
-    d = len(self._x_D)
-    at_N = self._x_D[rays % d]
-    moves_N = (at_N + np.where(rays < d, steps, -steps)) - at_N  # As far as the sum really moves.
-    y_NxK, steps = self._evaluate(rays % d, moves_N), np.abs(moves_N)
-    tangent_N = self._y_k + steps * self._slope_N[rays]
-    margin_N = ROUNDING * (1 + np.abs(y_NxK).max(-1))
-    self.seen.append((rays, steps, (tangent_N - margin_N)[:, None] - y_NxK[:, self.rivals]))
-
-
-class _Rays:
-  """How far (tangent of y_k) - y_j, the slack, is positive along each ray, for each rival.
-
-  Along a ray the slack is concave, and positive at 0. So it is positive up to where it was seen
-  positive, and from there to the zero of its interpolation with a step at which it was not;
-  beyond what its slope at 0 allows, it is not.
-  """
-
-  def __init__(self, around: _Around, margins_R: np.ndarray, off_R: np.ndarray):
-    self._around, self._margins_R, self._off_R = around, margins_R, off_R
-    shape = around.falls_NxR.shape
-    with np.errstate(divide="ignore"):
-      self._tangent = margins_R / np.maximum(around.falls_NxR, 0)  # Where the tangents meet.
-    self._low, self._above = np.zeros(shape), np.broadcast_to(margins_R, shape).copy()
-    self._high, self._below = np.full(shape, np.inf), np.full(shape, -np.inf)
-    self._told = 0
-    self._hear()
-
-  def _hear(self) -> None:
-    """Takes in what was seen since the last time."""
-    for rays, steps, slack in self._around.seen[self._told :]:
-      slack, at = slack - self._off_R, np.broadcast_to(steps[:, None], slack.shape)
-      holds = slack > 0  # False for NaN.
-      for known, value, where in (
-        (self._low, self._above, holds & (at > self._low[rays])),
-        (self._high, self._below, ~holds & (at < self._high[rays])),
-      ):
-        known[rays] = np.where(where, at, known[rays])
-        value[rays] = np.where(where, np.nan_to_num(slack, nan=-np.inf), value[rays])
-    self._told = len(self._around.seen)
-
-  def _look(self, rays: np.ndarray, steps: np.ndarray) -> None:
-    self._around.look(rays, steps)
-    self._hear()
-
-  def reach(self, rays: Any = EVERY) -> np.ndarray:
-    """Steps (rays, rivals) up to which the slack is surely positive."""
-    low, above = self._low[rays], self._above[rays]
-    high, below = self._high[rays], self._below[rays]
-    with np.errstate(invalid="ignore"):
-      part = above / (above - below) * (high - low)
-    return low + np.where(np.isfinite(high), part, 0.0)
-
-  @property
-  def both_ways(self) -> np.ndarray:
-    """The reach (D, rivals) along each axis, the less of both directions, as a number > 0."""
-    return np.maximum(self.reach().reshape(2, -1, len(self._margins_R)).min(0), 1e-300)
-
-  def _limit(self, rays: Any = EVERY) -> np.ndarray:
-    """Steps (rays, rivals) beyond which it is surely not."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-      drop = self._margins_R - self._above[rays]
-      chord = np.where(drop > 0, self._low[rays] * self._margins_R / drop, np.inf)
-    return np.minimum(np.minimum(self._tangent[rays], self._high[rays]), chord)
-
-  def _guess(self, rays: Any = EVERY) -> np.ndarray:
-    """Where the slack may be 0: for the parabola with its value and slope at 0, and one more value."""
-    fall, margin = self._around.falls_NxR[rays], self._margins_R
-    failed = np.isfinite(self._below[rays])
-    at = np.where(failed, self._high[rays], self._low[rays])
-    value = np.where(failed, self._below[rays], self._above[rays])
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-      bend = np.where(at > 0, np.maximum(margin - fall * at - value, 0.0) / at**2, 0.0)
-      zero = 2 * margin / (fall + np.sqrt(fall**2 + 4 * bend * margin))
-    zero = np.where(zero > 0, zero, np.inf)  # No slope and no bend.
-    return np.clip(zero, self.reach(rays), self._limit(rays))
-
-  def find_least(self, furthest: float) -> None:
-    """Finds the least reach of all rays, to `EXACT`: the l1 radius.
-
-    First among the rays that are the steepest at 0. At the result all others are evaluated, of
-    which those that fail are searched further. No ray is followed beyond where all would have
-    failed, or `furthest` where none has a slope.
-    """
-    tangent = self._tangent.min(-1)
-    order = np.argsort(tangent, kind="stable")
-    looked, waiting = order[:BATCH], order[BATCH:]
-    for step in range(STEPS):
-      reach, limit = self.reach(looked).min(-1), self._limit(looked).min(-1)
-      best = reach.min()
-      least = limit.min() if np.isfinite(limit.min()) else furthest
-      if best >= (1 - EXACT) * least or step == STEPS - 1:
-        waiting = waiting[self._low[waiting].min(-1) < best]
-        if not len(waiting) or not best > 0:
-          return
-        self._look(waiting, np.full(len(waiting), best))
-        looked, waiting = order, waiting[:0]
-      elif step == 0:
-        some = looked[self._low[looked].min(-1) < least]
-        self._look(some, np.full(len(some), least))
-      else:
-        some = looked[np.argsort(reach, kind="stable")[:FEW]]
-        at = self._guess(some).min(-1)
-        if step % 3 == 0:  # Where parabolas mislead.
-          at = (self.reach(some).min(-1) + np.minimum(self._limit(some).min(-1), least)) / 2
-        self._look(some, np.minimum(at, least))
-
-  def find_all(self, furthest: float) -> None:
-    """Finds about how far each ray reaches, up to `furthest`, for the rival that is worst overall."""
-    for _ in range(SWEEPS):
-      worst = _dual_size(1 / self.both_ways, "l2", axis=0).argmax()
-      self._look(np.arange(len(self._low)), np.minimum(self._guess()[:, worst], furthest))
-
-
-def _dual_size(vectors: np.ndarray, norm: str, axis: int = -1) -> np.ndarray:
-  """The dual norm of vectors along an axis; squares of their entries may leave float64's range."""
-  largest = np.abs(vectors).max(axis, keepdims=True)
-  unit = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
-  return np.linalg.norm(vectors / unit, DUAL[norm], axis) * np.squeeze(unit, axis)
-
-
 def _value(f: Callable[..., jax.Array], *args: Any) -> Value:
   (output,), _ = interpreter.analyse(f, *args)
   if not isinstance(output, Value):
@@ -534,7 +381,7 @@ def one_sided_radius(
     value, slope = jax.value_and_grad(lambda x: jnp.squeeze(exact(x)))(jnp.asarray(near))
   tangent = float(value) + float(np.sum(np.asarray(slope) * (at - near)))
   margin = float(np.minimum(y, tangent)) - ROUNDING * (1 + abs(y)) - off  # NaN, if either is.
-  size = float(_dual_size(np.ravel(np.asarray(slope)), norm))
+  size = float(dual_size(np.ravel(np.asarray(slope)), norm))
   if not margin > 0:
     return y, 0.0
   return y, margin / size if size else np.inf

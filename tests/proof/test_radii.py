@@ -15,7 +15,7 @@ from ml_collections import FrozenConfigDict
 from configs import base
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
-from convex_jax.proof import interpreter, minimum, slopes
+from convex_jax.proof import interpreter, minimum, rays, slopes
 from convex_jax.proof import radii as certificates
 from convex_jax.proof.arithmetic import ARITHMETICS
 from convex_jax.proof.certificate import NotProved
@@ -433,15 +433,15 @@ def test_many_radii_are_those_of_one_input_at_a_time(monkeypatch):
 
 def test_the_l1_radius_takes_one_evaluation_of_each_vertex_and_a_few_more(monkeypatch):
   certifier, evaluated = certified.certifier(make_run("mlp")), []
-  monkeypatch.setattr(certificates, "BATCH", 32)
-  monkeypatch.setattr(certificates, "FEW", 4)
-  look = certificates._Around.look
+  monkeypatch.setattr(rays, "FIRST", 32)
+  monkeypatch.setattr(rays, "FEW", 4)
+  look = rays.Around.look
 
-  def counted(around, rays, steps):
-    evaluated.append(len(rays))
-    look(around, rays, steps)
+  def counted(around, along, steps):
+    evaluated.append(len(along))
+    look(around, along, steps)
 
-  monkeypatch.setattr(certificates._Around, "look", counted)
+  monkeypatch.setattr(rays.Around, "look", counted)
   l1 = certifier.radius(images(1)[0], ("l1",)).radii
   assert sum(evaluated) < 1.5 * 2 * 192
   evaluated.clear()
