@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from convex_jax import streams
+from convex_jax import progress, streams
 from tests.support import PATIENCE, ROOT
 
 PROGRAM = """
@@ -151,3 +151,8 @@ def test_a_line_is_seen_at_once():
   assert os.read(reader, 9) == b"x"
   for descriptor in (reader, writer):
     os.close(descriptor)
+
+
+def test_progress_is_shown_on_a_terminal_alone(capfd):
+  assert list(progress.track(range(3), "reading")) == [0, 1, 2]
+  assert capfd.readouterr() == ("", "")

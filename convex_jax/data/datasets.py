@@ -20,10 +20,10 @@ from convex_jax.data import fetch, prepare
 from convex_jax.data.catalog import SCALINGS, Dataset, Statistics
 from convex_jax.data.photos import cache, decode
 from convex_jax.data.photos.records import Records, source_of
-from convex_jax.data.progress import track
 from convex_jax.data.splits import Split
 from convex_jax.errors import UserError
 from convex_jax.files import expand
+from convex_jax.progress import track
 
 Examples = Split | Records
 

@@ -19,8 +19,8 @@ from tensorflow_datasets.core import registered
 from convex_jax import files
 from convex_jax.data.catalog import DATASETS
 from convex_jax.data.photos.decode import FORMATS
-from convex_jax.data.progress import track
 from convex_jax.errors import UserError
+from convex_jax.progress import track
 
 SPLITS = ("train", "test")
 DECODED = 2 * 10**9  # Bytes of all images, up to which those of one size are kept decoded.

@@ -15,8 +15,8 @@ from typing import Any
 import google_crc32c
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-from convex_jax.data.progress import track
 from convex_jax.errors import UserError
+from convex_jax.progress import track
 
 
 def masked(data: bytes) -> int:

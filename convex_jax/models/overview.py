@@ -14,6 +14,7 @@ from rich.table import Table
 from convex_jax import command_line
 from convex_jax.models import catalog
 from convex_jax.models.parts import make_parts
+from convex_jax.progress import track
 
 
 @functools.cache
@@ -63,18 +64,17 @@ def table() -> Table:
   for column in columns:
     out.add_column(column, justify="right", no_wrap=True)
   out.add_column("\npaper twin\nbroken by", min_width=10)
-  for name in catalog.names():
+  every = [(name, size) for name in catalog.names() for size in catalog.module_of(name).SIZES]
+  # Half a minute: each is traced.
+  for name, size in track([pair for pair in every if pair[1] != "tiny"], "tracing"):
     module = catalog.module_of(name)
-    for size in module.SIZES:
-      if size == "tiny":
-        continue
-      px = module.IMAGE_SIZE[size]
-      classes = 1000 if px >= 200 else 10
-      row = [name, size, str(px)]
-      for twin in ("base", "ioc"):
-        count, work = describe(name, size, twin, classes, px)
-        row += [f"{count / 1e6:.2f}", f"{work / 1e9:.3f}"]
-      out.add_row(*row, module.PAPER_BREAKS or "-")
+    px = module.IMAGE_SIZE[size]
+    classes = 1000 if px >= 200 else 10
+    row = [name, size, str(px)]
+    for twin in ("base", "ioc"):
+      count, work = describe(name, size, twin, classes, px)
+      row += [f"{count / 1e6:.2f}", f"{work / 1e9:.3f}"]
+    out.add_row(*row, module.PAPER_BREAKS or "-")
   return out
 
 

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from convex_jax import command_line, files
 from convex_jax.data import datasets
-from convex_jax.data.progress import track
 from convex_jax.errors import NOT_PROVED
+from convex_jax.progress import track
 from convex_jax.proof.convexified import Convexified, Layer
 from convex_jax.runs import certified
 from convex_jax.runs.run import Run, load

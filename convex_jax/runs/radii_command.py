@@ -14,8 +14,8 @@ from rich.table import Table
 
 from convex_jax import command_line, files
 from convex_jax.data import datasets
-from convex_jax.data.progress import track
 from convex_jax.errors import UserError
+from convex_jax.progress import track
 from convex_jax.proof.arithmetic import ARITHMETICS
 from convex_jax.proof.radii import NORMS, Radius
 from convex_jax.runs import certified

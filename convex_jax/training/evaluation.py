@@ -9,9 +9,9 @@ from convex_jax import mesh as meshes
 from convex_jax.data import preprocess
 from convex_jax.data.batches import batch_of, batches_of
 from convex_jax.data.datasets import Data
-from convex_jax.data.progress import track
 from convex_jax.errors import UserError
 from convex_jax.models.public.importer import Public
+from convex_jax.progress import track
 from convex_jax.training import metrics, pretrained, step
 
 

@@ -15,16 +15,11 @@ import pytest
 
 from configs import base
 from convex_jax import mesh
-from convex_jax.data import batches, command, datasets, prepare, progress, sampling, splits
+from convex_jax.data import batches, command, datasets, prepare, sampling, splits
 from convex_jax.data.in_memory import InMemory, is_resident
 from convex_jax.errors import UserError
 from convex_jax.training import program
 from tests.support import ROOT, SHARED_DATA, of
-
-
-def test_progress_is_shown_on_a_terminal_alone(capfd):
-  assert list(progress.track(range(3), "reading")) == [0, 1, 2]
-  assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32])

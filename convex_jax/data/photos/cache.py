@@ -19,9 +19,9 @@ from convex_jax.data.photos import worker
 from convex_jax.data.photos.chunks import Chunks
 from convex_jax.data.photos.decode import UNREADABLE
 from convex_jax.data.photos.records import Records
-from convex_jax.data.progress import track
 from convex_jax.data.splits import Split
 from convex_jax.errors import Unsaved, UserError
+from convex_jax.progress import track
 
 FORMAT = 1
 BLOCK = 256  # Images per checksum, and per chunk of a worker.
