@@ -103,7 +103,7 @@ def tiny_config(data_dir):
   config.data.crop_padding = 1
   config.batch_size = 16
   config.steps = 6
-  config.eval.every_epochs = 0.03  # 3 steps.
+  config.eval.every_epochs = 0.5  # 3 steps of `few_digits`.
   return config
 
 

@@ -153,10 +153,12 @@ def test_averages_are_saved_and_loaded(tiny_config, few_digits, tmp_path, monkey
   assert all((kernel >= 0).all() for kernel in kernels)
 
 
-def test_a_run_in_views_is_evaluated_predicted_and_proved_in_them(tiny_config, digits, tmp_path):
-  views = {"data__eval_shifts": (-1, 1), "data__eval_flip": True}
-  loop.run(of(tiny_config, steps=40, **views), str(tmp_path), digits)
-  run, test = convex_jax.load(tmp_path), digits.test
+def test_a_run_in_views_is_evaluated_predicted_and_proved_in_them(
+  tiny_config, few_digits, tmp_path
+):
+  views = {"data__eval_shifts": (-1, 1), "data__eval_flip": True, "eval__every_epochs": 9.0}
+  loop.run(of(tiny_config, steps=40, **views), str(tmp_path), few_digits)
+  run, test = convex_jax.load(tmp_path), few_digits.test
   accuracy = run.metrics("final")[-1]["test_accuracy"]
   assert np.mean(run.predict(test.images) == test.labels) == pytest.approx(accuracy)
 
@@ -331,8 +333,8 @@ def test_the_config_file_of_a_run_is_plain_data(finished):
   assert saved["data"]["image_shape"] == [8, 8, 1] and "jax" in saved["versions"]
 
 
-# Within the run, and beyond its end.
-@pytest.mark.parametrize("last", [pytest.param(4, marks=pytest.mark.slow), 99])
+@pytest.mark.slow  # By default one that goes to a bucket.
+@pytest.mark.parametrize("last", [4, 99])  # Within the run, and beyond its end.
 def test_a_profile_is_written_on_request(tiny_config, few_digits, tmp_path, last):
   config = of(tiny_config, log__profile_steps=(2, last), eval__every_epochs=1.0)
   loop.run(config, str(tmp_path / "run"), few_digits)
