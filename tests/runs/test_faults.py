@@ -179,8 +179,8 @@ def test_a_state_that_overflowed_is_not_saved(tiny_config, few_digits, tmp_path,
     return state, measured
 
   monkeypatch.setattr(program.Program, "train_call", overflows)
+  config = of(tiny_config, checkpoint__every_steps=5, eval__every_epochs=0.1)  # Each step.
   with pytest.raises(Diverged, match="Non-finite weights after step 5"):
-    config = of(tiny_config, checkpoint__every_steps=5, eval__every_epochs=0.1)  # Each step.
     loop.run(config, str(tmp_path / "run"), few_digits)
   assert manifest.steps_in(str(tmp_path / "run" / "checkpoints")) == [3, 4]
 
