@@ -37,7 +37,7 @@ def settings(data_dir):
 def whole(bucket, settings, few_digits):
   """The address of a finished run."""
   address = bucket.address("runs/whole")
-  loop.run(of(settings, log__profile_steps=(2, 99)), address, few_digits)
+  loop.run(of(settings, log__profile_steps=(10, 99)), address, few_digits)
   return address
 
 
@@ -51,7 +51,7 @@ def copied(bucket, whole, request):
 
 def test_a_bucket_gets_what_a_folder_gets(bucket, whole, settings, few_digits, tmp_path):
   folder = tmp_path / "run"
-  loop.run(of(settings, log__profile_steps=(2, 99)), str(folder), few_digits)
+  loop.run(of(settings, log__profile_steps=(10, 99)), str(folder), few_digits)
   fetched = bucket.fetch(whole, tmp_path / "fetched")
   assert injections.last_bits(fetched) == injections.last_bits(folder)
   assert injections.rows_without_clock(fetched) == injections.rows_without_clock(folder)
