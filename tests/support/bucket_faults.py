@@ -34,7 +34,7 @@ class BucketRun(Run):
     self.address = bucket.address(f"{uuid.uuid4().hex[:8]}/{workdir.name}")
 
   def start(self, faults: dict[str, Any] | None = None, **env: str):
-    faults = {"renew": 0.5, "requests": 3.0, **(faults or {})}
+    faults = {"renew": 0.5, **(faults or {})}
     return super().start(faults, **environment(self.url), **env)
 
   def settle(self) -> None:
@@ -102,7 +102,7 @@ def bad_network(
     faults = kinds[i % len(kinds)]
     with Network(bucket.url, at_random(faults, SHARE, seed=i)) as network:
       run = BucketRun(bucket, data_dir, folder / f"bad_{i}", 21, url=network.url)
-      code, _, err = run.finish({"requests": 60.0})
+      code, _, err = run.finish()
       if "lost" in faults and code == 74 and "could not be written" in err:
         run.url = bucket.url
         code, _, err = run.finish()
@@ -126,7 +126,7 @@ def no_network(bucket: Bucket, data_dir: str, folder: pathlib.Path, n: int) -> R
       run = BucketRun(
         bucket, data_dir, folder / f"no_{i}", 42, "--config.checkpoint.patience=10", url=network.url
       )
-      process = run.start({"sleep": 0.2})
+      process = run.start({"sleep": 0.2, "requests": 3.0})
       with injections.killed_at_the_end(process):
         injections.wait_for(lambda run=run: len(run.logged()) > 9, process)
         network.fault = lambda *_, i=i: ("503", "reset")[i % 2]
@@ -134,7 +134,7 @@ def no_network(bucket: Bucket, data_dir: str, folder: pathlib.Path, n: int) -> R
         _, err = process.communicate(timeout=PATIENCE)
         spent = time.monotonic() - began
       told = process.returncode == 74 and "could not be written" in err and "Traceback" not in err
-      code, _, again = run.finish({"log": os.devnull})
+      code, _, again = run.finish({"log": os.devnull, "requests": 3.0})
       told_again = code == 2 and "the bucket cannot be re" in again and "Traceback" not in again
       network.fault = lambda *_: ""
       ended, _, last = run.finish()
