@@ -238,6 +238,10 @@ class Certifier:
       return {n: min(radii[n], balls[n]) for n in norms}
 
     best = within(tuple(real.radii), real.radii)
+    if not any(best.values()):
+      at_x = off(Ball(x, "l1", 0.0))[around.k, around.rivals]
+      if not (around.margins_R > at_x).all():  # Smaller balls are of no use.
+        return Radius(real.predicted, best)
     for norm, ball in real.radii.items():
       tries = BALLS if best[norm] < KEPT * ball else 0
       ball = min(ball, FURTHEST)  # Of an infinite one nothing is known.

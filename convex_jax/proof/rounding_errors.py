@@ -63,7 +63,7 @@ class Program:
     self._arithmetic = arithmetic
     self._at = len(jax.tree.leaves(args[: argnums % len(args)]))
     self._given = jax.tree.leaves(args)
-    self._spreads: dict[tuple[str, int, bytes], np.ndarray] = {}
+    self._spreads: dict[tuple[int, bytes], dict[str, np.ndarray]] = {}
 
   @property
   def text(self) -> str:

@@ -105,7 +105,7 @@ class Walk(interpreter.Walk):
   """One pass over a program, for a ball."""
 
   def __init__(
-    self, arithmetic: Arithmetic, ball: Ball, spreads: dict[tuple[str, int, bytes], Any] | None
+    self, arithmetic: Arithmetic, ball: Ball, spreads: dict[tuple[int, bytes], Any] | None
   ):
     super().__init__()
     self._arithmetic, self._ball, self._spreads = arithmetic, ball, spreads
@@ -368,16 +368,17 @@ class Walk(interpreter.Walk):
     """
     if not affine or self._spreads is None:
       return ends
-    key = self._ball.norm, self._order, self._decided.digest()
+    key = self._order, self._decided.digest()
     if key not in self._spreads:
       self._spreads[key] = self._spread(eqn, operands)
     middle, half = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2
-    radius = self._ball.radius * self._spreads[key] * (1 + 1e-9) + 1e-10 * half
+    spread = self._spreads[key][self._ball.norm]
+    radius = self._ball.radius * spread * (1 + 1e-9) + 1e-10 * half
     radius = np.minimum(radius + 1e-12 * np.abs(middle), half)
     return np.maximum(ends[0], middle - radius), np.minimum(ends[1], middle + radius)
 
-  def _spread(self, eqn, operands) -> np.ndarray:
-    """How far an affine value can move, over the unit ball: the dual norm of its derivative."""
+  def _spread(self, eqn, operands) -> dict[str, np.ndarray]:
+    """How far an affine value can move over the unit ball of each norm: the dual norm of its derivative."""
     value = self._made(eqn, operands, (0.0, 0.0), 0.0, affine=True)
 
     def of_input(x):
@@ -386,19 +387,24 @@ class Walk(interpreter.Walk):
     shape = self._input.shape
     with float64():
       origin = jnp.zeros(shape)
-      columns = jax.jit(
-        jax.vmap(lambda d: jnp.abs(jax.jvp(of_input, (origin,), (d.reshape(shape),))[1]))
-      )
-      size, out = math.prod(shape), np.zeros(())
+
+      def column(d):
+        return jax.jvp(of_input, (origin,), (d.reshape(shape),))[1]
+
+      @jax.jit
+      def further(most, squares, total, rows):
+        """The norms of the columns before, and of these."""
+        part = jnp.abs(jax.vmap(column)(rows))
+        return jnp.maximum(most, part.max(0)), squares + (part**2).sum(0), total + part.sum(0)
+
+      size, norms = math.prod(shape), [jnp.zeros(eqn.outvars[0].aval.shape)] * 3
       for start in range(0, size, CHUNK):
         rows = np.zeros((CHUNK, size))
         rows[np.arange(min(CHUNK, size - start)), np.arange(start, min(start + CHUNK, size))] = 1
-        part = np.asarray(columns(rows))
-        if self._ball.norm == "l1":
-          out = np.maximum(out, part.max(0))
-        else:
-          out = out + (part**2 if self._ball.norm == "l2" else part).sum(0)
-    return np.sqrt(out) if self._ball.norm == "l2" else out
+        norms = further(*norms, rows)
+    most, squares, total = map(np.asarray, norms)
+    lost = size * 1e-150  # Squares below 1e-308 may count as 0.
+    return {"l1": most, "l2": np.sqrt(squares) + lost, "linf": total}
 
   # Elementwise operations.
 

@@ -15,7 +15,7 @@ from ml_collections import FrozenConfigDict
 from configs import base
 from convex_jax.errors import UserError
 from convex_jax.models import catalog
-from convex_jax.proof import interpreter, minimum, rays, slopes
+from convex_jax.proof import interpreter, minimum, rays, rounding_errors, slopes
 from convex_jax.proof import radii as certificates
 from convex_jax.proof.arithmetic import ARITHMETICS
 from convex_jax.proof.certificate import NotProved
@@ -447,6 +447,21 @@ def test_the_l1_radius_takes_one_evaluation_of_each_vertex_and_a_few_more(monkey
   evaluated.clear()
   assert certifier.radius(images(1)[0]).radii["l1"] == pytest.approx(l1["l1"], rel=1 / 4000)
   assert sum(evaluated) > 2 * 2 * 192  # The control: those of other norms take more.
+
+
+@pytest.mark.parametrize(("error", "tried"), [(1e9, [0.0]), (0.0, [])])
+def test_where_rounding_at_the_input_is_too_much_no_smaller_ball_is_tried(
+  monkeypatch, error, tried
+):
+  certifier, balls = certified.certifier(make_run("mlp"), "float32"), []
+
+  def differences(_, ball):
+    balls.append(ball.radius)
+    return np.full((5, 5), error)
+
+  monkeypatch.setattr(rounding_errors.Program, "differences", differences)
+  assert any(certifier.radius(images(1)[0]).radii.values()) == (error == 0)
+  assert balls[len(NORMS) :] == tried
 
 
 def test_norms_are_ordered_as_their_balls_are():
