@@ -30,7 +30,8 @@ from convex_jax import command_line, config_files, files
 from convex_jax.data import datasets
 from convex_jax.data.datasets import Data
 from convex_jax.data.splits import Split
-from convex_jax.proof.radii import DUAL, NORMS
+from convex_jax.proof.radii import NORMS
+from convex_jax.proof.rays import dual_size
 from convex_jax.runs import certified
 from convex_jax.runs.run import Run, load
 from convex_jax.runs.workdir import Workdir
@@ -170,7 +171,7 @@ def radii_of(y_N, gradient_NxHxWxC, norm: str, is_mapped: bool) -> np.ndarray:
 
   `proof.radii.one_sided_radius` for a batch, over L.
   """
-  size_N = np.linalg.norm(gradient_NxHxWxC.reshape(len(y_N), -1), DUAL[norm], axis=-1)
+  size_N = dual_size(gradient_NxHxWxC.reshape(len(y_N), -1), norm)
   unit = certified.PIXEL * (LIPSCHITZ[norm] if is_mapped else 1.0)
   return np.maximum(y_N, 0) / size_N / unit
 
