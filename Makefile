@@ -18,7 +18,7 @@ SMOKE := $(BIN)/python -m convex_jax.main --config=configs/mixer_ioc.py:digits \
 train: $(INSTALLED)  ## A convex Mixer on real digits, under a minute on two cores.
 	$(BIN)/python -m convex_jax.main --config=configs/mixer_ioc.py:digits
 
-test: $(INSTALLED)  ## The default tests, a few minutes.
+test: $(INSTALLED)  ## The default tests, about ten minutes on two cores.
 	$(BIN)/python -m pytest
 
 smoke: $(INSTALLED)  ## Trains for a moment, resumes, certifies.
