@@ -65,8 +65,8 @@ def table() -> Table:
     out.add_column(column, justify="right", no_wrap=True)
   out.add_column("\npaper twin\nbroken by", min_width=10)
   every = [(name, size) for name in catalog.names() for size in catalog.module_of(name).SIZES]
-  # Half a minute: each is traced.
-  for name, size in track([pair for pair in every if pair[1] != "tiny"], "tracing"):
+  every = [(name, size) for name, size in every if size != "tiny"]
+  for name, size in track(every, "tracing"):  # Half a minute.
     module = catalog.module_of(name)
     px = module.IMAGE_SIZE[size]
     classes = 1000 if px >= 200 else 10

@@ -13,9 +13,9 @@ import numpy as np
 from convex_jax.proof.float64 import ROUNDING
 
 DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
-FIRST = 512  # Rays with which the search for the least starts: the steepest.
-FEW = 32  # To which it has come down soon.
-EXACT = 1 / 4096  # Of the least reach, to which it is found.
+FIRST = 512  # The steepest rays, with which the search for the least reach begins.
+FEW = 32  # The rays that are searched further at each later step.
+EXACT = 1 / 4096  # Relative accuracy of the least reach.
 STEPS = 100  # Of the search for it, at most.
 SWEEPS = 2  # Over all rays; a third gains 0 to 3 %.
 EVERY = slice(None)

@@ -248,7 +248,7 @@ def test_a_kill_inside_a_save_is_resumed_to_the_same_bits(bucket, data_dir, tmp_
 
 @pytest.mark.slow
 def test_a_network_that_fails_in_every_way_changes_no_bit(bucket, data_dir, tmp_path):
-  """A run with all faults; one of each kind is in experiments/faults."""
+  """All in one run; experiments/faults has a run for each."""
   result = bucket_faults.bad_network(bucket, data_dir, tmp_path, 1, (bucket_faults.FAULTS,))
   assert result.all_survived, result.note
 

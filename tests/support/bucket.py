@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import http.server
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -144,9 +145,9 @@ class Network:
 
 
 def at_random(faults: tuple[str, ...], share: float, seed: int = 0) -> Callable[[str, str], str]:
-  """Does one of these faults to a share of the requests."""
-  rng = random.Random(seed)
-  return lambda method, path: rng.choice(faults) if rng.random() < share else ""
+  """Does these faults, in turn, to a share of the requests."""
+  rng, turn = random.Random(seed), itertools.cycle(faults)
+  return lambda method, path: next(turn) if rng.random() < share else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,7 +91,7 @@ def bad_network(
 ) -> Result:
   """A share of all requests fails, from the first to the last: the same bits and rows.
 
-  Each run has its faults of one of `kinds`.
+  `kinds`: the faults of each run, in turn.
 
   Where an answer is lost, a request of Orbax may meet its own work and fail for good. Then the run
   ends with exit code 74, as it says, and the same command goes on once the network is sound.
