@@ -260,7 +260,9 @@ def main(argv: list[str] | None = None) -> int:
   )
   what = parser.add_argument_group("what to run")
   what.add_argument("--schedule", default="", help="a schedule of the sweep (default: its first)")
-  what.add_argument("--only", default="", help="only runs whose panel and variant contain this")
+  what.add_argument(
+    "--only", default="", help="only runs whose name contains this: 'MLP on MNIST, ioc, seed 0'"
+  )
   what.add_argument("--list", action="store_true", help="print the runs' options, and end")
   where = parser.add_argument_group("where")
   where.add_argument(
@@ -323,9 +325,11 @@ def _sweep(args: argparse.Namespace) -> int:
   files.refuse_url("--workdir", workdir)  # Logs of its runs are appended to.
   module = jobs.read_sweep(args.folder)
   every = jobs.tasks_of(module, args.schedule or next(iter(module.SCHEDULES)), workdir)
-  tasks = [task for task in every if args.only in f"{task.job.panel}, {task.job.variant}"]
+  tasks = [task for task in every if args.only in task.name]
   if not tasks:
-    raise UserError(f"--only={args.only} matches none of {len(every)} runs; --list prints them")
+    raise UserError(
+      f"--only={args.only} matches none of {len(every)} runs, of which the first is {every[0].name}"
+    )
   if args.list:
     for task in tasks:
       print(shlex.join([*task.job.arguments(), f"--workdir={task.workdir}"]))

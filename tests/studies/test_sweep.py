@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -90,6 +91,22 @@ def test_a_sweep_runs_once_what_it_says(tmp_path, data_dir, monkeypatch, capsys)
   capsys.readouterr()
   assert sweep.main(args) == 2 and "of another config" in capsys.readouterr().err
   assert (tmp_path / "out" / "results.csv").read_bytes() == before
+
+
+def test_the_runs_of_a_name_or_a_part_of_it_are_listed(tmp_path, capsys):
+  folder = str(folder_of(tmp_path, text=FILE.replace("in (0,)", "in (0, 1)")))
+
+  def listed(only):
+    code = sweep.main([folder, "--list", f"--only={only}"])
+    text = capsys.readouterr()
+    return code, re.findall(r"twins/(\w+)/seed_(\d)", text.out), text.err
+
+  assert listed("twins, base")[1] == [("base", "0"), ("base", "1")]
+  assert listed("seed 1")[1] == [("base", "1"), ("paper", "1")]
+  assert listed("twins, paper, seed 0")[1] == [("paper", "0")]
+  code, none, message = listed("ioc")
+  assert code == 2 and not none and "matches none of 4 runs" in message
+  assert "twins, base, seed 0" in message  # How names look.
 
 
 class Ended:
