@@ -11,7 +11,7 @@ COMMANDS = {  # Name: (module, whose `main(argv)` returns the exit code; what it
   "certify": ("convex_jax.runs.certify_command", "prove that a trained network is convex"),
   "convexify": (
     "convex_jax.runs.convexify_command",
-    "make any network's logits convex, and prove it",
+    "make a free network's logits convex, and prove it",
   ),
   "radii": ("convex_jax.runs.radii_command", "certified radii of a proved network's test images"),
   "report": ("convex_jax.studies.report", "compare runs: tables, figures, one HTML page"),
