@@ -1,5 +1,6 @@
-"""Progress bars: on a terminal alone, on stderr, gone when they are done."""
+"""Progress: on a terminal alone, on stderr, gone when it is done."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,3 +17,19 @@ def track(
   yield from rich.progress.track(
     sequence, text, total, console=console, transient=True, disable=disable
   )
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+  """Shows that work goes on, and for how long, where nothing says how much is left."""
+  console = Console(stderr=True)
+  columns = (
+    rich.progress.SpinnerColumn(),
+    rich.progress.TextColumn("{task.description}", markup=False),
+    rich.progress.TimeElapsedColumn(),
+  )
+  with rich.progress.Progress(
+    *columns, console=console, transient=True, disable=not console.is_terminal
+  ) as shown:
+    shown.add_task(text, total=None)
+    yield

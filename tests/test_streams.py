@@ -153,6 +153,15 @@ def test_a_line_is_seen_at_once():
     os.close(descriptor)
 
 
-def test_progress_is_shown_on_a_terminal_alone(capfd):
-  assert list(progress.track(range(3), "reading")) == [0, 1, 2]
-  assert capfd.readouterr() == ("", "")
+def test_progress_is_shown_on_a_terminal_alone(capfd, monkeypatch):
+  def shown():
+    assert list(progress.track(range(3), "reading")) == [0, 1, 2]
+    with progress.waiting("compiling [v5e]"):
+      pass
+    return capfd.readouterr()
+
+  assert shown() == ("", "")
+  monkeypatch.setenv("TTY_COMPATIBLE", "1")  # Which rich takes for a terminal.
+  monkeypatch.setenv("TERM", "xterm")
+  out, err = shown()
+  assert not out and "reading" in err and "compiling [v5e]" in err

@@ -13,23 +13,24 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from convex_jax import mesh as meshes
+from convex_jax import progress
 from convex_jax.data import batches, datasets
 from convex_jax.data.in_memory import is_resident
 from convex_jax.data.splits import Split
 from convex_jax.errors import UserError
 from convex_jax.training import machines
+from convex_jax.training.collectives import Collectives, collectives
 from convex_jax.training.machines import CHIPS, MACHINES, Chip
 from convex_jax.training.program import MAX_IN_FLIGHT, Computation
 
 GIB = 2**30
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 # XLA's `GpuTargetConfigProto` of an H100 SXM, by the CUDA programming guide's table of compute
@@ -69,14 +70,6 @@ def devices_of(name: str) -> tuple[Any, ...]:
     platform="tpu", topology_name=f"{kind}:{topology}", **more
   )
   return tuple(described.devices)
-
-
-class Collectives(NamedTuple):
-  """Those of one kind in a program; bytes are per device."""
-
-  number: int
-  size: float  # Bytes of their results.
-  sent: float  # Bytes that a device sends, in rings of the devices that take part.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,68 +134,6 @@ def compiled(
     costs.get("bytes accessed", 0.0),
     collectives(done.as_text() or "", devices),
   )
-
-
-_ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+)[a-z0-9]*\[([\d,]*)\]")
-# An asynchronous collective counts where it is done: its result there is no more than the data.
-_COLLECTIVE = re.compile(rf"([\w.-]+) = (.*?) ({'|'.join(KINDS)})(-start|-done)?\((.*)")
-# [number of groups, size of a group]<=..., or the groups themselves.
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]<=|\{(\{[^=]*?\})\})")
-# Or the sides of a mesh, and the axes, or parts of axes 'NAME':(...)SIZE, along which groups lie.
-_MESH = re.compile(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}")
-
-
-def collectives(hlo: str, devices: int) -> dict[str, Collectives]:
-  """The collectives of each kind in a compiled program for so many devices."""
-  found: dict[str, Collectives] = {}
-  started: dict[str, int] = {}  # The size of the groups, by name.
-  for line in hlo.splitlines():
-    if (match := _COLLECTIVE.search(line)) is None:
-      continue
-    name, result, kind, part, rest = match.groups()
-    if part == "-start":
-      started[name] = _group_size(rest, devices)
-      continue
-    if part == "-done":
-      group = next((started[n] for n in re.findall(r"[\w.-]+", rest) if n in started), devices)
-    else:
-      group = _group_size(rest, devices)
-    size = sum(map(_bytes, _ARRAY.findall(result)))
-    before = found.get(kind, Collectives(0, 0.0, 0.0))
-    found[kind] = Collectives(
-      before.number + 1, before.size + size, before.sent + _sent(kind, group) * size
-    )
-  return {kind: found[kind] for kind in KINDS if kind in found}
-
-
-def _group_size(attributes: str, devices: int) -> int:
-  """The number of devices that take part together; without groups, all."""
-  if match := _MESH.search(attributes):
-    sides = dict(re.findall(r"'(.*?)'=(\d+)", match[1]))
-    axes = re.findall(r"'(.*?)'(?::\(\d+\)(\d+))?", match[2])
-    return math.prod(int(part or sides[axis]) for axis, part in axes)
-  if (match := _GROUPS.search(attributes)) is None:
-    return devices
-  if match[1]:
-    return int(match[1])
-  return max(len(group.split(",")) for group in re.findall(r"\{([\d, ]+)\}", match[2]))
-
-
-def _sent(kind: str, group: int) -> float:
-  """What a device of a ring sends, as a multiple of its result."""
-  around = (group - 1) / group  # A share of the whole array for each other device.
-  return {
-    "all-reduce": 2 * around,
-    "reduce-scatter": group - 1.0,  # The result is one share.
-    "collective-permute": 1.0,
-  }.get(kind, around)
-
-
-def _bytes(array: tuple[str, str]) -> float:
-  """Of an array, given as ("f32", "8,128")."""
-  kind, sides = array
-  bits = 8 if kind == "pred" else int(re.sub(r"^\D+", "", kind))
-  return bits / 8 * math.prod(int(n) for n in sides.split(",") if n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,14 +296,16 @@ def command(config: Any, machine: str, bisect: bool, make_fit: bool) -> int:
   print(
     f"Compiling for {machine}, {devices} x {CHIPS[MACHINES[machine][0]].memory:.4g} GiB", flush=True
   )
-  found = verdict(config, machine)
+  with progress.waiting("compiling"):
+    found = verdict(config, machine)
   print("\n".join(lines(found)), flush=True)
   fits = found.fits
   if not fits and make_fit:
     for changes in remedies(config, devices):
       changed = changed_by(config, changes)
       try:
-        found = verdict(changed, machine)
+        with progress.waiting(f"compiling with {_options(changes)}"):
+          found = verdict(changed, machine)
       except UserError as error:
         print(f"{_options(changes)}: {error}", flush=True)
         continue
@@ -380,11 +313,14 @@ def command(config: Any, machine: str, bisect: bool, make_fit: bool) -> int:
       if found.fits:
         break
   if bisect:
-    for batch, tried in largest_batch(config, machine):
-      if tried is not None:
-        print(f"with {_options({'batch_size': batch})}: {next(lines(tried))}", flush=True)
-      else:
-        print(f"largest batch: {batch:,}")
+    tries = largest_batch(config, machine)
+    while True:
+      with progress.waiting("looking for the largest batch"):
+        batch, tried = next(tries)
+      if tried is None:
+        break
+      print(f"with {_options({'batch_size': batch})}: {next(lines(tried))}", flush=True)
+    print(f"largest batch: {batch:,}")
   return 0 if fits else UserError.code
 
 

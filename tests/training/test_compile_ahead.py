@@ -19,7 +19,8 @@ from convex_jax.data.photos.records import Records
 from convex_jax.data.photos.stream import Stream
 from convex_jax.errors import UserError
 from convex_jax.training import compile_ahead, machines
-from convex_jax.training.compile_ahead import Collectives, Compiled, Verdict
+from convex_jax.training.collectives import Collectives, collectives
+from convex_jax.training.compile_ahead import Compiled, Verdict
 from convex_jax.training.program import Computation, Program
 from tests.support import PATIENCE, ROOT, of
 
@@ -82,14 +83,14 @@ HLO = """
 
 
 def test_collectives_are_counted_once_with_the_bytes_of_their_results():
-  found = compile_ahead.collectives(HLO, 4)
+  found = collectives(HLO, 4)
   assert {kind: each[:2] for kind, each in found.items()} == {
     "all-reduce": (2, 8 * 128 * 4 + 10 * 4 + 6 * 2),
     "all-gather": (1, 64),
     "reduce-scatter": (1, 15),
     "collective-permute": (1, 7),
   }
-  assert compile_ahead.collectives("", 4) == {}
+  assert collectives("", 4) == {}
 
 
 IN_FOURS = "channel_id=1, replica_groups=[64,4]<=[256], dimensions={0}"
@@ -133,7 +134,7 @@ ASYNCHRONOUS = f"""
   ],
 )
 def test_a_device_sends_to_those_of_its_group(hlo, kind, sent):
-  found = compile_ahead.collectives(hlo, 256)
+  found = collectives(hlo, 256)
   assert list(found) == [kind]
   assert found[kind].sent == pytest.approx(sent)
 
