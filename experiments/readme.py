@@ -1,7 +1,7 @@
 """Writes the tables of experiments/ into Markdown files: `python -m experiments.readme [FILES]`.
 
 Each table goes between two comments, `<!-- NAME -->` and `<!-- /NAME -->`, of any of the files;
-by default README.md, those of docs/ and of scale/.
+by default README.md, the pages of docs/ and those of experiments/.
 """
 
 import argparse
@@ -183,8 +183,8 @@ def fill(path: pathlib.Path) -> list[str]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] + ".")
-  default = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-  default.append(FOLDER / "scale" / "README.md")
+  default = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # Its folders are built.
+  default += sorted(FOLDER.glob("*/README.md"))
   parser.add_argument("files", nargs="*", type=pathlib.Path, default=default)
   paths = parser.parse_args().files
   for path in paths:
