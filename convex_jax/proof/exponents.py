@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from convex_jax.proof.constants import fold
+from convex_jax.proof.forms import MOVES
 from convex_jax.proof.linear import is_total
-from convex_jax.proof.log_sum_exp import MOVES
 from convex_jax.proof.parameters import is_plain
 from convex_jax.proof.values import Known, Operation, Value
 

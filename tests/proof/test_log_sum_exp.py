@@ -13,8 +13,8 @@ import optax
 import pytest
 from jax import lax
 
-from convex_jax.proof import certify, log_sum_exp
-from convex_jax.proof.log_sum_exp import MOVES
+from convex_jax.proof import certify, forms
+from convex_jax.proof.forms import MOVES
 from convex_jax.proof.parameters import PARAMETERS, is_plain
 from convex_jax.proof.source import Place
 from convex_jax.proof.values import Operation
@@ -393,6 +393,6 @@ def test_nothing_that_is_proved_of_random_programs_has_a_midpoint_too_high(steps
 
 def test_the_midpoint_test_of_random_programs_can_fail(monkeypatch):
   """The negative control: terms that cancel whatever their elements are caught."""
-  monkeypatch.setattr(log_sum_exp.Term, "is_alike", lambda a, b: a.root is b.root)
+  monkeypatch.setattr(forms.Term, "is_alike", lambda a, b: a.root is b.root)
   with pytest.raises(AssertionError):
     check([(nn.relu, (0, 0)), (UNARY[9], (1, 1)), (jnp.subtract, (1, 2))])
