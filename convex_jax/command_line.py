@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from convex_jax import config_files, files, streams
+from convex_jax import config_files, files, signals, streams
 from convex_jax.errors import Ended, UserError
 
 
@@ -86,7 +86,7 @@ def exit_code(action: Callable[..., int], *args: Any, console_patience: float | 
   `console_patience`: seconds that a console which takes no text may delay the action; None:
   no limit. See `streams.careful`.
   """
-  with streams.careful(console_patience):
+  with streams.careful(console_patience), signals.ending_the_command():
     return _exit_code(action, *args)
 
 

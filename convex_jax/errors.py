@@ -1,15 +1,8 @@
 """How a run can end before it is done: exceptions, each with its exit code."""
 
 import difflib
-import signal
 from collections.abc import Iterable
 from typing import Any
-
-# By which terminals and schedulers ask a program to stop, or warn that they will end it: kill and
-# preemption, Ctrl-C, a closed terminal, Slurm's and Grid Engine's own, a limit of processor time.
-_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
-
 
 NOT_PROVED = 4  # The exit code of a command whose network could not be proved convex.
 

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-from convex_jax import command_line, config_files, files
+from convex_jax import command_line, config_files, files, signals
 from convex_jax.errors import UserError, nearest
 
 
@@ -109,33 +109,40 @@ def _refuse_unused(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
   if args.compile_for is not None:
-    from convex_jax.training import machines
-
-    _refuse_unused(args)
-    machines.check(args.compile_for)
-    machines.prepare_process(args.compile_for)
-  elif args.make_fit or args.largest_batch:
+    return _compile(args, overrides)
+  if args.make_fit or args.largest_batch:
     raise UserError("--make_fit and --largest_batch need --compile_for=MACHINE")
-  # Checked before the others are waited for; `loop.run` checks its own callers'.
-  config = configure(args.config, overrides)
-  if args.compile_for is not None:
-    from convex_jax.training import compile_ahead
+  # From here on: until training begins seconds pass, in which there is nothing to save.
+  with signals.sent_to(signals.stop, signals.STOP_SIGNALS):
+    # Checked before the others are waited for; `loop.run` checks its own callers'.
+    config = configure(args.config, overrides)
+    from convex_jax import cluster
+    from convex_jax.runs import checkpoints
+    from convex_jax.training import loop
 
-    return compile_ahead.command(config, args.compile_for, args.largest_batch, args.make_fit)
-  from convex_jax import cluster
-  from convex_jax.runs import checkpoints
-  from convex_jax.training import loop
-
-  checkpoints.quieten_orbax()
-  where = (args.coordinator, args.num_processes, args.process_id)
-  here, note = cluster.place(args.distributed, *where)
-  if note:
-    print(note, file=sys.stderr)
-  if here is not None:
-    cluster.join(here, args.join_timeout)
-  name, _ = os.path.splitext(os.path.basename(args.config.partition(":")[0]))
-  loop.run(config, args.workdir or os.path.join("runs", f"{name}_{config.data.name}"))
+    checkpoints.quieten_orbax()
+    where = (args.coordinator, args.num_processes, args.process_id)
+    here, note = cluster.place(args.distributed, *where)
+    if note:
+      print(note, file=sys.stderr)
+    if here is not None:
+      cluster.join(here, args.join_timeout)
+    name, _ = os.path.splitext(os.path.basename(args.config.partition(":")[0]))
+    loop.run(config, args.workdir or os.path.join("runs", f"{name}_{config.data.name}"))
   return 0
+
+
+def _compile(args: argparse.Namespace, overrides: list[str]) -> int:
+  """For a machine that need not be here."""
+  from convex_jax.training import machines
+
+  _refuse_unused(args)
+  machines.check(args.compile_for)
+  machines.prepare_process(args.compile_for)
+  config = configure(args.config, overrides)
+  from convex_jax.training import compile_ahead
+
+  return compile_ahead.command(config, args.compile_for, args.largest_batch, args.make_fit)
 
 
 def load_config(file: str, overrides: list[str]) -> Any:

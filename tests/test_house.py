@@ -22,6 +22,7 @@ GROUND = {
   "mesh",
   "cluster",
   "streams",
+  "signals",
   "progress",
   "config_files",
   "command_line",

@@ -29,12 +29,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from convex_jax import command_line, files, streams
-from convex_jax.errors import NOT_PROVED, STOP_SIGNALS, Diverged, Stopped, UserError
+from convex_jax.errors import NOT_PROVED, Diverged, Stopped, UserError
 from convex_jax.models.constraints import PENALISED
 from convex_jax.runs.workdir import Workdir
+from convex_jax.signals import STOP_SIGNALS, sent_to
 from convex_jax.studies import figures, jobs, report, results
 from convex_jax.studies.jobs import Task
-from convex_jax.training.stopping import stop_signals_to
 
 POLL = 0.5  # Seconds between two looks at the processes.
 LAST = 4096  # Bytes at the end of metrics.jsonl that hold its last row.
@@ -131,7 +131,7 @@ def run_all(
   `start` starts a command, by default on this machine.
 
   A job that fails does not keep the others from running. Raises `UserError` at the end if
-  any failed, `Stopped` where any was stopped, and after a signal (`errors.STOP_SIGNALS`), once
+  any failed, `Stopped` where any was stopped, and after a signal (`signals.STOP_SIGNALS`), once
   all processes have ended.
   """
   found = results.read(out)
@@ -154,11 +154,11 @@ def run_all(
   start = start or functools.partial(start_here, slots=at_once)
   processes: dict[Process, Any] = {}
   free, failures, stopped = list(range(at_once)), [], 0
-  signals: list[int] = []
-  handled = stop_signals_to(signals.append, STOP_SIGNALS)
+  received: list[int] = []
+  handled = sent_to(received.append, STOP_SIGNALS)
   with progress, handled, _stopped_at_the_end(processes):
     total = progress.add_task("runs", total=len(tasks), completed=len(tasks) - len(waiting))
-    while (waiting or processes) and not signals:
+    while (waiting or processes) and not received:
       while waiting and free:
         task = waiting.pop(0)
         try:
@@ -190,7 +190,7 @@ def run_all(
         progress.remove_task(line)
         progress.advance(total)
         progress.console.print(words, markup=False, soft_wrap=True)
-  if signals:
+  if received:
     raise Stopped("Stopped; all runs saved. Run the same command to continue.")
   if failures:
     count = f"{len(failures)} run{'s' * (len(failures) > 1)} failed"

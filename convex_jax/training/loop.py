@@ -49,7 +49,7 @@ def run(config: Any, workdir: str, examples: Data | None = None) -> dict[str, fl
     Diverged: too many updates were skipped.
     Unsaved: a checkpoint could not be written.
     Lost: another process is gone.
-    Stopped: after a signal (`errors.STOP_SIGNALS`) or `time_limit`, once everything is saved.
+    Stopped: after a signal (`signals.STOP_SIGNALS`) or `time_limit`, once everything is saved.
   """
   schema.check(config)
   folder = Workdir(workdir)

@@ -4,35 +4,15 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from convex_jax.errors import STOP_SIGNALS, Diverged, Stopped
-
-
-@contextlib.contextmanager
-def stop_signals_to(handler: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[None]:
-  """While active, in the main thread, these signals call `handler(number)`, and do nothing else.
-
-  But for SIGTERM and SIGINT, a signal that has another meaning keeps it: that under nohup a
-  closed terminal ends nothing, or what a program that trains does on SIGUSR1.
-  """
-  before = {}
-  if threading.current_thread() is threading.main_thread():
-    for number in numbers:
-      always = number in (signal.SIGTERM, signal.SIGINT)
-      if always or signal.getsignal(number) == signal.SIG_DFL:
-        before[number] = signal.signal(number, lambda number, _: handler(number))
-  try:
-    yield
-  finally:
-    for number, previous in before.items():
-      # None: it was not set by Python, and cannot be set again.
-      signal.signal(number, signal.SIG_DFL if previous is None else previous)
+from convex_jax import signals
+from convex_jax.errors import Diverged
+from convex_jax.signals import STOP_SIGNALS
 
 
 class Stopping:
@@ -49,7 +29,7 @@ class Stopping:
     self._clock = threading.Timer(min(limit, threading.TIMEOUT_MAX), self._ask) if limit else None
     # Of several processes, JAX's preemption service listens to SIGTERM.
     mine = [n for n in STOP_SIGNALS if self._alone or n != signal.SIGTERM]
-    self._signals = stop_signals_to(self._receive, mine)
+    self._signals = signals.sent_to(self._receive, mine)
 
   def should_stop(self, step: int) -> bool:
     """Whether to stop after `step`, the same answer in every process."""
@@ -60,8 +40,7 @@ class Stopping:
   def _receive(self, number: int) -> None:
     self._ask()
     if self._alone and not self._is_held:
-      name = signal.Signals(number).name
-      raise Stopped(f"Stopped by {name}; nothing is lost. Run the same command to go on.")
+      signals.stop(number)
 
   def _ask(self) -> None:
     self._asked.set()

@@ -8,10 +8,11 @@ import sys
 import pytest
 
 import convex_jax
-from convex_jax.errors import STOP_SIGNALS, Stopped
+from convex_jax.errors import Stopped
 from convex_jax.runs import certified
+from convex_jax.signals import STOP_SIGNALS, sent_to
 from convex_jax.training import loop, program
-from convex_jax.training.stopping import Stopping, stop_signals_to
+from convex_jax.training.stopping import Stopping
 from tests.support import of
 
 
@@ -46,7 +47,7 @@ def test_a_signal_that_means_something_else_keeps_its_meaning(meaning):
 
 def test_signals_are_collected_for_a_sweep():
   received = []
-  with stop_signals_to(received.append, STOP_SIGNALS):
+  with sent_to(received.append, STOP_SIGNALS):
     for number in STOP_SIGNALS:
       os.kill(os.getpid(), number)
   assert received == list(STOP_SIGNALS)

@@ -13,7 +13,8 @@ import numpy as np
 from convex_jax.data.photos.decode import FINE, UNREADABLE, Unreadable, central_crop, random_crop
 from convex_jax.data.photos.records import Records
 from convex_jax.data.sampling import examples_at
-from convex_jax.errors import STOP_SIGNALS, UserError
+from convex_jax.errors import UserError
+from convex_jax.signals import STOP_SIGNALS
 
 TRIES = 100  # Consecutive records that may be unreadable.
 
