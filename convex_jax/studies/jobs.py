@@ -2,19 +2,20 @@
 
 import dataclasses
 import math
+import numbers
 import os
 import re
 import runpy
-import shlex
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from convex_jax import config_files, files
+from convex_jax import files
 from convex_jax.errors import UserError
 from convex_jax.runs import workdir
 from convex_jax.runs.workdir import Workdir
 from convex_jax.studies.results import Results
+from convex_jax.training import loading
 from convex_jax.training.schema import mistakes
 
 # What most sweeps compare: the free network, the convex twin of its source, and ours.
@@ -38,8 +39,12 @@ class Job:
 
   def arguments(self) -> list[str]:
     """The arguments of `python -m convex_jax train`."""
+    return [f"--config={self.config}", *self.changes()]
+
+  def changes(self) -> list[str]:
+    """Those that change keys of the config."""
     changed = {**self.overrides, "seed": self.seed}
-    return [f"--config={self.config}", *(f"--config.{key}={v}" for key, v in changed.items())]
+    return [f"--config.{key}={value}" for key, value in changed.items()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +78,61 @@ def read_sweep(folder: str) -> Any:
     raise UserError(f"{path} cannot be read: {error!r}") from error
   if missing := [n for n in ("TITLE", "SCHEDULES", "get_sweep") if not hasattr(module, n)]:
     raise UserError(f"{path} is not a sweep: it does not define {', '.join(missing)}")
+  expected = {
+    "TITLE": ("text", isinstance(module.TITLE, str)),
+    "SCHEDULES": ("a dict of each schedule's name and what it is", _is_of_text(module.SCHEDULES)),
+    "get_sweep": ("a function of a schedule's name", callable(module.get_sweep)),
+  }
+  if lines := [
+    f"{path}: {name} is {getattr(module, name)!r}; expected {what}"
+    for name, (what, is_right) in expected.items()
+    if not is_right
+  ]:
+    raise UserError("\n".join(lines))
+  for schedule in module.SCHEDULES:  # The results of one stand among those of all, in order.
+    jobs_of(module, schedule)
   return module
+
+
+def _is_of_text(schedules: Any) -> bool:
+  return (
+    isinstance(schedules, Mapping)
+    and len(schedules) > 0
+    and all(isinstance(text, str) for pair in schedules.items() for text in pair)
+  )
+
+
+def jobs_of(module: Any, schedule: str) -> list[Job]:
+  """The jobs of a schedule; raises `UserError` with everything that is wrong with their fields."""
+  try:
+    every = list(module.get_sweep(schedule))
+  except Exception as error:  # Anything that its code raises.
+    raise UserError(f"get_sweep({schedule!r}) of {module.__file__}: {error!r}") from error
+  lines = [f"{module.__file__}: {line}" for job in every for line in _mistakes(job)]
+  if lines:
+    raise UserError("\n".join(lines))
+  return every
+
+
+def _mistakes(job: Any) -> Iterator[str]:
+  if not isinstance(job, Job):
+    yield f"get_sweep gave {job!r}; expected a convex_jax.studies.jobs.Job"
+    return
+  named = {"panel": job.panel, "variant": job.variant}
+  for name, text in named.items():
+    if not isinstance(text, str) or not file_name(text):
+      yield f"{name} of {job} is {text!r}; expected text with a letter or a digit"
+  if not isinstance(job.config, str):
+    yield f"config of {job} is {job.config!r}; expected a file, such as 'configs/mlp.py:cifar10'"
+  if not isinstance(job.overrides, Mapping):
+    yield f"overrides of {job} are {job.overrides!r}; expected a dict, such as {{'model.depth': 2}}"
+  elif "seed" in job.overrides:
+    yield f"overrides of {job} set the seed; expected it in the field seed"
+  if type(job.seed) is not int:
+    yield f"seed of {job} is {job.seed!r}; expected an integer"
+  pair = job.source if isinstance(job.source, tuple | list) else ()
+  if len(pair) != 2 or not all(isinstance(x, numbers.Real) for x in pair):
+    yield f"source of {job} is {job.source!r}; expected train and test accuracy, such as (0.98, 0.64)"
 
 
 def tasks_of(module: Any, schedule: str, folder: str) -> list[Task]:
@@ -84,13 +143,13 @@ def tasks_of(module: Any, schedule: str, folder: str) -> list[Task]:
   if schedule not in module.SCHEDULES:
     raise UserError(f"Unknown --schedule={schedule}; expected {' or '.join(module.SCHEDULES)}")
   tasks, lines = [], []
-  for job in module.get_sweep(schedule):
+  for job in jobs_of(module, schedule):
     words = (schedule, job.panel, job.variant, f"seed {job.seed}")
     path = os.path.join(folder, *map(file_name, words))
     try:
-      config = config_files.load(job.arguments())
-    except Exception as error:  # Anything that a config's code or an ill-fitting value raises.
-      lines.append(f"{path}: {shlex.join(job.arguments())}: {error}")
+      config = loading.load_config(job.config, job.changes())
+    except UserError as error:
+      lines += [f"{path}: {line}" for line in str(error).splitlines()]
       continue
     lines += [f"{path}: {line}" for line in mistakes(config)]
     total, unit = (config.steps, "step") if config.steps else (config.epochs, "epoch")
@@ -126,7 +185,7 @@ def refuse_other_configs(tasks: list[Task], before: Results) -> None:
 
 def in_order(found: Results, module: Any) -> Results:
   """The results in the order of a sweep's jobs; others last."""
-  every = ((job, schedule) for schedule in module.SCHEDULES for job in module.get_sweep(schedule))
+  every = ((job, schedule) for schedule in module.SCHEDULES for job in jobs_of(module, schedule))
   place = {(j.panel, j.variant, name, j.seed): i for i, (j, name) in enumerate(every)}
   ordered = sorted(found.rows, key=lambda row: place.get(row.key, len(place)))
   return dataclasses.replace(found, rows=tuple(ordered))

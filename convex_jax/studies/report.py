@@ -3,8 +3,10 @@
 import argparse
 import base64
 import html
+import itertools
 import os
 import re
+import urllib.parse
 from collections.abc import Iterable
 
 import jax
@@ -53,7 +55,9 @@ def write_report(found: Results, out: str, title: str, words: str = "") -> str:
   out = files.expand(out)
   os.makedirs(out, exist_ok=True)
   results.write(found, out)
-  panels = [_panel(name, v, found, out) for name, v in tables.panels_of(found).items()]
+  every = tables.panels_of(found)
+  pictures = _pictures(every)
+  panels = [_panel(name, v, found, out, pictures[name]) for name, v in every.items()]
   text = "\n\n".join(filter(None, [f"# {title}", words, *panels, _notes(found)])) + "\n"
   with files.atomic_write(os.path.join(out, "report.md")) as file:
     file.write(text)
@@ -63,14 +67,27 @@ def write_report(found: Results, out: str, title: str, words: str = "") -> str:
   return path
 
 
-def _panel(name: str, variants: dict[str, list[Result]], found: Results, out: str) -> str:
+def _pictures(panels: Iterable[str]) -> dict[str, str]:
+  """The file of each panel's figure, which names that differ in signs alone do not share."""
+  found: dict[str, str] = {}
+  for name in panels:
+    stem = jobs.file_name(name) or "panel"
+    several = (f"{stem}_{i}.png" for i in itertools.count(2))
+    found[name] = next(
+      f for f in itertools.chain([f"{stem}.png"], several) if f not in found.values()
+    )
+  return found
+
+
+def _panel(
+  name: str, variants: dict[str, list[Result]], found: Results, out: str, picture: str
+) -> str:
   """A panel's section, as Markdown; draws its figure."""
   points: dict[str, list[Point]] = {}
   for variant, rows in variants.items():
     keys = {row.key for row in rows if row.outcome == "finished"}
     if course := [point for point in found.points if point.key in keys]:
       points[variant] = course
-  picture = f"{jobs.file_name(name)}.png"
   if points and len(variants) <= len(figures.STYLES):
     figures.draw_curves(name, points, os.path.join(out, picture))
     caption = "Accuracy and loss by epoch: mean over seeds, band from the lowest to the highest."
@@ -107,7 +124,7 @@ def page(text: str, title: str, folder: str) -> str:
   body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
 
   def embed(match: re.Match) -> str:
-    with open(os.path.join(folder, match[1]), "rb") as file:
+    with open(os.path.join(folder, urllib.parse.unquote(match[1])), "rb") as file:
       return f'src="data:image/png;base64,{base64.b64encode(file.read()).decode()}"'
 
   return PAGE.format(title=html.escape(title), body=re.sub(r'src="([^":]+\.png)"', embed, body))

@@ -154,12 +154,12 @@ def of_workdirs(workdirs: Iterable[str]) -> Results:
   configs = [dict(flatten(Workdir(path).description()["config"])) for path in paths]
   panels = [f"{c['model.name']} {c['model.size']} on {c['data.name']}" for c in configs]
   found = Results()
-  for path, config, panel in zip(paths, configs, panels, strict=True):
+  for path, values, panel in zip(paths, configs, panels, strict=True):
     others = [essential(c) for c, p in zip(configs, panels, strict=True) if p == panel]
     keys = sorted(set().union(*others) - {"seed", "model.parts"})
     differing = [key for key in keys if len({repr(other.get(key)) for other in others}) > 1]
-    words = [f"{key.rpartition('.')[2]} {config[key]}" for key in differing]
-    new = of_workdir(path, panel, ", ".join([config["model.parts"], *words]))
+    words = [f"{key.rpartition('.')[2]} {values.get(key)}" for key in differing]
+    new = of_workdir(path, panel, ", ".join([values["model.parts"], *words]))
     if any(row.key == new.rows[0].key for row in found.rows):
       raise UserError(f"{path} has the same config and seed as a run before it; pass only one")
     found += new

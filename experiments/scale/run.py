@@ -30,11 +30,10 @@ from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
 from convex_jax import command_line  # noqa: E402
-from convex_jax import main as command  # noqa: E402
 from convex_jax import mesh as meshes  # noqa: E402
 from convex_jax.errors import UserError  # noqa: E402
 from convex_jax.studies import tables  # noqa: E402
-from convex_jax.training import compile_ahead  # noqa: E402
+from convex_jax.training import compile_ahead, loading  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).parent
 RESULTS = FOLDER / "compiled.csv"
@@ -80,7 +79,7 @@ def decode_rates() -> dict[int, float]:
 
 def row_of(name: str, machine: str, forms: str, decode: dict[int, float]) -> dict[str, str]:
   """What a machine's compiler says of a program; times are milliseconds by each resource alone."""
-  config = command.load_config(PROGRAMS[name], ["--config.dtype=bfloat16"])
+  config = loading.load_config(PROGRAMS[name], ["--config.dtype=bfloat16"])
   row = {"program": name, "machine": machine, "forms": forms, "batch": str(config.batch_size)}
   try:
     with cpu_forms() if forms == "cpu" else contextlib.nullcontext():

@@ -1,5 +1,6 @@
 """Runs to rows, tables, pictures and a page: what is written says what was run."""
 
+import base64
 import csv
 import dataclasses
 import json
@@ -281,6 +282,34 @@ def test_the_command_writes_a_page_with_its_pictures_inside(tmp_path, capsys):
   ]  # fmt: skip
   assert report.main([str(out), f"--out={tmp_path / 'again'}"]) == 0
   assert (tmp_path / "again" / "report.md").read_text() == text
+
+
+def test_each_panel_has_a_picture_of_its_own(tmp_path):
+  """Also where names differ in signs alone, or are not of ASCII letters."""
+  panels = ("C", "C++", "C 2", "Größe", "c")
+  rows = [dataclasses.replace(result(test_accuracy=i / 9), panel=p) for i, p in enumerate(panels)]
+  page = pathlib.Path(report.write_report(Results(tuple(rows)), str(tmp_path), "Names")).read_text()
+  pictures = re.findall(r"!\[.*?\]\((.*?)\)", (tmp_path / "report.md").read_text())
+  assert len({*pictures}) == len(panels)
+  found = re.findall(r"base64,([^\"]+)", page)
+  assert [base64.b64decode(each) for each in found] == [
+    (tmp_path / picture).read_bytes() for picture in pictures
+  ]
+
+
+def test_a_run_whose_config_lacks_a_key_of_another_is_compared(tmp_path):
+  """As the size of an architecture may stay out of a config of one's own."""
+  dirs = [workdir_of(tmp_path, name) for name in "ab"]
+  path = str(tmp_path / "a" / "config.json")
+  content = files.read_json(path)
+  del content["config"]["model"]["tokens_hidden"]
+  files.write_json(path, content)
+  path = str(tmp_path / "b" / "config.json")
+  content = files.read_json(path)
+  content["config"]["model"]["tokens_hidden"] = 24
+  files.write_json(path, content)
+  variants = [row.variant for row in results.of_workdirs(dirs).rows]
+  assert variants == ["ioc, tokens_hidden None", "ioc, tokens_hidden 24"]
 
 
 def test_a_curve_is_the_mean_of_its_seeds_within_their_range():
