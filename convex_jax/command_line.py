@@ -60,7 +60,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--step",
     default="latest",
-    type=lambda text: int(text) if text.isdigit() else text,
+    type=lambda text: int(text) if text.isdecimal() else text,
     help="checkpoint: a step, latest or best (default: latest)",
   )
 

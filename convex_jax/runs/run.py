@@ -9,7 +9,7 @@ import functools
 import hashlib
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -93,16 +93,23 @@ class Run:
     _refuse_fork()
     if not (isinstance(weights, Mapping) and {"params", "stats"} <= weights.keys()):
       raise UserError(f"weights are a {type(weights).__name__}; expected a dict of params, stats")
-    if np.shape(image_BxHxWxC)[1:] != self.image_shape:
+    _check_floating(dtype)
+    images: Any = image_BxHxWxC
+    if not isinstance(images, jax.Array | np.ndarray):
+      try:
+        images = np.asarray(images)
+      except ValueError as error:  # A list of images of several sizes.
+        raise UserError(f"images are no array: {error}; expected pixels, 0 to 255") from error
+    if images.shape[1:] != self.image_shape:
       shape = ("any", *self.image_shape)
-      raise UserError(f"images of shape {np.shape(image_BxHxWxC)}; expected {shape}")
-    if not len(image_BxHxWxC):
+      raise UserError(f"images of shape {images.shape}; expected {shape}")
+    if not len(images):
       raise UserError("there are no images; expected at least one")
-    if np.iscomplexobj(image_BxHxWxC):
-      raise UserError("images are complex; expected real pixels, 0 to 255")
+    if not _is_real(images):
+      raise UserError(f"images are {images.dtype}; expected real pixels, 0 to 255")
     model = catalog.build(self.config.model, classes=len(self.class_names), dtype=dtype)
     prepare = inference(self.config.data, self.mean, self.std, dtype)
-    return apply(model, dict(weights), prepare(image_BxHxWxC))
+    return apply(model, dict(weights), prepare(images))
 
   def convexify(self, dtype: Any = jnp.float32) -> "convexified.Convexified":
     """The network with a common term that makes its logits convex; see `proof.convexified`.
@@ -114,6 +121,7 @@ class Run:
     """
     from convex_jax.proof.convexified import convexify
 
+    _check_floating(dtype)
     if jnp.dtype(dtype).itemsize > 4 and not jax.config.read("jax_enable_x64"):
       raise UserError(f"dtype is {jnp.dtype(dtype)}; expected a call within jax.enable_x64(True)")
     apply = functools.partial(self.apply, dtype=dtype)
@@ -162,8 +170,9 @@ class Run:
 
   def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, all or of one `kind`: "train", "eval", "final"."""
-    kinds = (None, "train", "eval", "final")
-    _check("kind", kind, kind in kinds, "'train', 'eval', 'final', or None for all")
+    if kind is not None:
+      expected = "'train', 'eval', 'final', or None for all"
+      _check_one_of("kind", kind, ("train", "eval", "final"), expected)
     return Workdir(self.workdir).rows(kind)
 
   @property
@@ -213,12 +222,13 @@ def load(workdir: str | os.PathLike[str], step: int | str = "latest", weights: s
       argument than these.
   """
   _refuse_fork()
-  if isinstance(step, str) and step.isdigit():
-    step = int(step)
-  fine = step in ("latest", "best") if isinstance(step, str) else _is_integer(step)
+  fine = (
+    step in ("latest", "best") or step.isdecimal() if isinstance(step, str) else _is_integer(step)
+  )
   _check("step", step, fine, "the number of a checkpoint, 'latest' or 'best'")
-  choices = ("auto", "ema", "raw")
-  _check("weights", weights, weights in choices, "'auto', 'ema' or 'raw'")
+  if step not in ("latest", "best"):
+    step = int(step)
+  _check_one_of("weights", weights, ("auto", "ema", "raw"), "'auto', 'ema' or 'raw'")
   folder = Workdir(workdir)
   saved = folder.description()
   chosen, tree = read_weights(folder.checkpoints, step, weights)
@@ -230,6 +240,22 @@ def load(workdir: str | os.PathLike[str], step: int | str = "latest", weights: s
 def _check(name: str, value: Any, is_fine: bool, expected: str) -> None:
   if not is_fine:
     raise UserError(f"{name} is {value!r}; expected {expected}")
+
+
+def _check_one_of(name: str, value: Any, names: Collection[str], expected: str) -> None:
+  _check(name, value, isinstance(value, str) and value in names, expected)
+
+
+def _check_floating(dtype: Any) -> None:
+  try:
+    is_floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+  except TypeError:  # It names no dtype.
+    is_floating = False
+  _check("dtype", dtype, is_floating, "a dtype of floats, such as 'float32'")
+
+
+def _is_real(array: Any) -> bool:
+  return any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
 def _is_integer(value: Any) -> bool:
@@ -246,14 +272,21 @@ def _like(name: str, old: Any, new: Any) -> Any:
   have: dict[str, Any]
   want: dict[str, Any]
   have, want = (
-    traverse_util.flatten_dict(core.unfreeze(tree), sep="/")  # pyright: ignore
-    for tree in (new, old)
+    {"/".join(map(str, path)): leaf for path, leaf in traverse_util.flatten_dict(tree).items()}
+    for tree in (core.unfreeze(new), core.unfreeze(old))  # pyright: ignore
   )
   wrong = [f"{key} is missing" for key in want if key not in have]
   wrong += [f"{key} is unknown" for key in have if key not in want]
   for key in have.keys() & want.keys():
-    if (shape := np.shape(have[key])) != want[key].shape:
-      wrong.append(f"{key} has shape {shape}; expected {want[key].shape}")
+    try:
+      array = np.asarray(have[key])
+    except ValueError as error:  # A list of lists of several lengths.
+      wrong.append(f"{key} is no array: {error}")
+      continue
+    if array.shape != want[key].shape:
+      wrong.append(f"{key} has shape {array.shape}; expected {want[key].shape}")
+    elif not _is_real(array):
+      wrong.append(f"{key} is {array.dtype}; expected real numbers")
   if wrong:
     raise UserError(f"{name} does not fit this network: {'; '.join(sorted(wrong))}")
   arrays = {key: np.array(value, want[key].dtype) for key, value in have.items()}

@@ -300,7 +300,7 @@ def _options(text: str) -> dict[str, int | str]:
   pairs = [part.partition("=") for part in text.split(",")]
   if not all(key and value for key, _, value in pairs):
     raise argparse.ArgumentTypeError(f"{text!r} given; expected KEY=VALUE,KEY=VALUE,...")
-  return {key: int(value) if value.isdigit() else value for key, _, value in pairs}
+  return {key: int(value) if value.isdecimal() else value for key, _, value in pairs}
 
 
 def _cluster(args: argparse.Namespace) -> Start | None:

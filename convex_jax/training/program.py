@@ -39,7 +39,8 @@ class Computation:
       )
     if few := optimizer.too_few_updates(config.optimizer, self.total_steps):
       raise UserError(few)
-    self._eval_every = self._whole_calls(config.eval.every_epochs)
+    # Never before the end, where that is more epochs than a run has.
+    self._eval_every = self._whole_calls(min(config.eval.every_epochs, 2**31))
     self.epochs = self.total_steps * config.batch_size / len(examples.train)
     self.decides = "valid_accuracy" if examples.valid else "test_accuracy"
     self.model, self.image_shape = pretrained.network_of(config, examples)

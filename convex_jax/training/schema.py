@@ -38,6 +38,8 @@ class Rule:
     expected = self.expected
     if type(value) is int and value > LARGEST:
       expected += " and < 2**31"
+    if type(value) is float and not _is_of_float32(value):
+      expected += ", in float32"
     return f"config.{path} is {value!r}; expected {expected}{nearest(value, self.names)}"
 
 
@@ -53,7 +55,17 @@ def number(low: float, high: float = math.inf, ends: str = "[]") -> Rule:
     words = f"{'>=' if ends[0] == '[' else '>'} {low:g}{', or inf' if ends[1] == ']' else ''}"
   left_out = [end for end, bracket in zip((low, high), ends, strict=True) if bracket in "()"]
   what = "a finite number" if math.inf in left_out else "a number"
-  return Rule(float, f"{what} {words}", lambda v: low <= v <= high and v not in left_out)
+  return Rule(
+    float,
+    f"{what} {words}",
+    lambda v: low <= v <= high and v not in left_out and _is_of_float32(v),
+  )
+
+
+def _is_of_float32(value: float) -> bool:
+  """Whether a number is neither infinite nor 0 in float32, in which devices compute with it."""
+  largest, smallest = 3.4028234e38, 1.17549435e-38
+  return value in (0, math.inf) or value != value or smallest <= abs(value) <= largest
 
 
 def one_of(names: Collection[str]) -> Rule:

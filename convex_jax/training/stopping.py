@@ -88,7 +88,7 @@ class SkippedUpdates:
       if self._in_a_row == self._limit:
         raise Diverged(
           f"Stopped after {self._limit} consecutive skipped updates (last: step {at}, loss {loss},"
-          f" gradient norm {norm}). The newest checkpoint is finite; updates after it are lost. Try a smaller"
+          f" gradient norm {norm}). Whatever was saved is finite; updates after it are lost. Try a smaller"
           " config.optimizer.learning_rate, or config.optimizer.clip_norm=1."
         )
     return found

@@ -31,7 +31,9 @@ def run():
     ({"weights": "RAW"}, "'auto', 'ema' or 'raw'"),
     ({"weights": None}, "'auto', 'ema' or 'raw'"),
     ({"weights": ["raw"]}, "'auto', 'ema' or 'raw'"),
+    ({"weights": np.array(["raw", "ema"])}, "'auto', 'ema' or 'raw'"),
     ({"step": "newest"}, "'latest' or 'best'"),
+    ({"step": "²"}, "'latest' or 'best'"),
     ({"step": None}, "'latest' or 'best'"),
     ({"step": True}, "'latest' or 'best'"),
     ({"step": 20.0}, "'latest' or 'best'"),
@@ -47,7 +49,7 @@ def test_odd_arguments_of_load_are_told(arguments, expected):
 
 
 def test_a_step_in_any_form_is_found():
-  for step in (20, np.int64(20), "20", "latest", "best"):
+  for step in (20, np.int64(20), np.array(20), jax.numpy.array(20), "20", "latest", "best"):
     assert convex_jax.load(pathlib.Path(SAVED), step=step).step == 20
 
 
@@ -70,10 +72,21 @@ def test_a_step_in_any_form_is_found():
     (lambda r: r.network(IMAGES[:0]), "there are no images"),
     (lambda r: r.network(IMAGES + 1j), "images are complex"),
     (lambda r: r.convexify(jax.numpy.float64), "within jax.enable_x64"),
+    (lambda r: r.network([IMAGES[0], IMAGES[0, :4]]), "images are no array"),
+    (lambda r: r.network(np.full(IMAGES.shape, None)), "images are object"),
+    (lambda r: r.network(np.full(IMAGES.shape, "cat")), "images are <U3"),
+    (lambda r: r.apply(r.weights, IMAGES, "flot"), "dtype is 'flot'; expected a dtype of floats"),
+    (lambda r: r.apply(r.weights, IMAGES, int), "expected a dtype of floats"),
+    (lambda r: r.convexify("flt"), "expected a dtype of floats"),
     (lambda r: r.metrics("Eval"), "'train', 'eval', 'final'"),
+    (lambda r: r.metrics(np.array(["eval", "x"])), "'train', 'eval', 'final'"),
     (lambda r: r.replace(params=3), "expected a dict of arrays"),
     (lambda r: r.replace(params={"head": {}}), "head/kernel is missing"),
     (lambda r: r.replace(params={**r.params, "x": 1}), "x is unknown"),
+    (lambda r: r.replace(params={**r.params, 7: 1}), "7 is unknown"),
+    (lambda r: r.replace(params=jax.tree.map(lambda p: p + 1j, r.params)), "is complex"),
+    (lambda r: r.replace(params=jax.tree.map(lambda p: p.astype(str), r.params)), "is <U"),
+    (lambda r: r.replace(params=jax.tree.map(lambda _: [[1], [1, 2]], r.params)), "is no array"),
     (lambda r: r.replace(params=jax.tree.map(lambda p: p[..., :1], r.params)), "has shape"),
     (lambda r: certified.certify_and_write("runs/x"), "expected a run"),
     (lambda r: certified.certify_run(r, "CONVEX"), "expected one of convex"),

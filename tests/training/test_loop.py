@@ -156,7 +156,7 @@ def test_averages_are_saved_and_loaded(tiny_config, few_digits, tmp_path, monkey
 def test_a_run_in_views_is_evaluated_predicted_and_proved_in_them(
   tiny_config, few_digits, tmp_path
 ):
-  views = {"data__eval_shifts": (-1, 1), "data__eval_flip": True, "eval__every_epochs": 9.0}
+  views = {"data__eval_shifts": (-1, 1), "data__eval_flip": True, "eval__every_epochs": 1e38}
   loop.run(of(tiny_config, steps=40, **views), str(tmp_path), few_digits)
   run, test = convex_jax.load(tmp_path), few_digits.test
   accuracy = run.metrics("final")[-1]["test_accuracy"]

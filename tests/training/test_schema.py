@@ -42,7 +42,7 @@ ENDS = {  # path: values beyond what can be computed with
   "data.randaugment": ((2**40, 9.0), (2, INF)),
   "data.crop_area": ((0.1, INF), (float("nan"), 1.0)),
   "optimizer.decay_at": ((0.5, float("nan")),),
-  "optimizer.learning_rate": (INF,),
+  "optimizer.learning_rate": (INF, 1e300, 1e-300),  # In float32 infinite, and 0.
   "optimizer.weight_decay": (INF,),
   "optimizer.clip_norm": (INF,),
   "eval.every_epochs": (INF,),
