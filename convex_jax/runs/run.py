@@ -109,7 +109,7 @@ class Run:
       raise UserError(f"images are {images.dtype}; expected real pixels, 0 to 255")
     model = catalog.build(self.config.model, classes=len(self.class_names), dtype=dtype)
     prepare = inference(self.config.data, self.mean, self.std, dtype)
-    return apply(model, dict(weights), prepare(images))
+    return apply(model, dict(weights), prepare(jnp.asarray(images)))
 
   def convexify(self, dtype: Any = jnp.float32) -> "convexified.Convexified":
     """The network with a common term that makes its logits convex; see `proof.convexified`.

@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from convex_jax import buckets, config_files, files
@@ -115,12 +116,10 @@ class Workdir:
 
   def describe(self, config: Any, data: Data, parameters: int) -> None:
     """Writes config.json; raises `Unsaved` where the storage does not take it."""
-    about: dict[str, Any] = {"class_names": data.class_names, "image_shape": data.train.image_shape}
-    about["mean"], about["std"] = data.statistics
     content = {
       "format": FORMAT,
       "config": json.loads(config.to_json_best_effort()),
-      "data": about,
+      "data": _about(data),
       "parameters": parameters,
       "versions": {name: metadata.version(name) for name in ("convex_jax", "jax", "flax", "optax")},
       "hardware": f"{jax.device_count()} x {_device_kind()}",
@@ -239,6 +238,41 @@ class Workdir:
         " --config.init_optimizer=True)."
       )
     raise UserError("\n".join([*lines, f"  {fix}"]))
+
+  def check_same_data(self, data: Data) -> None:
+    """Raises `UserError` where a run has begun here on data that differ in what config.json says.
+
+    What lies in a folder of data may have been made anew; a run that resumed on it would be neither
+    the old nor a new one.
+    """
+    if not (self.exists() and self._has_begun()):
+      return
+    saved, now = self.description()["data"], _about(data)
+    differ = [k for k, v in now.items() if k in saved and not _is_same(saved[k], v)]
+    if differ:
+      lines = [f"{self.path} contains a run on other data than those that are there now:"]
+      lines += [f"  {key}: {saved[key]!r} in the run, {now[key]!r} now" for key in differ]
+      fix = "To resume that run, pass the folder of its data, --config.data.dir; to train on these, pass"
+      raise UserError("\n".join([*lines, f"  {fix} another --workdir."]))
+
+
+def _about(data: Data) -> dict[str, Any]:
+  """What config.json says of the data."""
+  mean, std = data.statistics
+  return {
+    "class_names": [*data.class_names],
+    "image_shape": [*data.train.image_shape],
+    "examples": {name: len(split) for name, split in data.splits().items()},
+    "mean": [*mean],
+    "std": [*std],
+  }
+
+
+def _is_same(saved: Any, now: Any) -> bool:
+  """Whether two values are equal; numbers, to what another machine may make of them."""
+  if isinstance(now, list) and all(isinstance(number, float) for number in now):
+    return len(saved) == len(now) and bool(np.allclose(saved, now, rtol=1e-4))
+  return saved == now
 
 
 @contextlib.contextmanager

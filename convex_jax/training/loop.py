@@ -71,6 +71,7 @@ def _run(
   meshes.check_equal_hosts([device.process_index for device in jax.devices()])
   meshes.check_divisible(jax.device_count(), config.batch_size, config.fsdp)
   public, examples = _scaled(config, workdir, examples)  # Refused before anything is written.
+  workdir.check_same_data(examples)
   program = Program(config, examples, meshes.make_mesh(fsdp=config.fsdp))
   start = None
   if config.init_from and not manifest.steps_in(workdir.checkpoints):

@@ -17,9 +17,10 @@ from flax import core
 
 import convex_jax
 from convex_jax import config_files, files
+from convex_jax.data import datasets
 from convex_jax.errors import UserError
 from convex_jax.runs.workdir import FIRST_KEYS, FORMAT, FREE_KEYS, Workdir
-from convex_jax.training import loop, program, recorder
+from convex_jax.training import loading, loop, program, recorder
 from tests.support import PATIENCE, ROOT, of
 from tests.support.injections import free_port, rows_without_clock
 from tests.support.running import run_here, run_main
@@ -86,6 +87,27 @@ def test_another_config_in_the_same_workdir_is_refused(finished, data_dir):
   result = run_here(*args)
   assert result.returncode == 2
   assert "config.seed: 0 there, 3 now" in result.stderr and "--workdir" in result.stderr
+
+
+def test_a_run_whose_data_have_changed_is_refused(finished, data_dir):
+  """A folder of data may be made anew: here its classes, its images or their number are others."""
+  overrides = [*options(data_dir, "")[1:-1], "--config.steps=54", *SAVES]
+  config = loading.load_config(TINY[0].partition("=")[2], overrides)
+  workdir, before = str(finished[0]), (finished[0] / "config.json").read_bytes()
+  data = datasets.load(config.data, config.seed, progress=False)
+  fewer = data.train.subset(np.arange(len(data.train) - 1))
+  darker = dataclasses.replace(data.train, images=data.train.images // 2)
+  names = (*data.class_names[:-1], "ten")
+  for changes, words in (
+    ({"class_names": names}, "class_names: .*'9'.* in the run, .*'ten'.* now"),
+    ({"train": fewer}, f"examples: .*{len(data.train)}.* in the run, .*{len(fewer)}.* now"),
+    ({"train": darker}, "mean: "),
+  ):
+    with pytest.raises(UserError, match=words) as caught:
+      loop.run(config, workdir, dataclasses.replace(data, **changes))
+    assert "pass another --workdir" in str(caught.value)
+  assert (finished[0] / "config.json").read_bytes() == before
+  Workdir(workdir).check_same_data(data)
 
 
 def test_a_run_older_than_some_keys_loads_and_is_no_other(finished, data_dir, tmp_path):
