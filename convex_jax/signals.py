@@ -1,4 +1,4 @@
-"""Signals that end a command: none is lost, and none comes at a moment that it would break."""
+"""Signals that end a command: none is lost, and none interrupts what it would break."""
 
 import contextlib
 import os

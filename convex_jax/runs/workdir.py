@@ -250,8 +250,10 @@ class Workdir:
     saved, now = self.description()["data"], _about(data)
     differ = [k for k, v in now.items() if k in saved and not _is_same(saved[k], v)]
     if differ:
-      lines = [f"{self.path} contains a run on other data than those that are there now:"]
-      lines += [f"  {key}: {saved[key]!r} in the run, {now[key]!r} now" for key in differ]
+      lines = [f"{self.path} contains a run whose data have changed since:"]
+      for key in differ:
+        old, new = (_in_short(x, y) for x, y in ((saved[key], now[key]), (now[key], saved[key])))
+        lines.append(f"  {key}: {old} in the run, {new} now")
       fix = "To resume that run, pass the folder of its data, --config.data.dir; to train on these, pass"
       raise UserError("\n".join([*lines, f"  {fix} another --workdir."]))
 
@@ -266,6 +268,14 @@ def _about(data: Data) -> dict[str, Any]:
     "mean": [*mean],
     "std": [*std],
   }
+
+
+def _in_short(value: Any, other: Any) -> str:
+  """The value or, of a long list, its length and the first element that is another there."""
+  if not isinstance(value, list) or len(value) <= 20:
+    return repr(value)
+  i = next((i for i, (x, y) in enumerate(zip(value, other, strict=False)) if x != y), 0)
+  return f"{len(value)}, of which number {i} is {value[i]!r},"
 
 
 def _is_same(saved: Any, now: Any) -> bool:
