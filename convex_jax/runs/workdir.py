@@ -242,8 +242,8 @@ class Workdir:
   def check_same_data(self, data: Data) -> None:
     """Raises `UserError` where a run has begun here on data that differ in what config.json says.
 
-    What lies in a folder of data may have been made anew; a run that resumed on it would be neither
-    the old nor a new one.
+    A folder of data may have been prepared anew; a run that resumed on other images would be neither
+    the old one nor a new one.
     """
     if not (self.exists() and self._has_begun()):
       return

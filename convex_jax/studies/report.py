@@ -68,7 +68,7 @@ def write_report(found: Results, out: str, title: str, words: str = "") -> str:
 
 
 def _pictures(panels: Iterable[str]) -> dict[str, str]:
-  """The file of each panel's figure, which names that differ in signs alone do not share."""
+  """The file of each panel's figure; names that differ only in punctuation do not share one."""
   found: dict[str, str] = {}
   for name in panels:
     stem = jobs.file_name(name) or "panel"

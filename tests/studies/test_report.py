@@ -285,7 +285,7 @@ def test_the_command_writes_a_page_with_its_pictures_inside(tmp_path, capsys):
 
 
 def test_each_panel_has_a_picture_of_its_own(tmp_path):
-  """Also where names differ in signs alone, or are not of ASCII letters."""
+  """Also where names differ only in punctuation, or are not of ASCII letters."""
   panels = ("C", "C++", "C 2", "Größe", "c")
   rows = [dataclasses.replace(result(test_accuracy=i / 9), panel=p) for i, p in enumerate(panels)]
   page = pathlib.Path(report.write_report(Results(tuple(rows)), str(tmp_path), "Names")).read_text()
